@@ -1,0 +1,150 @@
+"""Configurations are frozen dataclasses; here is their JSON form, overrides and fingerprints."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import tempfile
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that does not exist, with the nearest one that does."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ValueError(f"unknown {what} {name!r}; {hint}known: {', '.join(known)}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dictionaries of JSON types (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
+    """The inverse of :func:`to_dict`.
+
+    Raises:
+        ValueError: a key that ``cls`` does not have, or a value that does not fit its field.
+    """
+    types = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    kwargs = {}
+    for key, value in values.items():
+        if key not in known:
+            raise unknown_name(f"{cls.__qualname__} field", key, known)
+        kwargs[key] = _convert(value, types[key], f"{cls.__qualname__}.{key}")
+    return cls(**kwargs)
+
+
+def _convert(value: Any, kind: Any, where: str) -> Any:
+    """Fit a JSON value to a field's type: nested dataclass, tuple, literal, optional, scalar."""
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value)
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(v, args[0], where) for v in value)
+    if origin is typing.Literal:
+        if value in args:
+            return value
+        raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, got {value!r}")
+    if type(None) in args:
+        if value is None:
+            return None
+        kind = next(a for a in args if a is not type(None))
+        return _convert(value, kind, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(kind, type) and type(value) is not kind:
+        raise ValueError(f"{where} must be of type {kind.__name__}, got {value!r}")
+    return value
+
+
+def override(config: Config, assignments: Mapping[str, str]) -> Config:
+    """A copy with some fields replaced, as by ``--set train.steps=100``.
+
+    Args:
+        config: any dataclass.
+        assignments: dotted field name -> value as JSON; a bare word is taken as a string.
+
+    Raises:
+        ValueError: an unknown field, or a value that does not fit it.
+    """
+    values = to_dict(config)
+    for dotted, text in assignments.items():
+        *path, last = dotted.split(".")
+        node = values
+        for name in path:
+            if not isinstance(node.get(name), dict):
+                raise unknown_name("field", dotted, _dotted_names(values))
+            node = node[name]
+        if last not in node or isinstance(node[last], dict):
+            raise unknown_name("field", dotted, _dotted_names(values))
+        try:
+            node[last] = json.loads(text)
+        except json.JSONDecodeError:
+            node[last] = text
+    return from_dict(type(config), values)
+
+
+def changed_fields(a: Any, b: Any) -> set[str]:
+    """Dotted names of the fields in which two configurations differ."""
+    flat_a, flat_b = _flatten(to_dict(a)), _flatten(to_dict(b))
+    return {name for name in flat_a.keys() | flat_b.keys() if flat_a.get(name) != flat_b.get(name)}
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        flat.update(_flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
+    return flat
+
+
+def _dotted_names(values: Mapping[str, Any]) -> list[str]:
+    return list(_flatten(values))
+
+
+def config_hash(values: Mapping[str, Any]) -> str:
+    """Twelve hex digits that identify nested JSON values, whatever their order."""
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it into place.
+
+    A reader, or a process that is killed half-way, never leaves or meets half a file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON atomically, indented, keys in the given order."""
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read JSON; a missing or broken file raises an error that names ``what`` it should be."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no {what} at {path}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable {what}: {error}") from None

@@ -1,0 +1,241 @@
+"""Data sets: real solar cells, your own folders, made shapes, digits; splits and fingerprints.
+
+``load_dataset`` is the only entry. Whatever the source, it returns an :class:`AnomalyData`:
+normal images for training and calibration, a labelled test set, and pixel masks at each image's
+original size where they exist. Nothing here downloads anything.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffad_lite.config import unknown_name
+from diffad_lite.images import Resize, read_image, resize_image, to_float
+from diffad_lite.planting import KINDS, plant_on
+from diffad_lite.readers import READERS, Source
+
+MIN_CALIBRATION = 8  # normal images
+
+
+@dataclass(frozen=True)
+class AnomalyData:
+    """One category of a data set, split.
+
+    Attributes:
+        train: normal images (N, C, H, W), float32 in [-1, 1]; methods learn from these.
+        calibration: normal images held out of training, for thresholds and map statistics.
+        test_images: (M, C, H, W).
+        test_labels: int64 (M,), 1 = anomalous.
+        test_masks: for each test image a bool array at its original size, or None where the
+            image is anomalous but its mask is not known; None when no image has a mask.
+        test_ids: a name for each test image, ``<defect type>/<file stem>``.
+        defect_types: for each test image, ``"good"`` or the kind of defect.
+        original_sizes: for each test image, (height, width) before resizing.
+        uncertain: images that the experts could not decide on, left out of all scores.
+        info: name, category, channels, image_size, resize, split_seed, plant, ``remarks`` (known
+            faults), and the ``fingerprint`` of the split (names and pixels of all training and
+            calibration images).
+    """
+
+    train: Tensor
+    calibration: Tensor
+    test_images: Tensor
+    test_labels: np.ndarray
+    test_masks: list[np.ndarray | None] | None
+    test_ids: list[str]
+    defect_types: list[str]
+    original_sizes: list[tuple[int, int]]
+    uncertain: Tensor
+    info: dict[str, Any]
+
+    def subset(self, n_test: int, seed: int = 0) -> "AnomalyData":
+        """The same data with at most ``n_test`` test images, normal and anomalous alike drawn."""
+        rng = np.random.default_rng(seed)
+        keep: list[int] = []
+        for label in (0, 1):
+            index = np.flatnonzero(self.test_labels == label)
+            keep += rng.permutation(index)[: n_test // 2].tolist()
+        keep.sort()
+        pick = lambda values: [values[i] for i in keep]  # noqa: E731
+        return replace(
+            self,
+            test_images=self.test_images[keep],
+            test_labels=self.test_labels[keep],
+            test_masks=pick(self.test_masks) if self.test_masks else None,
+            test_ids=pick(self.test_ids),
+            defect_types=pick(self.defect_types),
+            original_sizes=pick(self.original_sizes),
+        )
+
+
+def load_dataset(
+    name: str,
+    category: str | None = None,
+    *,
+    root: str | Path | None = None,
+    image_size: int = 64,
+    resize: Resize = "squash",
+    split_seed: int = 0,
+    plant: str | None = None,
+) -> AnomalyData:
+    """Load, split and resize one category.
+
+    Args:
+        name: ``elpv``, ``folder``, ``shapes`` or ``digits``.
+        category: ``mono`` or ``poly`` for elpv; a sub-folder of ``root`` for folder.
+        root: folder of the images, for ``folder`` only.
+        image_size: side in pixels that the images are brought to.
+        resize: ``"squash"`` to a square, or ``"pad"`` (keep the aspect, replicate the border).
+        split_seed: chooses the split; 0 in every published table.
+        plant: ``"cells"`` or ``"lesions"`` replaces the anomalous test images by test normals
+            with planted defects and exact masks; ``"development"`` does so with other kinds on
+            half of the calibration images, for choosing hyper-parameters without the test set.
+
+    Raises:
+        ValueError: unknown name, category, resize or plant; no normal images; mixed channels.
+        FileNotFoundError: ``root`` or the category does not exist.
+    """
+    if name not in READERS:
+        raise unknown_name("data set", name, READERS)
+    if plant is not None and plant not in KINDS:
+        raise unknown_name("family of planted defects", plant, KINDS)
+    if resize not in ("squash", "pad"):
+        raise unknown_name("resize", resize, ("squash", "pad"))
+    if image_size < 8:
+        raise ValueError(f"image_size must be at least 8 pixels, got {image_size}")
+    source = READERS[name](category, Path(root) if root is not None else None)
+    train, calibration, test = _split(source, split_seed)
+    fingerprint = _fingerprint(train, calibration)
+    types = {n: source.defect_types.get(n, "good") for n in test}
+    masks: dict[str, Any] = {n: source.masks.get(n) for n in test}
+    if plant == "development":  # the real test images are not even read
+        calibration, test = _halves(calibration, split_seed)
+        types = dict.fromkeys(test, "good")
+    if plant is not None:
+        test, types, masks = _plant(test, types, plant)
+
+    parts = [{n: _pixels(v) for n, v in p.items()} for p in (train, calibration, test)]
+    parts.append({n: _pixels(v) for n, v in source.uncertain.items()})
+    channels = max(image.shape[0] for part in parts for image in part.values())
+    tensors = [_stack(part, channels, image_size, resize) for part in parts]
+    sizes = {n: image.shape[1:] for n, image in parts[2].items()}
+    pixel_masks = None
+    if any(mask is not None for mask in masks.values()):
+        pixel_masks = [_mask(masks[n], types[n], sizes[n], n) for n in test]
+    info = {
+        "name": name,
+        "category": category or source.category,
+        "channels": channels,
+        "image_size": image_size,
+        "resize": resize,
+        "split_seed": split_seed,
+        "plant": plant,
+        "remarks": source.remarks,
+        "fingerprint": fingerprint,
+    }
+    return AnomalyData(
+        *tensors[:3],
+        test_labels=np.array([types[n] != "good" for n in test], dtype=np.int64),
+        test_masks=pixel_masks,
+        test_ids=list(test),
+        defect_types=[types[n] for n in test],
+        original_sizes=list(sizes.values()),
+        uncertain=tensors[3],
+        info=info,
+    )
+
+
+def _rank(names: Sequence[str], split_seed: int) -> list[str]:
+    """Names in an order that depends on the seed and each name alone."""
+    return sorted(names, key=lambda n: hashlib.sha256(f"{split_seed}/{n}".encode()).digest())
+
+
+def _split(source: Source, split_seed: int) -> tuple[dict, dict, dict]:
+    """Cut the normals into train, calibration and test, and add what the source fixed."""
+    if not source.normals:
+        raise ValueError("no normal images to train on")
+    names = _rank(list(source.normals), split_seed)
+    share_train, share_calibration, share_test = source.fractions
+    n_test = round(len(names) * share_test)
+    n_calibration = 0 if source.calibration else round(len(names) * share_calibration)
+    if not source.calibration:
+        n_calibration = max(n_calibration, MIN_CALIBRATION)
+    n_train = len(names) - n_calibration - n_test
+    if n_train < 1:
+        raise ValueError(
+            f"{len(names)} normal images are too few: {n_calibration} are needed for calibration "
+            f"and {n_test} for the test; add normal images (20 or more are advisable)"
+        )
+    parts = (
+        names[:n_train],
+        names[n_train : n_train + n_calibration],
+        names[n_train + n_calibration :],
+    )
+    train, calibration, held_out = ({n: source.normals[n] for n in sorted(p)} for p in parts)
+    return train, calibration | source.calibration, held_out | source.test
+
+
+def _fingerprint(train: dict, calibration: dict) -> str:
+    """Twelve hex digits that identify the images a method was fitted on, before any resizing."""
+    digest = hashlib.sha256()
+    for part in (train, calibration):
+        for name, value in part.items():
+            digest.update(name.encode() + _pixels(value).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _halves(calibration: dict, split_seed: int) -> tuple[dict, dict]:
+    """Calibration normals cut in two: one half stays, the other carries development defects."""
+    names = _rank(list(calibration), split_seed + 1)
+    half = len(names) // 2
+    return {n: calibration[n] for n in names[:half]}, {n: calibration[n] for n in names[half:]}
+
+
+def _plant(test: dict, types: dict, family: str) -> tuple[dict, dict, dict]:
+    """The test normals, clean and once more with a planted defect each."""
+    clean = {n: _pixels(v) for n, v in test.items() if types[n] == "good"}
+    if not clean:
+        raise ValueError("plant= needs normal test images, and this data set has none")
+    names = list(clean)
+    images, masks, kinds = plant_on(list(clean.values()), family, seed_names=names)
+    planted = [f"{kind}/{Path(n).name}" for n, kind in zip(names, kinds, strict=True)]
+    return (
+        clean | dict(zip(planted, images, strict=True)),
+        dict.fromkeys(names, "good") | dict(zip(planted, kinds, strict=True)),
+        dict.fromkeys(names) | dict(zip(planted, masks, strict=True)),
+    )
+
+
+def _pixels(value: Path | np.ndarray) -> np.ndarray:
+    """An image (C, H, W) uint8 from what a reader gave: a path or the pixels."""
+    return value if isinstance(value, np.ndarray) else read_image(value)
+
+
+def _stack(images: Mapping[str, np.ndarray], channels: int, size: int, resize: Resize) -> Tensor:
+    """Resized images as one float tensor; grey files among colour ones become colour."""
+    if not images:
+        return torch.empty(0, channels, size, size)
+    resized = [resize_image(image, size, resize) for image in images.values()]
+    for name, image in zip(images, resized, strict=True):
+        if image.shape[0] not in (1, channels):
+            raise ValueError(f"{name} has {image.shape[0]} channels where others have {channels}")
+    return to_float(np.stack([np.broadcast_to(r, (channels, size, size)) for r in resized]))
+
+
+def _mask(value: Any, kind: str, size: tuple[int, int], name: str) -> np.ndarray | None:
+    """A bool mask at the image's original size; None = anomalous, but nobody knows where."""
+    if value is None:
+        return np.zeros(size, dtype=bool) if kind == "good" else None
+    mask = value if isinstance(value, np.ndarray) else read_image(value).max(axis=0) > 127
+    if mask.shape != size:
+        raise ValueError(
+            f"the mask of {name} is {mask.shape[1]}x{mask.shape[0]} pixels, its image "
+            f"{size[1]}x{size[0]}; export masks at the size of their images"
+        )
+    return mask if mask.any() else None  # an empty mask on an anomalous image says nothing

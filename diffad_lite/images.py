@@ -1,0 +1,80 @@
+"""Pixels: reading image files, resizing, the two ranges (uint8 on disk, [-1, 1] in models)."""
+
+import functools
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+Resize = Literal["squash", "pad"]
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Image files directly inside ``folder``, sorted; hidden files are passed over."""
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
+    )
+
+
+def read_image(path: Path) -> np.ndarray:
+    """One image file as uint8 (C, H, W), C = 1 or 3; decoded once in a process.
+
+    EXIF rotation is applied, transparency dropped, 16-bit grey scaled to 8 bit.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an image, or a truncated one.
+    """
+    return _read_cached(str(path), path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_cached(path: str, modified: int) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):  # 16 or 32 bit grey: 0..65535 -> 0..255
+                grey16 = np.asarray(image, dtype=np.float64) / 257
+                pixels = grey16.clip(0, 255).round().astype(np.uint8)
+            else:
+                is_grey = image.mode in ("1", "L", "LA")
+                pixels = np.asarray(image.convert("L" if is_grey else "RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"cannot read {path} as an image ({error}); repair or remove it") from None
+    pixels = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    pixels.setflags(write=False)  # the cache hands out the same array again
+    return pixels
+
+
+def resize_image(image: np.ndarray, size: int, resize: Resize) -> np.ndarray:
+    """uint8 (C, H, W) -> (C, size, size), Lanczos; ``pad`` keeps the aspect ratio."""
+    H, W = image.shape[1:]
+    top, left, h, w = pad_box(H, W, size) if resize == "pad" else (0, 0, size, size)
+    if (h, w) != (H, W):
+        channels = [Image.fromarray(channel) for channel in image]
+        image = np.stack([np.asarray(c.resize((w, h), Image.LANCZOS)) for c in channels])
+    widths = ((0, 0), (top, size - h - top), (left, size - w - left))
+    return np.pad(image, widths, mode="edge")
+
+
+def pad_box(height: int, width: int, size: int) -> tuple[int, int, int, int]:
+    """Where ``resize="pad"`` puts an image: (top, left, height, width) inside the square."""
+    scale = size / max(height, width)
+    h, w = max(1, round(height * scale)), max(1, round(width * scale))
+    return (size - h) // 2, (size - w) // 2, h, w
+
+
+def to_float(images: np.ndarray) -> Tensor:
+    """uint8 (..., C, H, W) -> float32 in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """float in [-1, 1] -> uint8, the inverse of :func:`to_float`."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()

@@ -1,0 +1,418 @@
+"""The contract of a method: fit on normal images, predict a map and a score, explain, save.
+
+A method implements two things, ``_fit`` (train its networks) and ``_infer`` (one batch of images
+to raw maps). Seeds, batching, calibration by position, scores, thresholds and files live here,
+once for all.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import gaussian_blur
+
+from diffad_lite.config import (
+    changed_fields,
+    from_dict,
+    read_json,
+    to_dict,
+    unknown_name,
+    write_json,
+)
+from diffad_lite.images import to_uint8
+from diffad_lite.metrics import MapCalibration, conformal_threshold, top_k_mean
+from diffad_lite.training import TrainReport, default_device
+
+Profile = Literal["ci", "lite", "paper"]
+BATCH_SIZE = 32  # images scored at once; no result depends on it
+METHODS: dict[str, type["Method"]] = {}
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What every method is configured by.
+
+    Attributes:
+        channels: of the images, 1, 3 or 4.
+        image_size: side in pixels that the networks were designed for; other sizes also run.
+        smooth_sigma: standard deviation, in pixels, of the Gaussian blur of the raw map; 0 = none.
+        calibrate: whether maps are standardised by position (mean and deviation over normals).
+        top_fraction: the image score is the mean of this fraction of the largest map values.
+        quantile: of the calibration scores, where the threshold of "anomalous" is put.
+    """
+
+    channels: int = 1
+    image_size: int = 64
+    smooth_sigma: float = 1.0
+    calibrate: bool = True
+    top_fraction: float = 0.01
+    quantile: float = 0.95
+
+
+@dataclass
+class Prediction:
+    """What a method says of B images; everything on the CPU in float32.
+
+    Attributes:
+        image_score: (B,), larger = more anomalous; comparable between images of one model only.
+        anomaly_map: (B, H, W), larger = more anomalous.
+        reconstruction: (B, C, H, W) the image as it would be without defects, or None.
+        extras: further tensors, first axis B, as each method documents.
+    """
+
+    image_score: Tensor
+    anomaly_map: Tensor
+    reconstruction: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def cat(parts: Sequence["Prediction"]) -> "Prediction":
+        """Batches joined along the first axis."""
+        first = parts[0]
+        reconstruction = None
+        if first.reconstruction is not None:
+            reconstruction = torch.cat([p.reconstruction for p in parts])
+        return Prediction(
+            torch.cat([p.image_score for p in parts]),
+            torch.cat([p.anomaly_map for p in parts]),
+            reconstruction,
+            {name: torch.cat([p.extras[name] for p in parts]) for name in first.extras},
+        )
+
+
+class Method(ABC):
+    """Base class of all methods; ``Method(config).fit(...).predict(...)``.
+
+    After ``fit``: ``threshold_`` (scores above it are called anomalous), ``calibration_scores_``
+    (cross-fitted), ``reports_`` (stage -> steps, seconds of training).
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    # Fields that may be changed after training, as by --set together with --checkpoint.
+    inference_fields: ClassVar[frozenset[str]] = frozenset(
+        {"smooth_sigma", "calibrate", "top_fraction", "quantile"}
+    )
+
+    def __init_subclass__(cls) -> None:
+        METHODS[cls.name] = cls
+
+    def __init__(self, config: MethodConfig) -> None:
+        self.config = config
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # fit() draws the initial weights anew from its own seed
+            self.network = self._build()
+        self.map_calibration_: MapCalibration | None = None
+        self.calibration_scores_: np.ndarray | None = None
+        self.threshold_: float | None = None
+        self.reports_: dict[str, dict[str, float]] = {}
+
+    # ------------------------------------------------------------- what a method implements
+
+    @abstractmethod
+    def _build(self) -> nn.Module:
+        """The networks (a ModuleDict where there are several), untrained."""
+
+    @abstractmethod
+    def _fit(
+        self,
+        train: Tensor,
+        *,
+        seed: int,
+        budget: float | None,
+        workdir: Path | None,
+        progress: bool,
+    ) -> dict[str, TrainReport]:
+        """Train ``self.network`` on normal images; one report a stage."""
+
+    @abstractmethod
+    def _infer(
+        self, images: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """Raw map (B, H, W), reconstruction or None, extras; for images on ``self.device``."""
+
+    def explain(
+        self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """Documented intermediates for figures; every method adds its own."""
+        prediction = self.predict(images, seed=seed, keys=keys)
+        return {"anomaly_map": prediction.anomaly_map, "reconstruction": prediction.reconstruction}
+
+    # ----------------------------------------------------------------- what users call
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next((p.device for p in self.network.parameters()), torch.device("cpu"))
+
+    def fit(
+        self,
+        train: Tensor,
+        calibration: Tensor,
+        *,
+        seed: int,
+        budget: float | None = None,
+        workdir: str | Path | None = None,
+        progress: bool = True,
+    ) -> Self:
+        """Train on normal images, then set map statistics and threshold on other normal images.
+
+        Args:
+            train: normal images (N, C, H, W), float32 in [-1, 1].
+            calibration: normal images that ``train`` does not contain, same form.
+            seed: of everything random in training.
+            budget: seconds of training; None takes the configured number of steps.
+            workdir: folder for training states; a second call with the same arguments goes on
+                from there.
+            progress: show bars.
+
+        Raises:
+            ValueError: images of wrong shape, channels or range, NaN; foreign training state.
+        """
+        self._check(train, "train")
+        self._check(calibration, "calibration")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = self._build().to(default_device())
+        folder = Path(workdir) if workdir is not None else None
+        reports = self._fit(train, seed=seed, budget=budget, workdir=folder, progress=progress)
+        self.network.eval()
+        self.reports_ = {
+            stage: {"steps": report.steps, "seconds": report.seconds}
+            for stage, report in reports.items()
+        }
+        return self.calibrate(calibration)
+
+    def calibrate(self, calibration: Tensor) -> Self:
+        """Set map statistics and threshold from normal images that training did not see.
+
+        The scores behind the threshold are cross-fitted: each image is standardised with the
+        statistics of the others, as a new image will be.
+        """
+        self._check(calibration, "calibration")
+        self.map_calibration_ = None
+        raw = self.predict(calibration).anomaly_map.numpy()
+        maps = raw
+        if self.config.calibrate:
+            self.map_calibration_ = MapCalibration.fit(raw)
+            maps = MapCalibration.cross_fit(raw)
+        self.calibration_scores_ = self._score(calibration, torch.from_numpy(maps)).numpy()
+        self.threshold_ = conformal_threshold(self.calibration_scores_, self.config.quantile)
+        return self
+
+    def predict(
+        self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
+    ) -> Prediction:
+        """Score images in float32; each result depends on image, model and seed alone.
+
+        Args:
+            images: (B, C, H, W), float32 in [-1, 1].
+            seed: of the noise.
+            keys: what stands for each image in its noise's seed; default, its own pixels. Pass
+                the clean image's key to keep the noise while a defect is planted.
+
+        Raises:
+            ValueError: images of wrong shape, channels or range, NaN; wrong number of keys.
+        """
+        self._check(images, "images")
+        keys = image_keys(images) if keys is None else keys
+        if len(keys) != len(images):
+            raise ValueError(f"{len(keys)} keys for {len(images)} images; give one for each")
+        parts = []
+        for start in range(0, len(images), BATCH_SIZE):
+            batch = images[start : start + BATCH_SIZE]
+            generators = noise_generators(keys[start : start + BATCH_SIZE], seed)
+            maps, reconstruction, extras = self._infer(batch.to(self.device), generators)
+            if self.config.smooth_sigma > 0:
+                maps = blur(maps, self.config.smooth_sigma)
+            maps = maps.cpu()
+            if self.map_calibration_ is not None:
+                maps = torch.from_numpy(self.map_calibration_.apply(maps.numpy()))
+            extras = {name: value.cpu() for name, value in extras.items()}
+            reconstruction = None if reconstruction is None else reconstruction.cpu()
+            parts.append(Prediction(self._score(batch, maps), maps, reconstruction, extras))
+        return Prediction.cat(parts)
+
+    def _score(self, images: Tensor, maps: Tensor) -> Tensor:
+        """Image scores (B,) from images and their final maps: the mean of the largest values."""
+        return torch.from_numpy(top_k_mean(maps.numpy(), self.config.top_fraction)).float()
+
+    def _check(self, images: Tensor, what: str) -> None:
+        C = self.config.channels
+        if images.ndim != 4 or images.shape[1] != C:
+            raise ValueError(
+                f"{what}: expected (N, {C}, H, W), got {tuple(images.shape)}; this model is for "
+                f"{C}-channel images (Config.channels)"
+            )
+        if len(images) == 0:
+            raise ValueError(f"{what}: no images")
+        if not torch.isfinite(images).all():
+            bad = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
+            raise ValueError(f"{what}: image {bad} contains NaN or infinity")
+        if images.min() < -1.001 or images.max() > 1.001:
+            raise ValueError(
+                f"{what}: values must lie in [-1, 1], got {images.min():.3g}..{images.max():.3g}; "
+                "scale uint8 images by x / 127.5 - 1"
+            )
+
+    @contextmanager
+    def count_evaluations(self) -> Iterator[list[int]]:
+        """Counts images passed through the networks; the list's only entry is the sum."""
+        several = isinstance(self.network, nn.ModuleDict)
+        count = [0]
+
+        def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
+            count[0] += len(inputs[0])
+
+        networks = self.network.values() if several else [self.network]
+        handles = [network.register_forward_hook(hook) for network in networks]
+        try:
+            yield count
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # ---------------------------------------------------------------------------- files
+
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: torch.dtype = torch.float32, **record: Any
+    ) -> None:
+        """Write ``config.json`` and ``model.safetensors``; the folder is complete or not there.
+
+        Args:
+            folder: replaced if it exists.
+            dtype: of the stored weights; float16 halves the bundled files.
+            record: JSON values stored beside the configuration, e.g. ``fingerprint=``.
+        """
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"network.{name}": value.detach().cpu().to(dtype).contiguous().clone()
+            for name, value in self.network.state_dict().items()
+        }
+        if self.map_calibration_ is not None:
+            tensors["map_mean"] = torch.from_numpy(self.map_calibration_.mean)
+            tensors["map_std"] = torch.from_numpy(self.map_calibration_.std)
+        if self.calibration_scores_ is not None:
+            tensors["calibration_scores"] = torch.from_numpy(self.calibration_scores_)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            temporary.chmod(0o755)
+            save_file(tensors, temporary / "model.safetensors")
+            values = {"method": self.name, "config": to_dict(self.config), "reports": self.reports_}
+            write_json(temporary / "config.json", values | record)
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.replace(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **changes: Any) -> Self:
+        """Load what :meth:`save_pretrained` wrote.
+
+        Args:
+            folder: the checkpoint.
+            changes: configuration fields to set instead; only ``inference_fields``. Statistics
+                and threshold then no longer hold: call :meth:`calibrate`.
+
+        Raises:
+            FileNotFoundError: no checkpoint there.
+            ValueError: another method's, broken, or a change that would need training.
+        """
+        folder = Path(folder)
+        values = read_json(folder / "config.json", "checkpoint's config.json")
+        if values.get("method") != cls.name:
+            raise ValueError(
+                f"{folder} is a checkpoint of {values.get('method')!r}, not of {cls.name!r}"
+            )
+        stored = from_dict(cls.Config, values["config"])
+        config = from_dict(cls.Config, values["config"] | changes)
+        method = cls(config)
+        method._check_changes(stored, config)
+        method._load_tensors(folder / "model.safetensors")
+        method.reports_ = values.get("reports", {})
+        if changed_fields(stored, config):
+            method.map_calibration_ = method.calibration_scores_ = method.threshold_ = None
+        method.network.to(default_device()).eval()
+        return method
+
+    def _check_changes(self, stored: MethodConfig, config: MethodConfig) -> None:
+        fixed = sorted(changed_fields(stored, config) - self.inference_fields)
+        if fixed:
+            raise ValueError(
+                f"{', '.join(fixed)} cannot be changed on a trained model; train anew, or change "
+                f"only: {', '.join(sorted(self.inference_fields))}"
+            )
+
+    def _load_tensors(self, path: Path) -> None:
+        try:
+            tensors = load_file(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no weights at {path}") from None
+        except SafetensorError as error:
+            raise ValueError(f"{path} is broken or truncated ({error})") from None
+        weights = {k[8:]: v.float() for k, v in tensors.items() if k.startswith("network.")}
+        try:
+            self.network.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit its configuration: {error}") from None
+        if "map_mean" in tensors:
+            mean, std = tensors["map_mean"].numpy(), tensors["map_std"].numpy()
+            self.map_calibration_ = MapCalibration(mean, std)
+        if "calibration_scores" in tensors:
+            self.calibration_scores_ = tensors["calibration_scores"].numpy()
+            self.threshold_ = conformal_threshold(self.calibration_scores_, self.config.quantile)
+
+
+def image_keys(images: Tensor) -> list[str]:
+    """A name for each image made of its own pixels (as uint8), for seeding its noise."""
+    return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in to_uint8(images)]
+
+
+def noise_generators(keys: Sequence[str], seed: int) -> list[torch.Generator]:
+    """One CPU generator an image, seeded by (seed, key)."""
+    digests = [hashlib.sha256(f"{seed}/{key}".encode()).digest()[:8] for key in keys]
+    # 63 bits, the range of manual_seed
+    return [torch.Generator().manual_seed(int.from_bytes(d, "big") >> 1) for d in digests]
+
+
+def blur(maps: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of maps (B, H, W), reflecting at the border; sigma in pixels."""
+    side = min(maps.shape[-2:])
+    width = min(2 * int(3 * sigma + 0.5) + 1, 2 * side - 1)
+    return gaussian_blur(maps[:, None], [width, width], [sigma, sigma])[:, 0]
+
+
+def check_profile(profile: str) -> None:
+    """Raise for a profile that does not exist."""
+    if profile not in get_args(Profile):
+        raise unknown_name("profile", profile, get_args(Profile))
+
+
+def get_method(name: str) -> type[Method]:
+    """The class of that name.
+
+    Raises:
+        ValueError: unknown name, with the nearest known one.
+    """
+    if name not in METHODS:
+        raise unknown_name("method", name, METHODS)
+    return METHODS[name]
+
+
+def load_pretrained(folder: str | Path, **changes: Any) -> Method:
+    """Load a checkpoint of any method; see :meth:`Method.from_pretrained`."""
+    values = read_json(Path(folder) / "config.json", "checkpoint's config.json")
+    return get_method(str(values.get("method"))).from_pretrained(folder, **changes)

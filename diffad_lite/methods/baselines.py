@@ -1,0 +1,190 @@
+"""Baselines without diffusion, which every method is measured against.
+
+``brightness`` is a control: it shows how much of a data set is solved by mean brightness alone.
+``mean_image`` compares with the average normal image, ``pca`` with the nearest image that the
+first principal components of the normal images can draw.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from sklearn.decomposition import PCA
+from torch import Tensor, nn
+
+from diffad_lite.methods.base import Method, MethodConfig, Profile, check_profile
+from diffad_lite.training import TrainReport
+
+
+@dataclass(frozen=True)
+class BaselineConfig(MethodConfig):
+    """Configuration of the baselines; the profiles differ in nothing."""
+
+    @classmethod
+    def for_profile(
+        cls,
+        profile: Profile,
+        *,
+        channels: int,
+        image_size: int,
+        dataset: str | None = None,
+        category: str | None = None,
+    ) -> Self:
+        """The same for every profile."""
+        check_profile(profile)
+        return cls(channels=channels, image_size=image_size)
+
+
+@dataclass(frozen=True)
+class BrightnessConfig(BaselineConfig):
+    """Configuration of :class:`Brightness`.
+
+    Attributes:
+        side: which deviations count: ``"both"``, or ``"darker"`` where physics says that a defect
+            can only take light away.
+    """
+
+    side: Literal["both", "darker"] = "both"
+
+    @classmethod
+    def for_profile(cls, profile: str, *, dataset: str | None = None, **shape: Any) -> Self:
+        """``"darker"`` for electroluminescence images: a broken part of a cell does not glow."""
+        side = "darker" if dataset == "elpv" else "both"
+        return replace(super().for_profile(profile, dataset=dataset, **shape), side=side)
+
+
+@dataclass(frozen=True)
+class PCAConfig(BaselineConfig):
+    """Configuration of :class:`PCAResidual`.
+
+    Attributes:
+        n_components: at most, as few normal images allow fewer.
+        standardise: subtract each image's mean and divide by its deviation first.
+    """
+
+    n_components: int = 80
+    standardise: bool = True
+
+
+class Buffers(nn.Module):
+    """Named tensors that are saved with the model and have no gradient."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
+class Brightness(Method):
+    """Mean brightness of the image against that of normal images, in their deviations."""
+
+    name = "brightness"
+    Config = BrightnessConfig
+    config: BrightnessConfig
+    inference_fields = Method.inference_fields | {"side"}
+
+    def _build(self) -> nn.Module:
+        return Buffers(mean=torch.zeros(()), std=torch.ones(()))
+
+    def _fit(
+        self,
+        train: Tensor,
+        *,
+        seed: int,
+        budget: float | None,
+        workdir: Path | None,
+        progress: bool,
+    ) -> dict[str, TrainReport]:
+        brightness = train.mean(dim=(1, 2, 3))
+        self.network = Buffers(mean=brightness.mean(), std=brightness.std())
+        return {}
+
+    def _infer(
+        self, images: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        return self._deviation(images.mean(1)), None, {}
+
+    def _score(self, images: Tensor, maps: Tensor) -> Tensor:
+        return self._deviation(images.mean(dim=(1, 2, 3)))
+
+    def _deviation(self, brightness: Tensor) -> Tensor:
+        deviation = (self.network.mean - brightness) / self.network.std
+        return deviation.abs() if self.config.side == "both" else deviation
+
+
+class MeanImage(Method):
+    """The distance to the average normal image, pixel by pixel."""
+
+    name = "mean_image"
+    Config = BaselineConfig
+
+    def _build(self) -> nn.Module:
+        c = self.config
+        return Buffers(mean=torch.zeros(c.channels, c.image_size, c.image_size))
+
+    def _fit(
+        self,
+        train: Tensor,
+        *,
+        seed: int,
+        budget: float | None,
+        workdir: Path | None,
+        progress: bool,
+    ) -> dict[str, TrainReport]:
+        self.network = Buffers(mean=train.mean(0))
+        return {}
+
+    def _infer(
+        self, images: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        reconstruction = self.network.mean.expand_as(images)
+        return (images - reconstruction).abs().mean(1), reconstruction, {}
+
+
+class PCAResidual(Method):
+    """The distance to the nearest image in the span of the first principal components."""
+
+    name = "pca"
+    Config = PCAConfig
+    config: PCAConfig
+
+    def _build(self) -> nn.Module:
+        c = self.config
+        pixels = c.channels * c.image_size**2
+        return Buffers(mean=torch.zeros(pixels), components=torch.zeros(c.n_components, pixels))
+
+    def _fit(
+        self,
+        train: Tensor,
+        *,
+        seed: int,
+        budget: float | None,
+        workdir: Path | None,
+        progress: bool,
+    ) -> dict[str, TrainReport]:
+        flat = self._standardise(train)[0].flatten(1)
+        n_components = min(self.config.n_components, *flat.shape)
+        pca = PCA(n_components, random_state=seed).fit(flat.numpy())
+        components = torch.zeros(self.config.n_components, flat.shape[1])
+        components[:n_components] = torch.from_numpy(pca.components_)
+        self.network = Buffers(mean=torch.from_numpy(pca.mean_).float(), components=components)
+        return {}
+
+    def _standardise(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images with mean 0 and deviation 1, and what undoes it."""
+        if not self.config.standardise:
+            return images, torch.zeros(()), torch.ones(())
+        mean = images.mean(dim=(1, 2, 3), keepdim=True)
+        std = images.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-3)
+        return (images - mean) / std, mean, std
+
+    def _infer(
+        self, images: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        standardised, mean, std = self._standardise(images)
+        centred = standardised.flatten(1) - self.network.mean
+        weights = centred @ self.network.components.T  # (B, n_components)
+        flat = self.network.mean + weights @ self.network.components
+        projected = flat.view_as(images)
+        return (standardised - projected).abs().mean(1), projected * std + mean, {}

@@ -1,0 +1,300 @@
+"""Metrics of images and pixels, thresholds, intervals, and the calibration of maps.
+
+Scores are ranked raw, never squashed. Whatever is tuned on the labels that it is scored with
+carries ``oracle`` in its name. NaN and infinity have no rank: every function refuses them.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score, roc_curve
+
+Images = Sequence[ArrayLike]  # one (H_i, W_i) array an image, or one (N, H, W) array
+
+
+def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
+    """AUROC, average precision and the best F1 of image scores, by scikit-learn.
+
+    `labels` (n,) are 0 normal, 1 anomalous; `scores` (n,) are finite, higher = more anomalous.
+    Returns, in [0, 1], ``image_auroc``, ``image_ap``, ``image_f1max_oracle`` (the largest F1 over
+    all thresholds, chosen on these same labels). Raises ValueError for unequal lengths, NaN or
+    infinity, labels other than 0 and 1, only one class.
+    """
+    labels, scores = _checked_images(labels, scores)
+    fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
+    true, false = tpr * labels.sum(), fpr * (~labels).sum()
+    return {
+        "image_auroc": float(roc_auc_score(labels, scores)),
+        "image_ap": float(average_precision_score(labels, scores)),
+        "image_f1max_oracle": float((2 * true / (true + false + labels.sum())).max()),
+    }
+
+
+def f1_at_threshold(labels: ArrayLike, scores: ArrayLike, threshold: float) -> float:
+    """F1 in [0, 1] of the prediction ``score > threshold``; 0 when nothing is predicted.
+
+    `labels` (n,), `scores` (n,) and errors as in `image_metrics`; ValueError also for a NaN
+    threshold. It comes from normal images (`conformal_threshold`), never from these labels.
+    """
+    labels, scores = _checked_images(labels, scores)
+    if math.isnan(threshold):
+        raise ValueError("threshold is nan: take one from conformal_threshold(calibration_scores)")
+    return float(f1_score(labels, scores > threshold, zero_division=0))
+
+
+def pixel_metrics(masks: Images, maps: Images, limit: float = 0.3) -> dict[str, float]:
+    """Pixel AUROC, pixel AP, the best Dice and AUPRO up to `limit`, from one ranking of all pixels.
+
+    `masks` and `maps` hold one (H_i, W_i) array an image; sizes may differ between images. A mask
+    is 0 on normal pixels (everywhere on a normal image), else anomalous; a map is finite, higher =
+    more anomalous, and ranked in its own dtype (float32 is the fastest).
+    Returns, in [0, 1], ``pixel_auroc`` and ``pixel_ap`` (as scikit-learn on the pooled pixels, with
+    ties), ``dice_oracle`` (pooled, best threshold on these masks), ``aupro``. Errors as `aupro`.
+    """
+    if not 0 < limit <= 1:
+        raise ValueError(f"limit is {limit}: give a false-positive rate in (0, 1], usually 0.3")
+    false, true, overlap, n_normal = _rank_pixels(masks, maps)
+    recall = np.diff(true, prepend=0) / true[-1]  # what each level adds
+    x = np.concatenate([[0], false.ravel() / n_normal, [1]])
+    y = np.concatenate([[0, 0], np.repeat(overlap, 2)])  # a level starts at the overlap before it
+    inside = x <= limit
+    x, y = np.append(x[inside], limit), np.append(y[inside], np.interp(limit, x, y))
+    area = np.diff(x) @ (y[1:] + y[:-1]) / 2
+    return {
+        "pixel_auroc": float(1 - recall @ false.mean(axis=1) / n_normal),
+        "pixel_ap": float(recall @ (true / (true + false[:, 1]))),
+        "dice_oracle": float((2 * true / (true + false[:, 1] + true[-1])).max()),
+        "aupro": float(min(area / limit, 1.0)),  # the last bit may round above 1
+    }
+
+
+def aupro(masks: Images, maps: Images, limit: float = 0.3) -> float:
+    """Exact area under the per-region-overlap curve up to a false-positive rate of `limit`.
+
+    Arguments as in `pixel_metrics`; `limit` in (0, 1]. Each distinct score is one point: x = share
+    of all normal pixels at or above it, y = covered share of a region, averaged over the regions
+    (8-connected) of all masks. Points are joined linearly, cut at x = `limit`, and the area is
+    divided by `limit`: in [0, 1], perfect = 1, unchanged by strictly increasing maps.
+    Raises ValueError for no anomalous region, no normal pixel, NaN or infinity, unequal numbers
+    or shapes, `limit` out of range. Source: Bergmann et al., "The MVTec Anomaly Detection
+    Dataset", IJCV 2021; exact here, with no grid of thresholds.
+    """
+    return pixel_metrics(masks, maps, limit)["aupro"]
+
+
+def _rank_pixels(masks: Images, maps: Images) -> tuple[NDArray, NDArray, NDArray, int]:
+    """Counts at the L distinct scores of anomalous pixels (levels), the highest first.
+
+    Normal pixels (above, at or above) (L, 2), anomalous ones at or above (L,), mean overlap of the
+    regions (L,), number of normal pixels. Between two levels only normal pixels come in and the
+    curves run straight: the levels hold the exact curves, and no argsort of all pixels is needed.
+    """
+    normal, anomalous, weights = [], [], []
+    for mask, scores in _checked_pixels(masks, maps):
+        region = ndimage.label(mask, structure=np.ones((3, 3)))[0][mask]
+        weights.append(1.0 / np.bincount(region)[region])  # a region's weights add up to 1
+        normal.append(scores[~mask])
+        anomalous.append(scores[mask])
+    n_normal, n_anomalous = sum(map(len, normal)), sum(map(len, anomalous))
+    if not n_normal or not n_anomalous:
+        found = f"{len(masks)} masks hold {n_anomalous} anomalous and {n_normal} normal pixels"
+        raise ValueError(f"{found}: give both kinds, or leave the pixel metrics out (null)")
+    normal = np.sort(np.concatenate(normal))
+    levels, level = np.unique(np.concatenate(anomalous), return_inverse=True)
+    below = np.stack([np.searchsorted(normal, levels, side) for side in ("right", "left")], axis=1)
+    overlap = np.bincount(level, np.concatenate(weights))[::-1].cumsum()
+    true = np.bincount(level)[::-1].cumsum()
+    return n_normal - below[::-1], true, overlap / overlap[-1], n_normal
+
+
+def conformal_threshold(calibration_scores: ArrayLike, q: float = 0.95) -> float:
+    """Threshold that a new normal image's score exceeds with probability at most 1 - q.
+
+    `calibration_scores` (n,) are finite scores of normal images that were not trained on; `q` in
+    (0, 1). Returns the k-th smallest, k = ceil((n + 1) q). When k > n the set is too small for q:
+    warns and returns the maximum. Raises ValueError for n = 0, another shape, NaN or infinity, `q`
+    out of range. Source: Vovk et al., "Algorithmic Learning in a Random World", 2005.
+    """
+    scores = np.asarray(calibration_scores)
+    n = scores.size
+    if scores.ndim != 1 or not n or not 0 < q < 1:
+        raise ValueError(f"scores {scores.shape}, q {q}: need shape (n,) with n >= 1 and 0 < q < 1")
+    _check_finite(scores, "calibration_scores")
+    share = Fraction(str(q))  # as written: 0.07 of 100 is 7, in floats a bit more, its ceiling 8
+    k = math.ceil(share * (n + 1))
+    if k > n:
+        needed = f"give at least {math.ceil(share / (1 - share))}, or lower q"
+        warnings.warn(f"{n} scores, q = {q}: the maximum is used; {needed}", stacklevel=2)
+    return float(np.sort(scores)[min(k, n) - 1])
+
+
+def bootstrap_auroc(
+    labels: ArrayLike, scores: ArrayLike, *, n_boot: int = 1000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval (low, high) of the image AUROC over resampled images, in [0, 1].
+
+    `labels` (n,); `scores` (n,), or (n_seeds, n): every seed sees the same resampled images and
+    their AUROCs are averaged (list the seeds beside it: no spread of training is in here).
+    Images are resampled within each class; `n_boot` >= 1; `level` in (0, 1). AUROC = 1 gives
+    (1, 1): a bootstrap cannot invent harder images. ValueError as in `image_metrics`, and for
+    `n_boot`, `level`. Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993.
+    """
+    return _interval(_wins(labels, scores), n_boot, seed, level)
+
+
+def paired_bootstrap_auroc(
+    labels: ArrayLike,
+    scores_a: ArrayLike,
+    scores_b: ArrayLike,
+    *,
+    n_boot: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> tuple[float, float, float]:
+    """AUROC of a minus AUROC of b with its interval: (difference, low, high), each in [-1, 1].
+
+    Arguments, errors and source as in `bootstrap_auroc`. Both methods see the same resampled
+    images; their numbers of seeds may differ. `verdict` reads the interval.
+    """
+    wins = _wins(labels, scores_a) - _wins(labels, scores_b)
+    return float(wins.mean()), *_interval(wins, n_boot, seed, level)
+
+
+def _wins(labels: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
+    """Defect beats normal image: 1, tie: 1/2, (n_defects, n_normal); its mean is the AUROC."""
+    rows = [_checked_images(labels, row) for row in np.atleast_2d(np.asarray(scores))]
+    wins = sum(np.sign(row[defect, None] - row[~defect]) for defect, row in rows)
+    return 0.5 + 0.5 * wins / len(rows)
+
+
+def _interval(wins: NDArray, n_boot: int, seed: int, level: float) -> tuple[float, float]:
+    if n_boot < 1 or not 0 < level < 1:
+        raise ValueError(f"n_boot {n_boot}, level {level}: need n_boot >= 1 and 0 < level < 1")
+    rng = np.random.default_rng(seed)  # how often each image is drawn: defects, then normal ones
+    defects, normal = (rng.multinomial(n, np.full(n, 1 / n), size=n_boot) for n in wins.shape)
+    means = ((defects @ wins) * normal).sum(axis=1) / wins.size
+    return tuple(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist())
+
+
+def verdict(low: float, high: float, minimum: float = 0.0) -> str:
+    """Verdict on the claim "the effect is larger than `minimum`" from its interval [low, high].
+
+    "holds": low > minimum, every value agrees with the claim. "does not hold": high <= minimum,
+    every value contradicts it (no effect at all included). "inconclusive": values of both kinds.
+    "not testable at this scale" is for a human to say. Raises ValueError for NaN or low > high.
+    """
+    if not low <= high or math.isnan(minimum):
+        raise ValueError(f"low {low}, high {high}, minimum {minimum}: need low <= high and no NaN")
+    return "holds" if low > minimum else "does not hold" if high <= minimum else "inconclusive"
+
+
+@dataclass(frozen=True, eq=False)
+class MapCalibration:
+    """Position-wise mean and standard deviation, each (H, W), of the maps of normal images.
+
+    The variance is shrunk towards its mean over positions: with s^2 the unbiased variance of n maps
+    at a position and k = `shrink`, s~^2 = ((n - 1) s^2 + k mean(s^2)) / (n - 1 + k), so k counts
+    pseudo-observations. Source: Smyth, "Linear models and empirical Bayes methods ...", 2004.
+    """
+
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+
+    @classmethod
+    def fit(cls, maps: ArrayLike, *, shrink: float = 10.0) -> "MapCalibration":
+        """Statistics of `maps` (N, H, W) of normal images, N >= 2, finite; `shrink` > 0.
+
+        Raises ValueError for anything else, and for maps that are all equal (no spread).
+        """
+        maps = _checked_maps(maps)
+        n = len(maps)
+        if n < 2 or not 0 < shrink < math.inf:
+            raise ValueError(f"{n} maps, shrink {shrink}: need at least 2 maps and shrink > 0")
+        variance = maps.var(axis=0, ddof=1, dtype=np.float64)
+        if not variance.any():
+            raise ValueError(f"the {n} maps are all equal: give maps of different images")
+        shrunk = ((n - 1) * variance + shrink * variance.mean()) / (n - 1 + shrink)
+        return cls(maps.mean(axis=0, dtype=np.float64), np.sqrt(shrunk))
+
+    def apply(self, maps: ArrayLike) -> NDArray[np.float32]:
+        """Z-maps (N, H, W), (map - mean) / std, each image for itself; their range is open.
+
+        Raises ValueError for another shape or map size than was fitted, NaN or infinity.
+        """
+        maps = _checked_maps(maps)
+        if maps.shape[1:] != self.mean.shape:
+            sizes = f"maps are {maps.shape[1:]}, the calibration is {self.mean.shape}"
+            raise ValueError(f"{sizes}: resize the images as in fitting, or fit at this size")
+        return ((maps - self.mean) / self.std).astype(np.float32)
+
+    @classmethod
+    def cross_fit(cls, maps: ArrayLike, folds: int = 5, *, shrink: float = 10.0) -> NDArray:
+        """Z-maps (N, H, W) of the calibration images themselves, each by the other folds' maps.
+
+        Map i is in fold i % `folds`. Thresholds come from these: a map's own share in the
+        statistics makes its z too small. ValueError as in `fit`, and for too many or few folds.
+        """
+        maps = _checked_maps(maps)
+        n = len(maps)
+        if not 2 <= folds <= n or n - math.ceil(n / folds) < 2:
+            raise ValueError(f"{n} maps, {folds} folds: give 2..N folds, 2 maps outside each")
+        fold, z_maps = np.arange(n) % folds, np.empty(maps.shape, np.float32)
+        for f in range(folds):
+            z_maps[fold == f] = cls.fit(maps[fold != f], shrink=shrink).apply(maps[fold == f])
+        return z_maps
+
+
+def top_k_mean(maps: ArrayLike, fraction: float) -> NDArray[np.float64]:
+    """Image scores (N,): mean of the largest ceil(fraction H W) values of each of `maps` (N, H, W).
+
+    `fraction` in (0, 1]. Raises ValueError for another fraction or shape, NaN or infinity.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is {fraction}: give a share of the pixels in (0, 1]")
+    pixels = _checked_maps(maps).reshape(len(maps), -1)
+    first = pixels.shape[1] - math.ceil(Fraction(str(fraction)) * pixels.shape[1])
+    return np.partition(pixels, first, axis=1)[:, first:].mean(axis=1, dtype=np.float64)
+
+
+def _checked_images(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray, NDArray]:
+    labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if labels.ndim != 1 or labels.shape != scores.shape:
+        raise ValueError(f"labels {labels.shape}, scores {scores.shape}: give one of each an image")
+    _check_finite(scores, "scores")
+    classes = np.unique(labels).tolist()
+    if classes != [0, 1]:
+        raise ValueError(f"labels holds {classes[:5]}: give both 0 (normal) and 1 (anomalous)")
+    return labels.astype(bool), scores
+
+
+def _checked_pixels(masks: Images, maps: Images) -> Iterator[tuple[NDArray, NDArray]]:
+    if len(masks) != len(maps):
+        raise ValueError(f"{len(masks)} masks, {len(maps)} maps: give one mask and map an image")
+    for i in range(len(masks)):
+        mask, scores = np.asarray(masks[i]) != 0, np.asarray(maps[i])
+        if mask.ndim != 2 or mask.shape != scores.shape:
+            sizes = f"masks[{i}] is {mask.shape}, maps[{i}] is {scores.shape}"
+            raise ValueError(f"{sizes}: up-sample each map to its mask's original (H, W)")
+        _check_finite(scores, f"maps[{i}]")
+        yield mask, scores
+
+
+def _checked_maps(maps: ArrayLike) -> NDArray:
+    maps = np.asarray(maps)
+    if maps.ndim != 3 or not maps.size:
+        raise ValueError(f"maps has shape {maps.shape}: give (N, H, W), none of them 0")
+    _check_finite(maps, "maps")
+    return maps
+
+
+def _check_finite(values: NDArray, name: str) -> None:
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        where = f"{name} has {len(bad)} NaN or infinite values, the first at {bad[0].tolist()}"
+        raise ValueError(f"{where}: find the image whose prediction fails or overflows")

@@ -1,0 +1,209 @@
+"""The U-Net that predicts the noise (Ho et al. 2020, appendix B), small enough for a laptop.
+
+Two things make it quick on a CPU: a pixel-unshuffle stem, which moves the work to a coarser grid
+at no loss of information, and attention at the coarse levels only.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+    """Sinusoidal embedding of timesteps ``t`` (B,) -> (B, dim), as in the Transformer."""
+    half = dim // 2
+    freqs = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)  # (half,)
+    angles = t[:, None].float() * freqs  # (B, half)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with at most 32 groups; no statistics cross the batch."""
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Set the parameters to zero, so that a block starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels of a coarse grid, with a skip."""
+
+    def __init__(self, channels: int, head_dim: int = 32) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head_dim)
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # each (B, heads, HW, head_dim)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class ResBlock(nn.Module):
+    """norm-SiLU-conv twice with the time embedding added between, plus a skip; then attention."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, emb_dim: int, dropout: float, attends: bool
+    ) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, out_channels)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.attention = Attention(out_channels) if attends else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """``x`` (B, in, H, W), ``emb`` (B, emb_dim) -> (B, out, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x))) + self.emb(F.silu(emb))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.attention(self.skip(x) + h)
+
+
+class Downsample(nn.Conv2d):
+    """Halves the grid by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Conv2d):
+    """Doubles the grid by nearest-neighbour interpolation and a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W)."""
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class UNet(nn.Module):
+    """Noise predictor ``eps_theta(x_t, t)`` for images of any size and 1, 3 or 4 channels.
+
+    Args:
+        in_channels: channels of the image.
+        out_channels: channels of the output; default as many.
+        base_channels: width of the finest level.
+        channel_mults: width of each level as a multiple of the base; one entry a level.
+        blocks_per_level: residual blocks of each level on the way down (one more on the way up).
+        attention_levels: indices of the levels with self-attention; the middle always has it.
+        unshuffle: side of the pixel blocks that the stem folds into channels (1 = none).
+        dropout: probability inside the residual blocks.
+
+    Raises:
+        ValueError: channels other than 1, 3 or 4, or an attention level that does not exist.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        *,
+        base_channels: int = 32,
+        channel_mults: tuple[int, ...] = (1, 2, 4),
+        blocks_per_level: int = 1,
+        attention_levels: tuple[int, ...] = (),
+        unshuffle: int = 1,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if in_channels not in (1, 3, 4):
+            raise ValueError(f"expected images of 1, 3 or 4 channels, got {in_channels}")
+        if not set(attention_levels) <= set(range(len(channel_mults))):
+            raise ValueError(
+                f"attention_levels {attention_levels} do not all exist among the "
+                f"{len(channel_mults)} levels of channel_mults {channel_mults}"
+            )
+        out_channels = in_channels if out_channels is None else out_channels
+        self.in_channels, self.base_channels, self.unshuffle = in_channels, base_channels, unshuffle
+        self.multiple = unshuffle * 2 ** (len(channel_mults) - 1)  # sides are padded to this
+        emb_dim = 4 * base_channels
+        self.time_mlp = nn.Sequential(
+            nn.Linear(base_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
+        )
+        self.stem = nn.Conv2d(in_channels * unshuffle**2, base_channels, 3, padding=1)
+
+        widths = [base_channels * m for m in channel_mults]
+        channels, skips = base_channels, [base_channels]
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            for _ in range(blocks_per_level):
+                attends = level in attention_levels
+                self.down.append(ResBlock(channels, width, emb_dim, dropout, attends))
+                channels = width
+                skips.append(channels)
+            if level < len(widths) - 1:
+                self.down.append(Downsample(channels))
+                skips.append(channels)
+
+        self.middle = nn.ModuleList(
+            [
+                ResBlock(channels, channels, emb_dim, dropout, attends=True),
+                ResBlock(channels, channels, emb_dim, dropout, attends=False),
+            ]
+        )
+
+        self.up = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(blocks_per_level + 1):
+                attends = level in attention_levels
+                in_width = channels + skips.pop()
+                self.up.append(ResBlock(in_width, width, emb_dim, dropout, attends))
+                channels = width
+            if level > 0:
+                self.up.append(Upsample(channels))
+
+        self.out_norm = group_norm(channels)
+        out = nn.Conv2d(channels, out_channels * unshuffle**2, 3, padding=1)
+        self.out = zero_init(out)  # the untrained network predicts zero noise
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            x: noisy images (B, in_channels, H, W), any H and W.
+            t: timesteps (B,), 0 .. T-1.
+
+        Returns:
+            (B, out_channels, H, W).
+
+        Raises:
+            ValueError: the number of channels is not the network's.
+        """
+        if x.ndim != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"expected images (B, {self.in_channels}, H, W), got {tuple(x.shape)}; "
+                "was the model trained on images of other channels?"
+            )
+        H, W = x.shape[-2:]
+        x = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
+        emb = self.time_mlp(timestep_embedding(t, self.base_channels))  # (B, emb_dim)
+        h = self.stem(F.pixel_unshuffle(x, self.unshuffle))
+        skips = [h]
+        for layer in self.down:
+            h = layer(h) if isinstance(layer, Downsample) else layer(h, emb)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, emb)
+        for layer in self.up:
+            if isinstance(layer, Upsample):
+                h = layer(h)
+            else:
+                h = layer(torch.cat([h, skips.pop()], dim=1), emb)
+        h = self.out(F.silu(self.out_norm(h)))
+        return F.pixel_shuffle(h, self.unshuffle)[..., :H, :W]

@@ -1,0 +1,278 @@
+"""The figures of the course. Each function returns the figure and the numbers it shows.
+
+One style: grey images, one colour scale for all maps of a figure, the Okabe-Ito palette (told
+apart by colour-blind readers and in grey print), units on every axis.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from diffad_lite.gaussian import Step
+from diffad_lite.metrics import image_metrics
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":")
+MAP_COLOURS = "magma"
+plt.rcParams.update(
+    {
+        "figure.dpi": 100,
+        "figure.constrained_layout.use": True,
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": False,
+        "legend.frameon": False,
+        "image.interpolation": "nearest",
+    }
+)
+
+Result = tuple[Figure, dict[str, Any]]
+
+
+def _picture(image: ArrayLike) -> np.ndarray:
+    """(C, H, W) or (H, W) in [-1, 1] -> what imshow takes, in [0, 1]; 4 channels show the first."""
+    pixels = (np.asarray(image, dtype=np.float64).clip(-1, 1) + 1) / 2
+    if pixels.ndim == 3:
+        pixels = pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels[0]
+    return pixels
+
+
+def _draw(ax: Axes, image: ArrayLike, title: str = "") -> None:
+    ax.imshow(_picture(image), cmap="gray", vmin=0, vmax=1)
+    ax.set_title(title, fontsize=10)
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def _caption(fig: Figure, caption: str) -> None:
+    if caption:
+        fig.supxlabel(caption, fontsize=10)
+
+
+def show_images(
+    images: Tensor | Sequence[ArrayLike],
+    titles: Sequence[str] | None = None,
+    *,
+    columns: int = 8,
+    caption: str = "",
+) -> Result:
+    """A grid of images.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1], or a sequence of such images.
+        titles: one for each image.
+        columns: at most.
+        caption: a sentence under the figure.
+
+    Returns:
+        the figure, and ``{"images"}``.
+    """
+    n = len(images)
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    size = (1.35 * columns, (1.6 if titles else 1.4) * rows + (0.3 if caption else 0))
+    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for i, ax in enumerate(axes.flat):
+        if i < n:
+            _draw(ax, images[i], titles[i] if titles else "")
+        else:
+            ax.axis("off")
+    _caption(fig, caption)
+    return fig, {"images": images}
+
+
+def show_detections(
+    images: Tensor,
+    maps: Tensor,
+    *,
+    reconstructions: Tensor | None = None,
+    masks: Sequence[np.ndarray | None] | None = None,
+    titles: Sequence[str] | None = None,
+    scale: tuple[float, float] | None = None,
+    threshold: float | None = None,
+    caption: str = "",
+) -> Result:
+    """One column an image: image, reconstruction, anomaly map, and the true mask as an outline.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        maps: anomaly maps (N, H, W); all share one colour scale.
+        reconstructions: (N, C, H, W), or None for methods without any.
+        masks: a bool array for each image, at any size, or None.
+        titles: one for each image.
+        scale: lowest and highest value of the colour scale; default, that of these maps.
+        threshold: marked on the colour bar.
+        caption: a sentence under the figure.
+
+    Returns:
+        the figure, and ``{"maps", "scale"}``.
+    """
+    n = len(images)
+    rows = ["image", "reconstruction", "anomaly map"]
+    if reconstructions is None:
+        rows.remove("reconstruction")
+    low, high = scale or (float(maps.min()), float(maps.max()))
+    size = (1.35 * n + 1.1, 1.45 * len(rows) + 0.6)
+    fig, axes = plt.subplots(len(rows), n, figsize=size, squeeze=False)
+    for j in range(n):
+        _draw(axes[0, j], images[j], titles[j] if titles else "")
+        if reconstructions is not None:
+            _draw(axes[1, j], reconstructions[j])
+        _draw(axes[-1, j], np.zeros(maps.shape[1:]))
+        shown = axes[-1, j].imshow(np.asarray(maps[j]), cmap=MAP_COLOURS, vmin=low, vmax=high)
+        if masks is not None and masks[j] is not None and masks[j].any():
+            # Pixel centres of the mask in the map's coordinates; the two may differ in size.
+            (h, w), (H, W) = maps.shape[1:], masks[j].shape
+            x, y = (np.arange(W) + 0.5) * w / W - 0.5, (np.arange(H) + 0.5) * h / H - 0.5
+            axes[-1, j].contour(x, y, masks[j], [0.5], colors="white", linewidths=1)
+    for i, name in enumerate(rows):
+        axes[i, 0].set_ylabel(name, fontsize=10)
+    bar = fig.colorbar(shown, ax=axes[-1, :], shrink=0.9, label="map value", extend="both")
+    if threshold is not None and low < threshold < high:
+        bar.ax.axhline(threshold, color="white", linewidth=2)
+    _caption(fig, caption)
+    return fig, {"maps": maps, "scale": (low, high)}
+
+
+def show_trajectory(steps: Sequence[Step], *, index: int = 0, count: int = 8) -> Result:
+    """The states of a sampler for one image, and below each the clean image it predicts.
+
+    Args:
+        steps: what a sampler yielded.
+        index: which image of the batch.
+        count: how many states, spread evenly.
+
+    Returns:
+        the figure, and ``{"t"}``, the timesteps shown.
+    """
+    keep = np.unique(np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int))
+    fig, axes = plt.subplots(2, len(keep), figsize=(1.35 * len(keep), 3.1), squeeze=False)
+    for column, i in enumerate(keep):
+        step = steps[i]
+        label = "clean" if step.t < 0 else f"t = {step.t}"
+        _draw(axes[0, column], step.x[index], label)
+        if step.x0_hat is None:
+            axes[1, column].axis("off")
+        else:
+            _draw(axes[1, column], step.x0_hat[index])
+    axes[0, 0].set_ylabel(r"state $x_t$", fontsize=10)
+    if len(keep) > 1:
+        axes[1, 1].set_ylabel(r"estimate $\hat x_0$", fontsize=10)
+    return fig, {"t": [steps[i].t for i in keep]}
+
+
+def show_curves(
+    x: ArrayLike,
+    curves: Mapping[str, ArrayLike],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    bands: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
+    log: str = "",
+    markers: bool = False,
+) -> Result:
+    """Named curves over a common axis.
+
+    Args:
+        x: (n,).
+        curves: name -> values (n,).
+        xlabel: with its unit.
+        ylabel: with its unit.
+        title: of the figure.
+        bands: name -> lower and upper limits (n,), shaded.
+        log: ``"x"``, ``"y"`` or ``"xy"`` for logarithmic axes.
+        markers: mark the measured points.
+
+    Returns:
+        the figure, and the curves with their x.
+    """
+    fig, ax = plt.subplots(figsize=(6.2, 3.6))
+    for i, (name, values) in enumerate(curves.items()):
+        colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
+        marker = "os^Dv"[i % 5] if markers else None
+        ax.plot(x, values, line, color=colour, label=name, linewidth=1.8, marker=marker)
+        if bands and name in bands:
+            ax.fill_between(x, *bands[name], color=colour, alpha=0.18, linewidth=0)
+    if "x" in log:
+        ax.set_xscale("log")
+    if "y" in log:
+        ax.set_yscale("log")
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    if len(curves) > 1:
+        ax.legend()
+    return fig, {"x": x, **curves}
+
+
+def show_scores(
+    labels: ArrayLike,
+    scores: ArrayLike,
+    *,
+    threshold: float | None = None,
+    xlabel: str = "image score",
+) -> Result:
+    """Histograms of normal and anomalous scores, with the threshold.
+
+    Args:
+        labels: (n,), 0 normal, 1 anomalous.
+        scores: (n,).
+        threshold: drawn as a line.
+        xlabel: what the score is.
+
+    Returns:
+        the figure, and the image metrics in the title.
+    """
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    metrics = image_metrics(labels, scores)
+    bins = np.linspace(scores.min(), np.quantile(scores, 0.99), 31)
+    fig, ax = plt.subplots(figsize=(6.2, 3.2))
+    for label, name in enumerate(("normal", "anomalous")):
+        values = scores[labels == label].clip(max=bins[-1])
+        style = {"histtype": "stepfilled" if label == 0 else "step", "linewidth": 2}
+        ax.hist(values, bins, color=COLOURS[label], alpha=0.6 if label == 0 else 1,
+                label=f"{name} (n = {len(values)})", **style)  # fmt: skip
+    if threshold is not None:
+        ax.axvline(threshold, color="black", linestyle="--", label="threshold")
+    ax.set(xlabel=xlabel, ylabel="images", title=f"image AUROC {metrics['image_auroc']:.3f}")
+    ax.legend()
+    return fig, metrics
+
+
+def show_bars(
+    values: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]],
+    *,
+    xlabel: str,
+    start: float = 0.5,
+    title: str = "",
+) -> Result:
+    """Horizontal points with intervals, one row a name.
+
+    Args:
+        values: name -> value.
+        intervals: name -> (low, high).
+        xlabel: what the value is.
+        start: left end of the axis.
+        title: of the figure.
+
+    Returns:
+        the figure, and the values with their intervals.
+    """
+    fig, ax = plt.subplots(figsize=(6.2, 0.45 * len(values) + 1.1))
+    for row, (name, value) in enumerate(values.items()):
+        low, high = intervals[name]
+        ax.plot([low, high], [row, row], color=COLOURS[0], linewidth=2)
+        ax.plot(value, row, "o", color=COLOURS[1])
+        ax.text(1.01, row, f"{value:.3f}", va="center", transform=ax.get_yaxis_transform())
+    ax.set_yticks(range(len(values)), list(values))
+    ax.set_xlim(start, 1.0)
+    ax.set(xlabel=xlabel, title=title)
+    ax.invert_yaxis()
+    return fig, {name: (values[name], *intervals[name]) for name in values}
