@@ -6,6 +6,7 @@ original size where they exist. Nothing here downloads anything.
 """
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,6 +55,19 @@ class AnomalyData:
     uncertain: Tensor
     info: dict[str, Any]
 
+    def summary(self) -> dict[str, Any]:
+        """Counts and remarks, as JSON values."""
+        kinds = sorted(set(self.defect_types) - {"good"})
+        return {
+            **self.info,
+            "n_train": len(self.train),
+            "n_calibration": len(self.calibration),
+            "n_test_normal": int((self.test_labels == 0).sum()),
+            "n_test_anomalous": {kind: self.defect_types.count(kind) for kind in kinds},
+            "n_masks": sum(bool(m is not None and m.any()) for m in self.test_masks or []),
+            "n_uncertain": len(self.uncertain),
+        }
+
     def subset(self, n_test: int, seed: int = 0) -> "AnomalyData":
         """The same data with at most ``n_test`` test images, normal and anomalous alike drawn."""
         rng = np.random.default_rng(seed)
@@ -83,6 +97,7 @@ def load_dataset(
     resize: Resize = "squash",
     split_seed: int = 0,
     plant: str | None = None,
+    severity: float = 1.0,
 ) -> AnomalyData:
     """Load, split and resize one category.
 
@@ -96,6 +111,7 @@ def load_dataset(
         plant: ``"cells"`` or ``"lesions"`` replaces the anomalous test images by test normals
             with planted defects and exact masks; ``"development"`` does so with other kinds on
             half of the calibration images, for choosing hyper-parameters without the test set.
+        severity: of the planted defects; 1 is plain to see, 0.3 hard.
 
     Raises:
         ValueError: unknown name, category, resize or plant; no normal images; mixed channels.
@@ -118,7 +134,7 @@ def load_dataset(
         calibration, test = _halves(calibration, split_seed)
         types = dict.fromkeys(test, "good")
     if plant is not None:
-        test, types, masks = _plant(test, types, plant)
+        test, types, masks = _plant(test, types, plant, severity)
 
     parts = [{n: _pixels(v) for n, v in p.items()} for p in (train, calibration, test)]
     parts.append({n: _pixels(v) for n, v in source.uncertain.items()})
@@ -151,6 +167,25 @@ def load_dataset(
     )
 
 
+def data_dir() -> Path:
+    """The folder ``data/`` with bundled checkpoints and results, from any working directory.
+
+    The environment variable ``DIFFAD_DATA`` names it, else it stands beside the package in the
+    repository.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    named = os.environ.get("DIFFAD_DATA")
+    folder = Path(named) if named else Path(__file__).resolve().parent.parent / "data"
+    if not (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"no data folder at {folder}; clone the repository and install it with "
+            "'pip install -e .', or set DIFFAD_DATA to its data/ folder"
+        )
+    return folder
+
+
 def _rank(names: Sequence[str], split_seed: int) -> list[str]:
     """Names in an order that depends on the seed and each name alone."""
     return sorted(names, key=lambda n: hashlib.sha256(f"{split_seed}/{n}".encode()).digest())
@@ -161,7 +196,7 @@ def _split(source: Source, split_seed: int) -> tuple[dict, dict, dict]:
     if not source.normals:
         raise ValueError("no normal images to train on")
     names = _rank(list(source.normals), split_seed)
-    share_train, share_calibration, share_test = source.fractions
+    share_calibration, share_test = source.shares
     n_test = round(len(names) * share_test)
     n_calibration = 0 if source.calibration else round(len(names) * share_calibration)
     if not source.calibration:
@@ -197,13 +232,15 @@ def _halves(calibration: dict, split_seed: int) -> tuple[dict, dict]:
     return {n: calibration[n] for n in names[:half]}, {n: calibration[n] for n in names[half:]}
 
 
-def _plant(test: dict, types: dict, family: str) -> tuple[dict, dict, dict]:
+def _plant(test: dict, types: dict, family: str, severity: float) -> tuple[dict, dict, dict]:
     """The test normals, clean and once more with a planted defect each."""
     clean = {n: _pixels(v) for n, v in test.items() if types[n] == "good"}
     if not clean:
         raise ValueError("plant= needs normal test images, and this data set has none")
     names = list(clean)
-    images, masks, kinds = plant_on(list(clean.values()), family, seed_names=names)
+    images, masks, kinds = plant_on(
+        list(clean.values()), family, seed_names=names, severity=severity
+    )
     planted = [f"{kind}/{Path(n).name}" for n, kind in zip(names, kinds, strict=True)]
     return (
         clean | dict(zip(planted, images, strict=True)),

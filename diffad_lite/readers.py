@@ -13,6 +13,8 @@ from diffad_lite.images import list_images
 
 # Axes along which a set has no preferred direction, so that training may flip its images.
 FLIP_AXES: dict[str, tuple[int, ...]] = {"elpv": (-1, -2), "shapes": (-1,)}
+DEFAULT_CATEGORIES = {"elpv": "mono", "shapes": "disc", "digits": "all"}
+LICENCES = {"elpv": "CC BY-NC-SA 4.0", "shapes": "CC0 1.0", "digits": "CC BY 4.0"}
 CALIBRATION_FOLDERS = ("calibration", "validation")
 
 
@@ -23,7 +25,7 @@ class Source:
     Attributes:
         category: the category read.
         normals: name -> normal image without a fixed role.
-        fractions: shares of ``normals`` for training, calibration and test.
+        shares: of ``normals`` that go to calibration and to the test; training has the rest.
         calibration: name -> normal image that the source itself keeps for calibration.
         test: name -> test image that the source itself fixes.
         defect_types: name -> ``"good"`` or a defect type, for the images of ``test``.
@@ -34,7 +36,7 @@ class Source:
 
     category: str
     normals: dict[str, Any]
-    fractions: tuple[float, float, float]
+    shares: tuple[float, float]
     calibration: dict[str, Any] = field(default_factory=dict)
     test: dict[str, Any] = field(default_factory=dict)
     defect_types: dict[str, str] = field(default_factory=dict)
@@ -49,7 +51,7 @@ def read_elpv(category: str | None, root: Path | None) -> Source:
     Deitsch et al. 2019, doi 10.1016/j.solener.2019.02.067; CC BY-NC-SA 4.0. The experts' defect
     probability is 0 (normal), 1 (defective), or 1/3 and 2/3 (uncertain, left out of scores).
     """
-    category = category or "mono"
+    category = category or DEFAULT_CATEGORIES["elpv"]
     if category not in ("mono", "poly"):
         raise unknown_name("elpv category", category, ("mono", "poly"))
     spec = importlib.util.find_spec("elpv_dataset")
@@ -65,7 +67,7 @@ def read_elpv(category: str | None, root: Path | None) -> Source:
     return Source(
         category=category,
         normals=groups["good"],
-        fractions=(0.6, 0.2, 0.2),
+        shares=(0.2, 0.2),
         test=groups["defective"],
         defect_types=dict.fromkeys(groups["defective"], "defective"),
         uncertain=groups["uncertain"],
@@ -93,7 +95,7 @@ def read_folder(category: str | None, root: Path | None) -> Source:
     normals = _named(base / "train" / "good", "train/")
     if not normals:
         raise ValueError(f"{base / 'train' / 'good'} holds no images ({_suffixes()})")
-    source = Source(category or base.name, normals, (0.8, 0.2, 0.0))
+    source = Source(category or base.name, normals, (0.2, 0.0))
     for name in CALIBRATION_FOLDERS:
         if not source.calibration and (base / name / "good").is_dir():
             source.calibration = _named(base / name / "good", f"{name}/")
@@ -104,7 +106,7 @@ def read_folder(category: str | None, root: Path | None) -> Source:
             if folder.name != "good":
                 source.masks[name] = _mask_file(base / "ground_truth" / folder.name, path.stem)
     if "good" not in source.defect_types.values():
-        source.fractions = (0.6, 0.2, 0.2)
+        source.shares = (0.2, 0.2)
     return source
 
 
@@ -117,7 +119,7 @@ def _loose_folder(base: Path, category: str) -> Source:
             f"{base} has neither train/good (MVTec layout) nor images in it ({_suffixes()}); "
             f"it holds: {inside}"
         )
-    return Source(category, normals, (0.6, 0.2, 0.2))
+    return Source(category, normals, (0.2, 0.2))
 
 
 def _suffixes() -> str:
@@ -147,10 +149,11 @@ def read_shapes(category: str | None, root: Path | None) -> Source:
     Structural defects change the texture somewhere (dent, scratch, stain); logical ones keep
     every neighbourhood plausible and break the scene (object missing, a second one, misplaced).
     """
-    if category not in (None, "disc"):
+    category = category or DEFAULT_CATEGORIES["shapes"]
+    if category != "disc":
         raise unknown_name("shapes category", category, ("disc",))
     normals = {f"good/{i:03d}": draw_shape("good", i)[0] for i in range(300)}
-    source = Source("disc", normals, (0.6, 0.2, 0.2))
+    source = Source(category, normals, (0.2, 0.2))
     for kind in SHAPES_KINDS:
         for i in range(15):
             name = f"{kind}/{i:03d}"
@@ -200,7 +203,7 @@ def read_digits(category: str | None, root: Path | None) -> Source:
     """Handwritten digits, 8x8, from scikit-learn: ``all``, or one digit as the normal class."""
     from sklearn.datasets import load_digits
 
-    category = category or "all"
+    category = category or DEFAULT_CATEGORIES["digits"]
     known = ("all", *map(str, range(10)))
     if category not in known:
         raise unknown_name("digits category", category, known)
@@ -213,7 +216,7 @@ def read_digits(category: str | None, root: Path | None) -> Source:
         for n, label, image in zip(names, labels, images, strict=True)
         if category in ("all", label)
     }
-    source = Source(category, normals, (0.6, 0.2, 0.2))
+    source = Source(category, normals, (0.2, 0.2))
     for n, label, image in zip(names, labels, images, strict=True):
         if n not in normals and list(source.defect_types.values()).count(label) < 20:
             source.test[n], source.defect_types[n] = image, label

@@ -1,0 +1,230 @@
+"""The command ``diffad``: parses arguments and calls; torch is imported only when work starts."""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+EPILOG = """examples:
+  diffad doctor
+  diffad evaluate --method pca --out runs/pca
+  diffad evaluate --method anoddpm --dataset folder --root my_images --max-minutes 8 --out runs/mine
+  diffad notebooks --only 01 --profile ci
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; bad input is one line on stderr and exit code 2."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except (ValueError, FileNotFoundError, NotADirectoryError, FloatingPointError) as error:
+        print(f"diffad: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("diffad: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All sub-commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="diffad",
+        description="Diffusion-based image anomaly detection.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    evaluate = commands.add_parser("evaluate", help="train or load a method, score it, record it")
+    _add_run(evaluate)
+    evaluate.add_argument("--plant", help="planted defects: cells, lesions or development")
+    evaluate.add_argument(
+        "--checkpoint", help="load this folder, or 'bundled', instead of training"
+    )
+    evaluate.add_argument("--maps", action="store_true", help="also write all maps as TIFF")
+    evaluate.set_defaults(command=_evaluate)
+
+    train = commands.add_parser("train", help="train a method and keep its checkpoint")
+    _add_run(train)
+    train.add_argument("--bundle", action="store_true", help="also store it in data/checkpoints")
+    train.set_defaults(command=_train, plant=None)
+
+    datasets = commands.add_parser("datasets", help="list data sets, or show what one holds")
+    _add_data(datasets, required=False)
+    datasets.add_argument("--plant")
+    datasets.set_defaults(command=_datasets)
+
+    sweep = commands.add_parser("sweep", help="run a grid of a YAML file; can be interrupted")
+    sweep.add_argument("grid", type=Path)
+    sweep.add_argument("--out", type=Path, required=True)
+    sweep.set_defaults(command=_sweep)
+
+    report = commands.add_parser("report", help="render tables from result files")
+    report.add_argument("--runs", type=Path, help="first copy the records of these runs")
+    report.add_argument("--results", type=Path, default=Path("data/results"))
+    report.add_argument("documents", nargs="*", type=Path, help="Markdown files to refresh")
+    report.set_defaults(command=_report)
+
+    notebooks = commands.add_parser("notebooks", help="execute the notebook series into copies")
+    notebooks.add_argument("--profile", default="lite", help="ci, lite or paper")
+    notebooks.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    notebooks.add_argument("--only", action="append", default=[], metavar="NN")
+    notebooks.add_argument("--folder", type=Path, default=Path("notebooks"))
+    notebooks.add_argument("--out", type=Path, default=Path("runs/notebooks"))
+    notebooks.set_defaults(command=_notebooks)
+
+    doctor = commands.add_parser("doctor", help="check this installation")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser, required: bool) -> None:
+    default = "elpv" if required else None
+    parser.add_argument("--dataset", default=default, help="elpv, folder, shapes or digits")
+    parser.add_argument("--category", help="mono or poly (elpv), a sub-folder (folder)")
+    parser.add_argument("--root", help="folder of your images")
+    parser.add_argument("--image-size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--resize", default="squash", help="squash, or pad to keep the aspect")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", required=True, help="e.g. anoddpm, pca")
+    _add_data(parser, required=True)
+    parser.add_argument("--profile", default="lite", help="ci, lite or paper")
+    parser.add_argument("--seed", type=int, default=0, help="of training")
+    parser.add_argument("--variant", default="default", help="a name for --set in tables")
+    parser.add_argument("--out", type=Path, required=True, help="the run folder")
+    parser.add_argument("--max-minutes", type=float, help="of training")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.steps=100"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _run_of(arguments: argparse.Namespace):
+    from diffad_lite.experiments import Run
+
+    settings = {}
+    for assignment in arguments.set:
+        key, separator, value = assignment.partition("=")
+        if not separator:
+            raise ValueError(f"--set takes KEY=VALUE, got {assignment!r}")
+        settings[key] = value
+    names = ("method", "dataset", "category", "root", "image_size", "resize", "plant", "profile")
+    values = {name: getattr(arguments, name) for name in (*names, "seed", "variant")}
+    return Run(**values, settings=settings)
+
+
+def _budget(arguments: argparse.Namespace) -> float | None:
+    return None if arguments.max_minutes is None else 60 * arguments.max_minutes
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from diffad_lite.experiments import bundled_checkpoint, evaluate
+
+    run = _run_of(arguments)
+    checkpoint = arguments.checkpoint
+    if checkpoint == "bundled":
+        checkpoint = bundled_checkpoint(run.method, run.dataset, run.category)
+    result = evaluate(
+        run,
+        arguments.out,
+        checkpoint=checkpoint,
+        budget=_budget(arguments),
+        save_maps=arguments.maps,
+        progress=not arguments.quiet,
+    )
+    low, high = result["image_auroc_ci"]
+    print(f"image AUROC {result['image_auroc']:.3f}, 95 % interval {low:.3f} to {high:.3f}")
+    if result["aupro"] is not None:
+        print(f"pixel AUROC {result['pixel_auroc']:.3f}, AUPRO {result['aupro']:.3f}")
+    print(f"record: {arguments.out / 'result.json'}")
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from diffad_lite.experiments import bundle, train
+
+    run = _run_of(arguments)
+    data = run.load_data()
+    progress = not arguments.quiet
+    method = train(run, data, arguments.out, budget=_budget(arguments), progress=progress)
+    for stage, report in method.reports_.items():
+        print(f"{stage}: {report['steps']:.0f} steps in {report['seconds']:.0f} s")
+    print(f"checkpoint: {arguments.out / 'checkpoint'}")
+    if arguments.bundle:
+        words = [w for w in sys.argv[1:] if not w.startswith(str(arguments.out))]
+        print(f"bundled: {bundle(run, data, method, command=shlex.join(['diffad', *words]))}")
+    return 0
+
+
+def _datasets(arguments: argparse.Namespace) -> int:
+    from diffad_lite.datasets import load_dataset
+    from diffad_lite.readers import READERS
+
+    if arguments.dataset is None:
+        for name, reader in READERS.items():
+            print(f"{name:8} {(reader.__doc__ or '').splitlines()[0]}")
+        return 0
+    data = load_dataset(
+        arguments.dataset,
+        arguments.category,
+        root=arguments.root,
+        image_size=arguments.image_size,
+        resize=arguments.resize,
+        plant=arguments.plant,
+    )
+    print(json.dumps(data.summary(), indent=2))
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from diffad_lite.sweep import read_grid, sweep
+
+    failures = sweep(read_grid(arguments.grid), arguments.out)
+    for line in failures:
+        print(f"diffad: {line}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from diffad_lite.report import collect, render
+
+    if arguments.runs is not None:
+        print(f"{collect(arguments.runs, arguments.results)} records copied")
+    for path in render(arguments.results, arguments.documents):
+        print(f"rendered {path}")
+    return 0
+
+
+def _notebooks(arguments: argparse.Namespace) -> int:
+    from diffad_lite.notebooks import run_notebooks
+
+    parameters = {"profile": arguments.profile}
+    for name, text in arguments.p:
+        try:
+            parameters[name] = json.loads(text)
+        except json.JSONDecodeError:
+            parameters[name] = text
+    failures = run_notebooks(
+        arguments.folder, arguments.out, parameters=parameters, only=arguments.only
+    )
+    for line in failures:
+        print(f"diffad: {line}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from diffad_lite.doctor import checks
+
+    ok = True
+    for check in checks():
+        print(check)
+        ok &= check.ok
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""One run: a method on a data set with a profile and a seed, to a folder with its record.
+
+A run folder holds ``state/`` (training to go on with), ``checkpoint/``, ``result.json``,
+``scores.csv`` and ``figure.png``. The result is written last, so its presence means "done".
+"""
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffad_lite.config import config_hash, override, read_json, to_dict, write_json
+from diffad_lite.datasets import AnomalyData, data_dir, load_dataset
+from diffad_lite.doctor import machine_record
+from diffad_lite.methods import Method, get_method, load_pretrained
+from diffad_lite.metrics import image_metrics
+from diffad_lite.readers import DEFAULT_CATEGORIES, LICENCES
+from diffad_lite.scoring import export_maps, quality, write_figure, write_scores
+
+CI_TEST_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run. Two runs with equal fields and code give the same numbers.
+
+    Attributes:
+        method: name in the registry.
+        dataset: see :func:`~diffad_lite.datasets.load_dataset`, as the next five.
+        category: None is the data set's default.
+        root: folder of the images.
+        image_size: side in pixels.
+        resize: ``squash`` or ``pad``.
+        plant: family of planted defects, or None for the real test set.
+        profile: ``ci``, ``lite`` or ``paper``.
+        seed: of training.
+        variant: a name for ``settings`` in tables.
+        settings: configuration fields to override, dotted name -> JSON text.
+    """
+
+    method: str
+    dataset: str = "elpv"
+    category: str | None = None
+    root: str | None = None
+    image_size: int = 64
+    resize: str = "squash"
+    plant: str | None = None
+    profile: str = "lite"
+    seed: int = 0
+    variant: str = "default"
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    def load_data(self) -> AnomalyData:
+        """The data of this run; the ci profile scores few images."""
+        data = load_dataset(
+            self.dataset,
+            self.category,
+            root=self.root,
+            image_size=self.image_size,
+            resize=self.resize,
+            plant=self.plant,
+        )
+        return data.subset(CI_TEST_IMAGES) if self.profile == "ci" else data
+
+    def new_method(self, data: AnomalyData) -> Method:
+        """The untrained method with this run's configuration."""
+        cls = get_method(self.method)
+        config = cls.Config.for_profile(
+            self.profile,
+            channels=data.info["channels"],
+            image_size=self.image_size,
+            dataset=self.dataset,
+            category=data.info["category"],
+        )
+        return cls(override(config, self.settings))
+
+
+# ------------------------------------------------------------------------------ train or load
+
+
+def train(
+    run: Run, data: AnomalyData, out: Path, *, budget: float | None = None, progress: bool = True
+) -> Method:
+    """Train into ``out/state`` and ``out/checkpoint``; a second call goes on or loads."""
+    method = run.new_method(data)
+    identity = {"config": to_dict(method.config), "seed": run.seed, **_fingerprint(data)}
+    checkpoint = out / "checkpoint"
+    if (checkpoint / "config.json").exists():
+        stored = read_json(checkpoint / "config.json", "checkpoint's config.json")
+        if {key: stored.get(key) for key in identity} == identity:
+            return load_pretrained(checkpoint)
+        raise ValueError(
+            f"{checkpoint} was trained with another configuration, seed or data; choose another "
+            "--out, or delete that folder to train anew"
+        )
+    method.fit(
+        data.train,
+        data.calibration,
+        seed=run.seed,
+        budget=budget,
+        workdir=out / "state",
+        progress=progress,
+    )
+    method.save_pretrained(checkpoint, seed=run.seed, **_fingerprint(data))
+    return method
+
+
+def load_checkpoint(folder: str | Path, data: AnomalyData, **changes: Any) -> Method:
+    """Load a checkpoint for ``data``, which must be split as it was in training.
+
+    Raises:
+        ValueError: the checkpoint was fitted on other images, so that test images of ``data``
+            may have been training images.
+    """
+    method = load_pretrained(folder, **changes)
+    stored = read_json(Path(folder) / "config.json", "checkpoint's config.json")
+    if stored.get("fingerprint") != data.info["fingerprint"]:
+        raise ValueError(
+            f"{folder} was fitted on another split or data set (fingerprint "
+            f"{stored.get('fingerprint')}, this data has {data.info['fingerprint']}); its "
+            "training images may be among these test images: train on this data instead"
+        )
+    if method.threshold_ is None or data.info["plant"] == "development":
+        method.calibrate(data.calibration)
+    return method
+
+
+def bundled_checkpoint(method: str, dataset: str, category: str | None) -> Path:
+    """Where the repository keeps lite weights for this data."""
+    category = category or DEFAULT_CATEGORIES.get(dataset)
+    return data_dir() / "checkpoints" / "-".join(filter(None, (dataset, category, method)))
+
+
+def bundle(run: Run, data: AnomalyData, method: Method, *, command: str) -> Path:
+    """Store a trained method in ``data/checkpoints`` in float16, with its line in the index.
+
+    The metrics in the index are those of the stored float16 weights on the test set.
+    """
+    folder = bundled_checkpoint(run.method, run.dataset, data.info["category"])
+    method.save_pretrained(folder, dtype=torch.float16, seed=run.seed, **_fingerprint(data))
+    stored = load_pretrained(folder).calibrate(data.calibration)
+    stored.save_pretrained(folder, dtype=torch.float16, seed=run.seed, **_fingerprint(data))
+    path = folder.parent / "index.json"
+    index = read_json(path, "index of checkpoints") if path.exists() else {}
+    scores = stored.predict(data.test_images).image_score.numpy()
+    index[folder.name] = {
+        "file": f"{folder.name}/model.safetensors",
+        "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "command": command,
+        "seed": run.seed,
+        **_fingerprint(data),
+        "config": to_dict(stored.config),
+        "metrics": image_metrics(data.test_labels, scores),
+        "reports": stored.reports_,
+        "licence": LICENCES.get(run.dataset, "see the data set"),
+    }
+    write_json(path, dict(sorted(index.items())))
+    return folder
+
+
+def pretrained_or_train(run: Run, data: AnomalyData, *, retrain: bool = False) -> Method:
+    """For notebooks: the bundled lite weights in ci and lite, else (or on demand) training.
+
+    A training goes to ``runs/notebooks/<method>-<profile>`` below the working directory and
+    goes on from there when it was interrupted.
+    """
+    folder = bundled_checkpoint(run.method, run.dataset, data.info["category"])
+    if not retrain and run.profile != "paper" and folder.is_dir():
+        return load_checkpoint(folder, data)
+    key = f"{run.method}-{data.info['name']}-{data.info['category']}-{run.profile}-s{run.seed}"
+    return train(run, data, Path("runs") / "notebooks" / key)
+
+
+def _fingerprint(data: AnomalyData) -> dict[str, Any]:
+    return {"fingerprint": data.info["fingerprint"], "split_seed": data.info["split_seed"]}
+
+
+# -------------------------------------------------------------------------------------- score
+
+
+def evaluate(
+    run: Run,
+    out: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    budget: float | None = None,
+    save_maps: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train or load, score the test set, and write the record.
+
+    Args:
+        run: what to run.
+        out: the run folder.
+        checkpoint: load this instead of training; ``run.settings`` may then change inference
+            settings only.
+        budget: seconds of training.
+        save_maps: write every anomaly map at its original size, in MVTec's layout (float32 TIFF).
+        progress: show progress bars.
+
+    Returns:
+        the contents of ``result.json``.
+
+    Raises:
+        ValueError: no anomalous test images, or anything that loading and training raise.
+    """
+    out = Path(out)
+    data = run.load_data()
+    if data.test_labels.min() == data.test_labels.max():
+        raise ValueError(
+            "the test set has only one class, so that there is nothing to measure; add "
+            "test/<defect> images, or use --plant cells to score planted defects"
+        )
+    if checkpoint is None:
+        method = train(run, data, out, budget=budget, progress=progress)
+    else:
+        stored = load_pretrained(checkpoint).config
+        wanted = to_dict(override(stored, run.settings))
+        method = load_checkpoint(checkpoint, data, **wanted)
+    started = time.perf_counter()
+    with method.count_evaluations() as evaluations:
+        prediction = method.predict(data.test_images)
+    seconds = time.perf_counter() - started
+    n = len(data.test_labels)
+    result = {
+        **_identity(run, data, method, checkpoint),
+        **quality(data, prediction, method.threshold_),
+        "train_seconds": sum(r["seconds"] for r in method.reports_.values()),
+        "train_steps": sum(r["steps"] for r in method.reports_.values()),
+        "ms_per_image": 1000 * seconds / n,
+        "network_evaluations_per_image": evaluations[0] / n,
+        "n_parameters": sum(p.numel() for p in method.network.parameters()),
+        **machine_record(method.device),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_scores(out / "scores.csv", data, prediction)
+    write_figure(out / "figure.png", data, prediction, method)
+    if save_maps:
+        export_maps(data, prediction.anomaly_map, out / "maps" / data.info["category"])
+    write_json(out / "result.json", result)
+    return result
+
+
+def run_hash(run: Run, config: Mapping[str, Any]) -> str:
+    """Identifies what was run: the run and the full configuration that it came to."""
+    values = to_dict(run)
+    values.pop("root"), values.pop("settings")  # where files lie, and what config already says
+    return config_hash(values | {"config": config})
+
+
+def _identity(
+    run: Run, data: AnomalyData, method: Method, checkpoint: str | Path | None
+) -> dict[str, Any]:
+    values = to_dict(replace(run, settings={}))
+    values.pop("settings"), values.pop("root")
+    config = to_dict(method.config)
+    return values | {
+        "category": data.info["category"],
+        "split_seed": data.info["split_seed"],
+        "data_fingerprint": data.info["fingerprint"],
+        "config": config,
+        "config_hash": run_hash(run, config),
+        "checkpoint": None if checkpoint is None else Path(checkpoint).name,
+        "n_train": len(data.train),
+        "n_calibration": len(data.calibration),
+        "n_test": len(data.test_labels),
+        "n_anomalous": int(data.test_labels.sum()),
+    }

@@ -1,0 +1,186 @@
+"""Tables and figures rendered from result files; no number in the course is typed by hand."""
+
+import csv
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffad_lite.config import read_json, write_atomically
+from diffad_lite.metrics import bootstrap_auroc
+
+Result = dict[str, Any]
+MARKS = "<!-- {}: rendered by 'make tables' -->", "<!-- end -->"
+METHOD_NAMES = {
+    "brightness": "brightness (control)",
+    "mean_image": "mean image",
+    "pca": "PCA residual",
+    "anoddpm": "AnoDDPM",
+}
+VARIANT_NAMES = {"raw": "raw maps", "default": "calibrated"}
+
+
+def read_results(folder: str | Path) -> list[Result]:
+    """All ``result.json`` below a folder, each with its own ``folder`` added.
+
+    Raises:
+        FileNotFoundError: none there.
+        ValueError: one is broken, which is named.
+    """
+    paths = sorted(Path(folder).rglob("result.json"))
+    if not paths:
+        raise FileNotFoundError(f"no result.json below {folder}; run 'diffad evaluate' first")
+    return [read_json(path, "result") | {"folder": path.parent} for path in paths]
+
+
+def read_scores(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,) and image scores (n,) of a run, in the order of the data set."""
+    with (folder / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    labels = np.array([int(row["label"]) for row in rows])
+    return labels, np.array([float(row["image_score"]) for row in rows])
+
+
+def collect(runs: str | Path, results: str | Path) -> int:
+    """Copy the records (not weights) of finished runs into ``results``; returns how many."""
+    runs, results = Path(runs), Path(results)
+    found = read_results(runs)
+    for result in found:
+        target = results / result["folder"].relative_to(runs)
+        for name in ("scores.csv", "result.json"):
+            source = result["folder"] / name
+            write_atomically(target / name, lambda p, source=source: shutil.copyfile(source, p))
+    return len(found)
+
+
+def grouped(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Runs that differ in their seed only, by (method, variant), in the order of the methods."""
+    groups = defaultdict(list)
+    for result in results:
+        groups[result["method"], result["variant"]].append(result)
+    order = list(METHOD_NAMES)
+    return {
+        key: sorted(groups[key], key=lambda r: r["seed"])
+        for key in sorted(groups, key=lambda k: (order.index(k[0]), k[1] != "raw", k[1]))
+    }
+
+
+def auroc_over_seeds(group: Sequence[Result]) -> tuple[float, float, float]:
+    """Mean image AUROC of the seeds and its bootstrap interval over images."""
+    scores = [read_scores(result["folder"]) for result in group]
+    low, high = bootstrap_auroc(scores[0][0], np.stack([s for _, s in scores]))
+    return float(np.mean([r["image_auroc"] for r in group])), low, high
+
+
+def select(results: Iterable[Result], **wanted: Any) -> list[Result]:
+    """The results whose fields have these values."""
+    return [r for r in results if all(r[key] == value for key, value in wanted.items())]
+
+
+def label_of(method: str, variant: str) -> str:
+    """How a table names a method and its variant."""
+    return f"{METHOD_NAMES[method]}, {VARIANT_NAMES.get(variant, variant)}"
+
+
+def image_table(results: Iterable[Result]) -> str:
+    """Image metrics as Markdown, one row for each method and variant."""
+    lines = [
+        "| method | seeds | image AUROC [95 %] | AP | F1 at threshold | false alarms | "
+        "training | ms / image | evaluations |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (method, variant), group in grouped(results).items():
+        auroc, low, high = auroc_over_seeds(group)
+        cells = [
+            label_of(method, variant),
+            ", ".join(str(r["seed"]) for r in group),
+            f"{auroc:.3f} [{low:.3f}, {high:.3f}]",
+            f"{mean(group, 'image_ap'):.3f}",
+            f"{mean(group, 'f1_at_normal_threshold'):.3f}",
+            f"{100 * mean(group, 'false_alarms_at_normal_threshold'):.0f} %",
+            f"{mean(group, 'train_seconds') / 60:.1f} min",
+            f"{mean(group, 'ms_per_image'):.1f}",
+            f"{mean(group, 'network_evaluations_per_image'):.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def pixel_table(results: Iterable[Result]) -> str:
+    """Pixel metrics as Markdown, overall and AUPRO for each kind of defect."""
+    results = list(results)
+    kinds = sorted({kind for r in results for kind in r["per_defect"]})
+    head = ["method", "seeds", "pixel AUROC", "pixel AP", "AUPRO", *(f"AUPRO {k}" for k in kinds)]
+    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    for (method, variant), group in grouped(results).items():
+        cells = [label_of(method, variant), ", ".join(str(r["seed"]) for r in group)]
+        cells += [f"{mean(group, key):.3f}" for key in ("pixel_auroc", "pixel_ap", "aupro")]
+        cells += [f"{np.mean([r['per_defect'][k]['aupro'] for r in group]):.3f}" for k in kinds]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def mean(group: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Mean of a field over runs."""
+    return float(np.mean([result[key] for result in group]))
+
+
+def tables(results: Sequence[Result]) -> dict[str, str]:
+    """Every table of the course: name -> Markdown."""
+    found = {}
+    data = sorted({(r["dataset"], r["category"]) for r in results})
+    for dataset, category in data:
+        chosen = select(results, dataset=dataset, category=category)
+        key = f"{dataset}-{category}"
+        if real := select(chosen, plant=None):
+            found[f"{key}"] = image_table(real)
+        for plant in sorted({r["plant"] for r in chosen} - {None}):
+            planted = select(chosen, plant=plant)
+            found[f"{key}-{plant}"] = pixel_table(planted)
+    return found
+
+
+def render(results: str | Path, documents: Iterable[Path]) -> list[Path]:
+    """Write ``tables.md`` into ``results`` and refresh the marked tables of documents.
+
+    A marked table stands between ``<!-- table NAME: rendered by 'make tables' -->`` and
+    ``<!-- end -->``.
+
+    Returns:
+        the files that changed.
+
+    Raises:
+        ValueError: a document asks for a table that no result makes.
+    """
+    rendered = tables(read_results(results))
+    parts = [f"## {name}\n\n{table}\n" for name, table in rendered.items()]
+    head = "# Results\n\nRendered from the result files of this folder by `make tables`.\n"
+    targets = {Path(results) / "tables.md": "\n".join([head, *parts])}
+    for path in documents:
+        targets[path] = _refresh(path, rendered)
+    changed = []
+    for path, text in targets.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_atomically(path, lambda p, text=text: p.write_text(text, encoding="utf-8"))
+            changed.append(path)
+    return changed
+
+
+def _refresh(path: Path, rendered: Mapping[str, str]) -> str:
+    """The document's text with its marked tables replaced."""
+    text = path.read_text(encoding="utf-8")
+    start, end = MARKS
+    prefix, suffix = start.split("{}")
+    pieces = text.split(prefix + "table ")
+    for i, piece in enumerate(pieces[1:], 1):
+        name, rest = piece.split(suffix, 1)
+        if name not in rendered:
+            raise ValueError(f"{path} asks for the table {name!r}; there are: {list(rendered)}")
+        if end not in rest:
+            raise ValueError(f"{path}: the table {name!r} has no closing {end}")
+        rest = rest.split(end, 1)[1]
+        pieces[i] = f"{name}{suffix}\n{rendered[name]}\n{end}{rest}"
+    return (prefix + "table ").join(pieces)

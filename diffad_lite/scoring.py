@@ -1,0 +1,111 @@
+"""From predictions to numbers and files: metrics of a run, score table, maps, figure."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from diffad_lite.config import write_atomically
+from diffad_lite.datasets import AnomalyData
+from diffad_lite.images import pad_box
+from diffad_lite.methods import Method, Prediction
+from diffad_lite.metrics import bootstrap_auroc, f1_at_threshold, image_metrics, pixel_metrics
+from diffad_lite.plots import show_detections
+
+PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "aupro", "dice_oracle")
+
+
+def quality(data: AnomalyData, prediction: Prediction, threshold: float) -> dict[str, Any]:
+    """All metrics of one run; pixel metrics are None where no mask is known."""
+    labels, scores = data.test_labels, prediction.image_score.numpy()
+    kinds = np.array(data.defect_types)
+    per_defect = {}
+    for kind in sorted(set(kinds[labels == 1])):
+        chosen = (labels == 0) | (kinds == kind)
+        per_defect[kind] = {
+            "n": int((kinds == kind).sum()),
+            "image_auroc": image_metrics(labels[chosen], scores[chosen])["image_auroc"],
+            **_pixel_quality(data, prediction.anomaly_map, chosen),
+        }
+    return {
+        **image_metrics(labels, scores),
+        "image_auroc_ci": list(bootstrap_auroc(labels, scores)),
+        "threshold": threshold,
+        "f1_at_normal_threshold": f1_at_threshold(labels, scores, threshold),
+        "false_alarms_at_normal_threshold": float((scores[labels == 0] > threshold).mean()),
+        **_pixel_quality(data, prediction.anomaly_map, np.ones(len(labels), dtype=bool)),
+        "per_defect": per_defect,
+    }
+
+
+def _pixel_quality(data: AnomalyData, maps: Tensor, chosen: np.ndarray) -> dict[str, Any]:
+    if data.test_masks is None:
+        return dict.fromkeys(PIXEL_METRICS)
+    known = [i for i in np.flatnonzero(chosen) if data.test_masks[i] is not None]
+    masks = [data.test_masks[i] for i in known]
+    if not any(mask.any() for mask in masks):
+        return dict.fromkeys(PIXEL_METRICS)
+    return pixel_metrics(masks, [map_at_original_size(data, maps, i) for i in known])
+
+
+def map_at_original_size(data: AnomalyData, maps: Tensor, i: int) -> np.ndarray:
+    """The map of test image ``i`` (of (N, H, W)), bilinear, at the size its mask has."""
+    H, W = data.original_sizes[i]
+    anomaly_map = maps[i]
+    if data.info["resize"] == "pad":
+        top, left, h, w = pad_box(H, W, data.info["image_size"])
+        anomaly_map = anomaly_map[top : top + h, left : left + w]
+    return F.interpolate(anomaly_map[None, None], size=(H, W), mode="bilinear")[0, 0].numpy()
+
+
+def export_maps(data: AnomalyData, maps: Tensor, folder: Path) -> None:
+    """Write maps as ``<folder>/test/<defect>/<id>.tiff``, as MVTec's evaluation script reads."""
+    for i, name in enumerate(data.test_ids):
+        pixels = map_at_original_size(data, maps, i).astype(np.float32)
+        path = (folder / "test" / name).with_suffix(".tiff")
+        write_atomically(path, lambda p, pixels=pixels: Image.fromarray(pixels).save(p))
+
+
+def write_scores(path: Path, data: AnomalyData, prediction: Prediction) -> None:
+    """One row a test image: id, label, defect_type, image_score."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("id", "label", "defect_type", "image_score"))
+            rows = zip(data.test_ids, data.test_labels, data.defect_types, strict=True)
+            for row, score in zip(rows, prediction.image_score.tolist(), strict=True):
+                writer.writerow((*row, f"{score:.6g}"))
+
+    write_atomically(path, write)
+
+
+def write_figure(path: Path, data: AnomalyData, prediction: Prediction, method: Method) -> None:
+    """Two normal and six anomalous test images, the first of each kind of defect first."""
+    order = np.argsort(data.test_ids, kind="stable")
+    kinds = np.array(data.defect_types)[order]
+    first = {kind: order[kinds == kind] for kind in sorted(set(kinds))}
+    anomalous = [v for k, v in first.items() if k != "good"]
+    turn = [v[i] for i in range(6) for v in anomalous if i < len(v)][:6]
+    chosen = [*first["good"][:2], *turn]
+    normal_maps = prediction.anomaly_map[data.test_labels == 0]
+    top = float(normal_maps.flatten().quantile(0.999)) if normal_maps.numel() < 1e7 else None
+    fig, _ = show_detections(
+        data.test_images[chosen],
+        prediction.anomaly_map[chosen],
+        reconstructions=None
+        if prediction.reconstruction is None
+        else prediction.reconstruction[chosen],
+        masks=[data.test_masks[i] for i in chosen] if data.test_masks else None,
+        titles=[data.defect_types[i] for i in chosen],
+        scale=(0.0, 2 * top) if top else None,
+        caption=f"{method.name} on {data.info['name']} {data.info['category']}; the colour scale "
+        "ends at twice the 99.9 % quantile of normal pixels",
+    )
+    write_atomically(path, lambda p: fig.savefig(p))
+    plt.close(fig)

@@ -1,0 +1,130 @@
+"""A grid of runs, one after the other, that can be interrupted and called again.
+
+A grid is a YAML file (or the same as a dictionary)::
+
+    profile: lite
+    methods: [pca, anoddpm]
+    seeds: [0, 1, 2]
+    data:
+      - {dataset: elpv, category: mono}
+    plants: [null, cells]            # scored with the same training
+    variants:                        # inference settings, scored with the same training
+      raw: {calibrate: false}
+      default: {}
+
+One training serves all plants and variants of its (method, data, seed). A scoring is skipped
+when its ``result.json`` carries the hash of the same run and configuration.
+"""
+
+import itertools
+import json
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffad_lite.config import override, read_json, to_dict, unknown_name
+from diffad_lite.experiments import Run, evaluate, run_hash, train
+from diffad_lite.methods import load_pretrained
+
+KEYS = ("profile", "methods", "seeds", "data", "plants", "variants", "settings")
+
+
+def read_grid(path: str | Path) -> dict[str, Any]:
+    """Read and check a grid.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, an unknown key, or no methods or data.
+    """
+    try:
+        grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no grid at {path}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(grid, dict):
+        raise ValueError(f"{path} must be a mapping with the keys {', '.join(KEYS)}")
+    for key in grid:
+        if key not in KEYS:
+            raise unknown_name(f"key in {path}", str(key), KEYS)
+    for key in ("methods", "data"):
+        if not grid.get(key):
+            raise ValueError(f"{path} names no {key}")
+    return grid
+
+
+def trainings(grid: Mapping[str, Any]) -> Iterator[Run]:
+    """The runs that are trained, in order: data, then methods, then seeds."""
+    seeds = grid.get("seeds") or [0]
+    settings = {k: json.dumps(v) for k, v in (grid.get("settings") or {}).items()}
+    for data, method, seed in itertools.product(grid["data"], grid["methods"], seeds):
+        profile = grid.get("profile", "lite")
+        yield Run(method=method, profile=profile, seed=seed, settings=settings, **data)
+
+
+def scorings(grid: Mapping[str, Any], run: Run) -> Iterator[Run]:
+    """What one training is scored on: every plant with every variant."""
+    variants = grid.get("variants") or {"default": {}}
+    plants = grid.get("plants") or [None]
+    for plant, (name, changes) in itertools.product(plants, variants.items()):
+        settings = {k: json.dumps(v) for k, v in (changes or {}).items()}
+        yield replace(run, plant=plant, variant=name, settings=settings)
+
+
+def folder_of(run: Run, out: Path) -> Path:
+    """``out/<method>/<data>/s<seed>``, of one training."""
+    data = "-".join(filter(None, (run.dataset, run.category)))
+    return out / run.method / data / f"s{run.seed}"
+
+
+def sweep(grid: Mapping[str, Any], out: str | Path, *, progress: bool = True) -> list[str]:
+    """Run a grid; finished scorings are skipped, an interrupted training goes on.
+
+    Returns:
+        one line for each failure; each also stands in ``error.txt`` of its folder.
+    """
+    out, failures = Path(out), []
+    runs = list(trainings(grid))
+    for i, run in enumerate(runs, 1):
+        folder = folder_of(run, out)
+        print(f"[{i}/{len(runs)}] {folder.relative_to(out)}", flush=True)
+        try:
+            _run_one(grid, run, folder, progress)
+            (folder / "error.txt").unlink(missing_ok=True)
+        except Exception as error:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            failures.append(f"{folder}: {type(error).__name__}: {error}")
+            print(f"  failed: {error}", flush=True)
+    return failures
+
+
+def _run_one(grid: Mapping[str, Any], run: Run, folder: Path, progress: bool) -> None:
+    """Train one run, unless that is done, and make the scorings that are missing."""
+    checkpoint = folder / "checkpoint"
+    train(run, run.load_data(), folder, progress=progress)
+    for scoring in scorings(grid, run):
+        name = "-".join(filter(None, (scoring.variant, scoring.plant)))
+        if is_done(scoring, folder / name / "result.json", checkpoint):
+            print(f"  {name}: done before", flush=True)
+            continue
+        result = evaluate(scoring, folder / name, checkpoint=checkpoint, progress=progress)
+        print(f"  {name}: image AUROC {result['image_auroc']:.3f}", flush=True)
+
+
+def is_done(run: Run, path: Path, checkpoint: Path) -> bool:
+    """Whether ``path`` is the result of this very run; a broken file is named and redone."""
+    if not path.exists():
+        return False
+    try:
+        result = read_json(path, "result")
+        config = override(load_pretrained(checkpoint).config, run.settings)
+        wanted = replace(run, category=result["category"])
+        return result["config_hash"] == run_hash(wanted, to_dict(config))
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"  {path} is broken and is made again: {error}", flush=True)
+        return False

@@ -1,0 +1,313 @@
+"""The real notebooks: fresh, clean, with exercises that work and lessons equal to the package.
+
+Nothing is executed in a kernel here: exercises run in this process, with the ci profile.
+"""
+
+import importlib
+import importlib.util
+import linecache
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from IPython.display import display
+
+from diffad_lite.gaussian import GaussianDiffusion
+from diffad_lite.schedules import NoiseSchedule
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+
+
+def load_tool(name):
+    path = NOTEBOOKS / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"notebook_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build, lint = load_tool("build"), load_tool("lint")
+MASTERS = list(build.find_masters(NOTEBOOKS).values())
+each_master = pytest.mark.parametrize("master", MASTERS, ids=lambda master: master.stem)
+
+
+def test_notebooks_are_what_their_masters_make_and_were_executed(capsys):
+    code = build.main(["--check"])
+    assert code == 0, capsys.readouterr().out
+
+
+def test_notebooks_keep_the_house_rules(capsys):
+    code = lint.main([])
+    assert code == 0, capsys.readouterr().out
+
+
+# --- exercises
+
+
+@pytest.fixture
+def classroom(monkeypatch):
+    """The surroundings of a notebook under nbval; what cells change in them is put back."""
+    monkeypatch.setenv("DIFFAD_PROFILE", "ci")
+    monkeypatch.setenv("DIFFAD_STATIC", "1")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.chdir(NOTEBOOKS)
+    plt.switch_backend("agg")
+    threads = torch.get_num_threads()
+    with plt.rc_context(), torch.random.fork_rng(devices=[]):
+        yield
+    torch.set_num_threads(threads)
+    plt.close("all")
+
+
+def run_cell(source, namespace, name):
+    """Execute a cell; tracebacks and ``inspect.getsource`` see its lines."""
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    exec(compile(source, name, "exec"), namespace)
+
+
+def exercise_cells(master, *, stub):
+    """Role, name for tracebacks, and source of what the exercises are made of, in order."""
+    for number, cell in enumerate(build.read_master(master), 1):
+        role, source = build.role(cell), cell.source
+        if role == "exercise":
+            yield role, source.splitlines()[0], ""
+        elif role and cell.cell_type == "code":
+            source = build.fill(source, stub=stub) if role == "solution" else source
+            yield role, f"<{master.name}, cell {number}, {role}>", source
+
+
+def run_solved(master):
+    """Run what the exercises need, every solution and every check; any error is one of ours."""
+    namespace = {"__name__": "__main__", "display": display}
+    for role, name, source in exercise_cells(master, stub=False):
+        if role != "exercise":
+            run_cell(source, namespace, name)
+
+
+def unsolved_that_pass(master):
+    """The prompts of exercises whose stubs, left as they are, pass their checks."""
+    namespace = {"__name__": "__main__", "display": display}
+    failed = {}
+    prompt = None
+    for role, name, source in exercise_cells(master, stub=True):
+        if role == "exercise":
+            prompt = name
+            failed[prompt] = False
+        elif role not in ("solution", "check"):
+            run_cell(source, namespace, name)
+        elif not failed[prompt]:
+            expected = (NotImplementedError,)
+            expected += (AssertionError, NameError) if role == "check" else ()
+            try:
+                run_cell(source, namespace, name)
+            except expected:
+                failed[prompt] = True
+    return [prompt for prompt, done in failed.items() if not done]
+
+
+@each_master
+@pytest.mark.usefixtures("classroom")
+def test_solutions_pass_their_checks(master):
+    run_solved(master)
+
+
+@each_master
+@pytest.mark.usefixtures("classroom")
+def test_stubs_do_not_pass_their_checks(master):
+    assert unsolved_that_pass(master) == []
+
+
+MADE = """\
+# %% [markdown]
+# # Made
+
+# %% tags=["parameters"]
+profile: str = "lite"  # ci | lite | paper
+
+# %% tags=["setup"]
+import os
+import matplotlib.pyplot as plt
+assert os.environ["DIFFAD_PROFILE"] == "ci" and os.path.basename(os.getcwd()) == "notebooks"
+plt.rcParams["figure.dpi"] = 33
+
+# %%
+raise RuntimeError("a lesson's cell that no exercise needs")
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 00.1 ★
+
+# %% tags=["solution"]
+def one():
+    # BEGIN SOLUTION
+    return 1
+    # END SOLUTION
+
+# %% tags=["check"]
+assert one() == 1
+
+# %% tags=["context"]
+three = 3
+
+# %% [markdown] tags=["exercise"]
+# ### Exercise 00.2 ★
+
+# %% tags=["solution"]
+# BEGIN SOLUTION
+two = three - 1
+# END SOLUTION
+
+# %% tags=["check"]
+assert two == 2
+"""
+
+
+@pytest.fixture
+def made(tmp_path, classroom):
+    """Write a made master, with a change."""
+
+    def write(old="", new=""):
+        assert old in MADE
+        (tmp_path / "00_made.py").write_text(MADE.replace(old, new), encoding="utf-8")
+        return tmp_path / "00_made.py"
+
+    return write
+
+
+def test_the_exercise_runner_accepts_a_sound_master(made):
+    run_solved(made())
+    assert plt.rcParams["figure.dpi"] == 33
+    assert unsolved_that_pass(made()) == []
+
+
+def test_the_exercise_runner_sees_a_wrong_solution(made):
+    with pytest.raises(AssertionError):
+        run_solved(made("return 1", "return 4"))
+
+
+def test_the_exercise_runner_sees_a_check_that_checks_nothing(made):
+    assert unsolved_that_pass(made("assert one() == 1", "pass")) == ["### Exercise 00.1 ★"]
+
+
+def test_the_exercise_runner_sees_a_context_that_needs_a_solution(made):
+    with pytest.raises(NotImplementedError):
+        unsolved_that_pass(made("three = 3", "three = 2 + one()"))
+
+
+def test_the_exercise_runner_sees_a_stub_that_breaks_in_another_way(made):
+    with pytest.raises(ZeroDivisionError):
+        unsolved_that_pass(made("def one():\n", "def one(x=1 / 0):\n"))
+
+
+# --- cells that re-derive code of the package
+
+
+def same(*arguments):
+    """One comparison, where the lesson's function takes what the package's does."""
+    return arguments, arguments
+
+
+def betas_inputs():
+    return [same("linear", 10), same("cosine", 1000), same("scaled_linear", 50)]
+
+
+def add_noise_inputs():
+    x0, noise = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    diffusion = GaussianDiffusion(NoiseSchedule.named("linear"))
+    return [
+        ((x0, diffusion.schedule.level(t, x0), noise), (diffusion, x0, t, noise))
+        for t in (0, 300, 999)
+    ]
+
+
+# Target -> a function that returns comparisons: what the lesson's function is called with, and
+# what the package's (a method's first argument is its object). An argument with a state, such
+# as a generator, needs one object for each side.
+INPUTS: dict[str, Callable[[], list[tuple[tuple, tuple]]]] = {
+    "diffad_lite.schedules:make_betas": betas_inputs,
+    "diffad_lite.gaussian:GaussianDiffusion.add_noise": add_noise_inputs,
+}
+AT_HAND = """\
+import math
+import numpy as np
+import torch
+from diffad_lite.schedules import *
+from diffad_lite.gaussian import *
+"""
+
+
+def resolve(target):
+    module, _, qualified = target.partition(":")
+    found = importlib.import_module(module)
+    for part in qualified.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def arrays(value):
+    """A result as a flat list of arrays: tensors, numbers, sequences and generators of them."""
+    if isinstance(value, (tuple, list, Iterator)):
+        return [array for part in value for array in arrays(part)]
+    if isinstance(value, torch.Tensor):
+        value = value.detach().numpy()
+    return [np.asarray(value, dtype=np.float64)]
+
+
+def assert_equals_the_package(source, targets, where):
+    """Run a cell and hold the functions that it defines against those that it teaches."""
+    namespace = {}
+    exec(AT_HAND, namespace)
+    names = {target: target.rpartition(":")[2].rpartition(".")[2] for target in targets}
+    for name in names.values():
+        namespace.pop(name, None)  # the package's own would always be equal
+    run_cell(source, namespace, where)
+    for target, name in names.items():
+        if name not in namespace:
+            pytest.fail(f"{where} teaches {target}; define a function {name!r} in it")
+        if target not in INPUTS:
+            pytest.fail(f"{where} teaches {target}; add its inputs to INPUTS in {__file__}")
+        for ours, theirs in INPUTS[target]():
+            got, expected = arrays(namespace[name](*ours)), arrays(resolve(target)(*theirs))
+            assert len(got) == len(expected), target
+            for a, b in zip(got, expected, strict=True):
+                assert a.shape == b.shape, target
+                np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6, err_msg=target)
+
+
+@each_master
+def test_teaching_cells_equal_the_package(master):
+    for number, cell in enumerate(build.read_master(master), 1):
+        prefix = "teaches:"
+        targets = [t.removeprefix(prefix) for t in build.tags(cell) if t.startswith(prefix)]
+        if targets:
+            assert_equals_the_package(cell.source, targets, f"<{master.name}, cell {number}>")
+
+
+RIGHT = """\
+def add_noise(x0, abar, eps):
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
+"""
+ADD_NOISE = "diffad_lite.gaussian:GaussianDiffusion.add_noise"
+
+
+def test_a_teaching_cell_that_is_right_passes():
+    assert_equals_the_package(RIGHT, [ADD_NOISE], "<made>")
+    betas = "from diffad_lite import schedules\nmake_betas = schedules.make_betas"
+    assert_equals_the_package(betas, ["diffad_lite.schedules:make_betas"], "<made>")
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        (RIGHT.replace("(1 - abar).sqrt()", "(1 - abar)"), ADD_NOISE, "add_noise"),
+        (RIGHT.replace("* eps", "* eps[:1, :, :1]").replace("* x0", "* x0[0]"), ADD_NOISE, "noise"),
+        ("x = make_noise = 1", ADD_NOISE, "define a function 'add_noise' in it"),
+        ("pass", "diffad_lite.schedules:make_betas", "define a function 'make_betas' in it"),
+        ("def to_dict(): pass", "diffad_lite.config:to_dict", "add its inputs to INPUTS in"),
+    ],
+)
+def test_a_teaching_cell_that_is_wrong_fails(source, target, message):
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=message):
+        assert_equals_the_package(source, [target], "<made>")
