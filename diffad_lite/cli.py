@@ -53,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     datasets = commands.add_parser("datasets", help="list data sets, or show what one holds")
     _add_data(datasets, required=False)
-    datasets.add_argument("--plant")
+    datasets.add_argument("--plant", help="planted defects: cells, lesions or development")
+    datasets.add_argument("--sheet", type=Path, help="write a contact sheet of the test set")
     datasets.set_defaults(command=_datasets)
 
     sweep = commands.add_parser("sweep", help="run a grid of a YAML file; can be interrupted")
@@ -177,6 +178,12 @@ def _datasets(arguments: argparse.Namespace) -> int:
         plant=arguments.plant,
     )
     print(json.dumps(data.summary(), indent=2))
+    if arguments.sheet is not None:
+        from diffad_lite.config import write_atomically
+        from diffad_lite.plots import show_kinds
+
+        fig, _ = show_kinds(data)
+        write_atomically(arguments.sheet, fig.savefig)
     return 0
 
 

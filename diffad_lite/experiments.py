@@ -162,17 +162,23 @@ def bundle(run: Run, data: AnomalyData, method: Method, *, command: str) -> Path
     return folder
 
 
-def pretrained_or_train(run: Run, data: AnomalyData, *, retrain: bool = False) -> Method:
+def pretrained_or_train(
+    run: Run,
+    data: AnomalyData,
+    *,
+    retrain: bool = False,
+    out_dir: str | Path = "runs/notebooks",
+) -> Method:
     """For notebooks: the bundled lite weights in ci and lite, else (or on demand) training.
 
-    A training goes to ``runs/notebooks/<method>-<profile>`` below the working directory and
-    goes on from there when it was interrupted.
+    A training goes to a folder of its own in ``out_dir``, and goes on from there when it was
+    interrupted.
     """
     folder = bundled_checkpoint(run.method, run.dataset, data.info["category"])
     if not retrain and run.profile != "paper" and folder.is_dir():
         return load_checkpoint(folder, data)
     key = f"{run.method}-{data.info['name']}-{data.info['category']}-{run.profile}-s{run.seed}"
-    return train(run, data, Path("runs") / "notebooks" / key)
+    return train(run, data, Path(out_dir) / key)
 
 
 def _fingerprint(data: AnomalyData) -> dict[str, Any]:

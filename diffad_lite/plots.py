@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from diffad_lite.datasets import AnomalyData
 from diffad_lite.gaussian import Step
 from diffad_lite.metrics import image_metrics
 
@@ -49,6 +50,16 @@ def _draw(ax: Axes, image: ArrayLike, title: str = "") -> None:
     ax.set_title(title, fontsize=10)
     ax.set_xticks([])
     ax.set_yticks([])
+
+
+def _outline(ax: Axes, mask: np.ndarray | None, shape: Sequence[int], colour: str = "") -> None:
+    """The rim of a mask over a picture of another size (h, w); nothing where no mask is known."""
+    if mask is None or not mask.any():
+        return
+    # Pixel centres of the mask in the picture's coordinates.
+    (h, w), (H, W) = shape, mask.shape
+    x, y = (np.arange(W) + 0.5) * w / W - 0.5, (np.arange(H) + 0.5) * h / H - 0.5
+    ax.contour(x, y, mask, [0.5], colors=colour or COLOURS[4], linewidths=1)
 
 
 def _caption(fig: Figure, caption: str) -> None:
@@ -127,11 +138,8 @@ def show_detections(
             _draw(axes[1, j], reconstructions[j])
         _draw(axes[-1, j], np.zeros(maps.shape[1:]))
         shown = axes[-1, j].imshow(np.asarray(maps[j]), cmap=MAP_COLOURS, vmin=low, vmax=high)
-        if masks is not None and masks[j] is not None and masks[j].any():
-            # Pixel centres of the mask in the map's coordinates; the two may differ in size.
-            (h, w), (H, W) = maps.shape[1:], masks[j].shape
-            x, y = (np.arange(W) + 0.5) * w / W - 0.5, (np.arange(H) + 0.5) * h / H - 0.5
-            axes[-1, j].contour(x, y, masks[j], [0.5], colors="white", linewidths=1)
+        if masks is not None:
+            _outline(axes[-1, j], masks[j], maps.shape[1:], "white")
     for i, name in enumerate(rows):
         axes[i, 0].set_ylabel(name, fontsize=10)
     bar = fig.colorbar(shown, ax=axes[-1, :], shrink=0.9, label="map value", extend="both")
@@ -139,6 +147,35 @@ def show_detections(
         bar.ax.axhline(threshold, color="white", linewidth=2)
     _caption(fig, caption)
     return fig, {"maps": maps, "scale": (low, high)}
+
+
+def show_kinds(data: AnomalyData, *, columns: int = 8, caption: str = "") -> Result:
+    """A contact sheet of a test set: one row for each kind, masks outlined where known.
+
+    Args:
+        data: any data set.
+        columns: images of each kind.
+        caption: a sentence under the figure.
+
+    Returns:
+        the figure, and ``{"ids"}``, the names of the images shown, by kind.
+    """
+    kinds = sorted(set(data.defect_types), key=lambda kind: (kind != "good", kind))
+    size = (1.35 * columns, 1.4 * len(kinds) + 0.3)
+    fig, axes = plt.subplots(len(kinds), columns, figsize=size, squeeze=False)
+    shown = {}
+    for row, kind in zip(axes, kinds, strict=True):
+        index = [i for i, found in enumerate(data.defect_types) if found == kind][:columns]
+        shown[kind] = [data.test_ids[i] for i in index]
+        for ax, i in zip(row, index, strict=False):
+            _draw(ax, data.test_images[i])
+            if data.test_masks is not None:
+                _outline(ax, data.test_masks[i], data.test_images.shape[-2:])
+        for ax in row[len(index) :]:
+            ax.axis("off")
+        row[0].set_ylabel(kind, fontsize=10)
+    _caption(fig, caption)
+    return fig, {"ids": shown}
 
 
 def show_trajectory(steps: Sequence[Step], *, index: int = 0, count: int = 8) -> Result:

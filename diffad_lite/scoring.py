@@ -107,5 +107,5 @@ def write_figure(path: Path, data: AnomalyData, prediction: Prediction, method: 
         caption=f"{method.name} on {data.info['name']} {data.info['category']}; the colour scale "
         "ends at twice the 99.9 % quantile of normal pixels",
     )
-    write_atomically(path, lambda p: fig.savefig(p))
+    write_atomically(path, fig.savefig)
     plt.close(fig)

@@ -55,8 +55,8 @@ PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9"
     "awAAAABJRU5ErkJggg=="
 )
-env = [os.environ.get(f"DIFFAD_{name}") or None for name in ("STATIC", "PROFILE")]
-print(profile, env, Path.cwd().name)
+env = {name: os.environ.get(name) for name in ("DIFFAD_STATIC", "DIFFAD_PROFILE")}
+print(profile, *env.values(), os.environ["MPLBACKEND"], Path.cwd().name, sep="|")
 
 # %% [markdown]
 # **Predict** the colour.
@@ -111,6 +111,7 @@ TAIL = """
 # ## References
 """
 
+INLINE = "module://matplotlib_inline.backend_inline"
 SECTION = "\n# %% [markdown]\n# ## Exercises\n"
 MASTER = HEAD + SECTION + "".join(EXERCISE.format(k=k) for k in (1, 2, 3)) + TAIL
 LESSON, EXERCISES, SOLUTIONS = "00_made.ipynb", "exercises/00_made.ipynb", "solutions/00_made.ipynb"
@@ -350,6 +351,16 @@ def test_check_sees_a_notebook_edited_or_saved_from_jupyter(executed, capsys, na
     assert check(executed, capsys) == (0, [])
 
 
+def test_outputs_of_exercises_are_never_kept(executed, capsys):
+    before = (executed / EXERCISES).read_bytes()
+    notebook = read(executed / EXERCISES)
+    notebook.cells[1].update(execution_count=1, outputs=[stream("a student's\n")])
+    nbformat.write(notebook, executed / EXERCISES)
+    assert check(executed, capsys)[0] == 1
+    run(executed)
+    assert (executed / EXERCISES).read_bytes() == before
+
+
 def test_check_sees_outputs_of_other_sources(executed, capsys):
     notebook = read(executed / LESSON)
     notebook.metadata.diffad.executed = "0" * 16
@@ -378,7 +389,7 @@ def test_execution_stores_clean_outputs(executed):
         code = [c for c in notebook.cells if c.cell_type == "code"]
         assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
         assert all(set(c.metadata) <= {"tags"} for c in notebook.cells)
-        assert [o.text for o in code[1].outputs] == [f"lite ['1', None] {kind}\n"]
+        assert [o.text for o in code[1].outputs] == [f"lite|1||{INLINE}|{kind}\n"]
     lesson = [c for c in read(executed / LESSON).cells if c.cell_type == "code"]
     assert "image/png" in lesson[2].outputs[0].data
     (result,) = lesson[4].outputs  # no bar is left: neither on stderr nor as a widget
@@ -395,7 +406,7 @@ def test_another_profile_is_injected_and_leaves_no_cell(executed):
     assert sources(after) == sources(before)
     assert after.metadata.diffad == {**before.metadata.diffad, "profile": "ci"}
     code = [c for c in after.cells if c.cell_type == "code"]
-    assert code[1].outputs[0].text.startswith("ci ")
+    assert code[1].outputs[0].text.startswith("ci|1||")
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1))
 
 
@@ -428,6 +439,8 @@ def test_progress_bars_go_and_warnings_stay():
 def test_streams_join_and_widgets_lose_their_view():
     parts = [stream("a\n", "stdout"), stream("b\n", "stdout"), stream("c\n"), stream("d", "stdout")]
     assert [o.text for o in build.clean_outputs(parts, 1)] == ["a\nb\n", "c\n", "d"]
+    result = new_output("execute_result", data={"text/plain": "1"}, execution_count=7)
+    assert build.clean_outputs([result], 6)[0].execution_count == 6  # 7 with an injected cell
     view = {build.WIDGET: {"model_id": "0"}, "text/plain": "IntSlider(value=1)"}
     (kept,) = build.clean_outputs([new_output("display_data", data=view)], 1)
     assert kept.data == {"text/plain": "IntSlider(value=1)"}
@@ -584,6 +597,15 @@ def test_every_rule_has_a_bad_example():
 def test_the_linter_does_not_cry_wolf(executed, source):
     notebook = read(executed / LESSON)
     add_code(source)(notebook)
+    nbformat.write(notebook, executed / LESSON)
+    assert lint.lint(executed / LESSON) == []
+
+
+@pytest.mark.parametrize("number", [5, 7])
+def test_words_on_either_side_of_a_figure_will_do(executed, number):
+    notebook = read(executed / LESSON)
+    notebook.cells[number - 1].cell_type = "raw"
+    notebook.cells[1].source += "\n**Predict** earlier."
     nbformat.write(notebook, executed / LESSON)
     assert lint.lint(executed / LESSON) == []
 

@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder, problems = options.notebooks.resolve(), []
     masters = find_masters(folder)
     for number in set(options.numbers) - set(masters):
-        parser.error(str(unknown_name("notebook number", number, masters)))
+        parser.error(str(unknown_name("notebook number", number, masters or ["none yet"])))
     for number in options.numbers or masters:
         try:
             problems += build(masters[number], check=options.check)

@@ -1,0 +1,64 @@
+# Two commands do all the set-up: `make run` and `make test`. Both install into .venv first,
+# unless that is done; both work offline afterwards.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# `make run TORCH=cpu` takes PyTorch's CPU wheels, which are much smaller on Linux.
+TORCH  ?=
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+MASTERS := $(wildcard notebooks/src/*.py)
+LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
+DOCUMENTS := README.md data/README.md
+
+.PHONY: run test lab lint check-notebooks test-notebooks tables notebooks
+
+run: $(VENV)/.installed
+	$(BIN)/diffad notebooks --profile lite --out runs/notebooks
+	@echo "Executed notebooks are in runs/notebooks; 'make lab' opens the series."
+
+test: lint check-notebooks
+	$(BIN)/python -m pytest
+	$(MAKE) test-notebooks
+
+lab: $(VENV)/.installed
+	$(BIN)/jupyter lab notebooks
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Notebooks are what their masters generate, were executed as they are, and follow the template.
+check-notebooks: $(VENV)/.installed-test
+	$(BIN)/python notebooks/tools/build.py --check
+	$(BIN)/python notebooks/tools/lint.py
+
+# Every notebook runs from start to end, once by papermill and once by nbval.
+test-notebooks: $(VENV)/.installed-test
+	$(BIN)/diffad notebooks --profile ci --out runs/ci
+	DIFFAD_PROFILE=ci DIFFAD_STATIC=1 $(BIN)/python -m pytest --nbval-lax \
+	    --nbval-cell-timeout=300 --timeout=600 $(LESSONS)
+
+# Render every table from the result files; changes nothing when they are up to date.
+tables: $(VENV)/.installed
+	$(BIN)/diffad report $(DOCUMENTS)
+
+# For authors: rebuild the notebooks from their masters and execute them on the lite profile.
+notebooks: $(VENV)/.installed-test
+	$(BIN)/python notebooks/tools/build.py --execute
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed; try: make PYTHON=python3.12 run"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/.python
+ifeq ($(TORCH),cpu)
+	$(BIN)/pip install --index-url $(CPU_WHEELS) torch torchvision
+endif
+	$(BIN)/pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet -e '.[test]'
+	@touch $@
