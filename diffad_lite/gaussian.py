@@ -4,6 +4,7 @@ A *denoiser* is any callable ``denoiser(x_t, t) -> eps_hat`` with ``x_t`` (B, C,
 an int64 tensor (B,). Everything here is a few lines of arithmetic around it.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,13 @@ def randn(like: Tensor, generators: Generators) -> Tensor:
     if len(generators) != len(like):
         raise ValueError(f"{len(generators)} generators for a batch of {len(like)} images")
     return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like)
+
+
+def noise_generators(keys: Sequence[str], seed: int) -> list[torch.Generator]:
+    """One CPU generator an image, seeded by (seed, key)."""
+    digests = [hashlib.sha256(f"{seed}/{key}".encode()).digest()[:8] for key in keys]
+    # 63 bits, the range of manual_seed
+    return [torch.Generator().manual_seed(int.from_bytes(d, "big") >> 1) for d in digests]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Pixels: reading image files, resizing, the two ranges (uint8 on disk, [-1, 1] in models)."""
 
 import functools
+import hashlib
 from pathlib import Path
 from typing import Literal
 
@@ -78,3 +79,8 @@ def to_float(images: np.ndarray) -> Tensor:
 def to_uint8(images: Tensor) -> np.ndarray:
     """float in [-1, 1] -> uint8, the inverse of :func:`to_float`."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+
+
+def image_keys(images: Tensor) -> list[str]:
+    """A name for each image made of its own pixels (as uint8), for seeding its noise."""
+    return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in to_uint8(images)]

@@ -150,7 +150,9 @@ def show_detections(
 
 
 def show_kinds(data: AnomalyData, *, columns: int = 8, caption: str = "") -> Result:
-    """A contact sheet of a test set: one row for each kind, masks outlined where known.
+    """A contact sheet of a test set: one row for each kind.
+
+    Where masks are known, every anomalous image stands twice, plain and with its mask outlined.
 
     Args:
         data: any data set.
@@ -165,14 +167,17 @@ def show_kinds(data: AnomalyData, *, columns: int = 8, caption: str = "") -> Res
     fig, axes = plt.subplots(len(kinds), columns, figsize=size, squeeze=False)
     shown = {}
     for row, kind in zip(axes, kinds, strict=True):
-        index = [i for i, found in enumerate(data.defect_types) if found == kind][:columns]
-        shown[kind] = [data.test_ids[i] for i in index]
-        for ax, i in zip(row, index, strict=False):
-            _draw(ax, data.test_images[i])
-            if data.test_masks is not None:
-                _outline(ax, data.test_masks[i], data.test_images.shape[-2:])
-        for ax in row[len(index) :]:
-            ax.axis("off")
+        index = [i for i, found in enumerate(data.defect_types) if found == kind]
+        masks = None if kind == "good" else data.test_masks
+        shown[kind] = [data.test_ids[i] for i in index[: columns // (2 if masks else 1)]]
+        for column, ax in enumerate(row):
+            which = column // 2 if masks else column
+            if which >= len(index):
+                ax.axis("off")
+                continue
+            _draw(ax, data.test_images[index[which]])
+            if masks and column % 2:
+                _outline(ax, masks[index[which]], data.test_images.shape[-2:])
         row[0].set_ylabel(kind, fontsize=10)
     _caption(fig, caption)
     return fig, {"ids": shown}
@@ -212,7 +217,6 @@ def show_curves(
     xlabel: str,
     ylabel: str,
     title: str = "",
-    bands: Mapping[str, tuple[ArrayLike, ArrayLike]] | None = None,
     log: str = "",
     markers: bool = False,
 ) -> Result:
@@ -224,7 +228,6 @@ def show_curves(
         xlabel: with its unit.
         ylabel: with its unit.
         title: of the figure.
-        bands: name -> lower and upper limits (n,), shaded.
         log: ``"x"``, ``"y"`` or ``"xy"`` for logarithmic axes.
         markers: mark the measured points.
 
@@ -236,8 +239,6 @@ def show_curves(
         colour, line = COLOURS[i % len(COLOURS)], LINES[i % len(LINES)]
         marker = "os^Dv"[i % 5] if markers else None
         ax.plot(x, values, line, color=colour, label=name, linewidth=1.8, marker=marker)
-        if bands and name in bands:
-            ax.fill_between(x, *bands[name], color=colour, alpha=0.18, linewidth=0)
     if "x" in log:
         ax.set_xscale("log")
     if "y" in log:

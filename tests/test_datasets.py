@@ -1,5 +1,6 @@
 """Data sets: counts, splits, folders of every kind, odd files, planted defects, fingerprints."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -696,13 +697,22 @@ def test_planting_never_reads_the_real_defects(mvtec, monkeypatch, plant, forbid
 def test_planting_needs_normal_test_images(mvtec, monkeypatch):
     def only_defects(category, root):
         source = readers.read_folder(category, root)
-        source.fractions = (0.8, 0.2, 0.0)
+        source.shares = (0.2, 0.0)
         source.test = {n: p for n, p in source.test.items() if source.defect_types[n] != "good"}
         return source
 
     monkeypatch.setitem(readers.READERS, "folder", only_defects)
     with pytest.raises(ValueError, match="plant= needs normal test images, and this data set has"):
         load(mvtec, plant="cells")
+
+
+def test_severity_changes_the_defects_and_nothing_else(mvtec):
+    mild, strong = (load(mvtec, plant="lesions", severity=s) for s in (0.3, 1.0))
+    assert torch.equal(strong.test_images, load(mvtec, plant="lesions").test_images)
+    assert torch.equal(mild.test_images[:6], strong.test_images[:6])
+    change = [(d.test_images[6:] - d.test_images[:6]).abs().sum() for d in (mild, strong)]
+    assert 0 < change[0] < change[1]
+    assert mild.test_ids == strong.test_ids
 
 
 # ------------------------------------------------------------------------------- fingerprints
@@ -772,6 +782,26 @@ def test_subset_draws_from_both_classes_and_keeps_rows_together(shapes, n):
 def test_subset_depends_on_its_seed(shapes):
     assert shapes.subset(10, seed=1).test_ids == shapes.subset(10, seed=1).test_ids
     assert shapes.subset(10, seed=1).test_ids != shapes.subset(10, seed=2).test_ids
+
+
+def test_summary_counts_what_there_is(mvtec, elpv):
+    (mvtec / "ground_truth/crack/001_mask.png").unlink()
+    summary = load(mvtec).summary()
+    assert json.loads(json.dumps(summary))["n_test_anomalous"] == {"crack": 4, "hole": 3}
+    assert (summary["n_train"], summary["n_calibration"], summary["n_test_normal"]) == (12, 8, 6)
+    assert summary["n_masks"] == 6
+    assert summary["n_uncertain"] == 0
+    assert summary["name"] == "folder"
+    assert elpv.summary()["n_masks"] == 0
+    assert elpv.summary()["n_uncertain"] == 173
+
+
+def test_data_folder_is_named_by_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFAD_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no data folder at .*set DIFFAD_DATA"):
+        datasets.data_dir()
+    (tmp_path / "checkpoints").mkdir()
+    assert datasets.data_dir() == tmp_path
 
 
 def test_subset_works_without_masks(elpv):

@@ -5,10 +5,10 @@ from diffad_lite.methods.base import (
     METHODS,
     Method,
     MethodConfig,
-    Prediction,
     get_method,
     load_pretrained,
 )
+from diffad_lite.methods.prediction import Prediction
 
 __all__ = [
     "METHODS",

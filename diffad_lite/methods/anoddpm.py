@@ -16,14 +16,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from diffad_lite.gaussian import GaussianDiffusion, Step, randn
+from diffad_lite.gaussian import GaussianDiffusion, Step, noise_generators, randn
+from diffad_lite.images import image_keys
 from diffad_lite.methods.base import (
     Method,
     MethodConfig,
     Profile,
     check_profile,
-    image_keys,
-    noise_generators,
 )
 from diffad_lite.networks import UNet
 from diffad_lite.readers import FLIP_AXES

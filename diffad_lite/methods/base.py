@@ -5,32 +5,23 @@ to raw maps). Seeds, batching, calibration by position, scores, thresholds and f
 once for all.
 """
 
-import hashlib
-import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from diffad_lite.config import (
-    changed_fields,
-    from_dict,
-    read_json,
-    to_dict,
-    unknown_name,
-    write_json,
-)
-from diffad_lite.images import to_uint8
+from diffad_lite.config import read_json, unknown_name
+from diffad_lite.gaussian import noise_generators
+from diffad_lite.images import image_keys
+from diffad_lite.methods import pretrained
+from diffad_lite.methods.prediction import Prediction
 from diffad_lite.metrics import MapCalibration, conformal_threshold, top_k_mean
 from diffad_lite.training import TrainReport, default_device
 
@@ -58,37 +49,6 @@ class MethodConfig:
     calibrate: bool = True
     top_fraction: float = 0.01
     quantile: float = 0.95
-
-
-@dataclass
-class Prediction:
-    """What a method says of B images; everything on the CPU in float32.
-
-    Attributes:
-        image_score: (B,), larger = more anomalous; comparable between images of one model only.
-        anomaly_map: (B, H, W), larger = more anomalous.
-        reconstruction: (B, C, H, W) the image as it would be without defects, or None.
-        extras: further tensors, first axis B, as each method documents.
-    """
-
-    image_score: Tensor
-    anomaly_map: Tensor
-    reconstruction: Tensor | None = None
-    extras: dict[str, Tensor] = field(default_factory=dict)
-
-    @staticmethod
-    def cat(parts: Sequence["Prediction"]) -> "Prediction":
-        """Batches joined along the first axis."""
-        first = parts[0]
-        reconstruction = None
-        if first.reconstruction is not None:
-            reconstruction = torch.cat([p.reconstruction for p in parts])
-        return Prediction(
-            torch.cat([p.image_score for p in parts]),
-            torch.cat([p.anomaly_map for p in parts]),
-            reconstruction,
-            {name: torch.cat([p.extras[name] for p in parts]) for name in first.extras},
-        )
 
 
 class Method(ABC):
@@ -288,35 +248,14 @@ class Method(ABC):
     def save_pretrained(
         self, folder: str | Path, *, dtype: torch.dtype = torch.float32, **record: Any
     ) -> None:
-        """Write ``config.json`` and ``model.safetensors``; the folder is complete or not there.
+        """Write ``config.json`` and ``model.safetensors``; see :mod:`.pretrained`.
 
         Args:
             folder: replaced if it exists.
             dtype: of the stored weights; float16 halves the bundled files.
             record: JSON values stored beside the configuration, e.g. ``fingerprint=``.
         """
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"network.{name}": value.detach().cpu().to(dtype).contiguous().clone()
-            for name, value in self.network.state_dict().items()
-        }
-        if self.map_calibration_ is not None:
-            tensors["map_mean"] = torch.from_numpy(self.map_calibration_.mean)
-            tensors["map_std"] = torch.from_numpy(self.map_calibration_.std)
-        if self.calibration_scores_ is not None:
-            tensors["calibration_scores"] = torch.from_numpy(self.calibration_scores_)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            temporary.chmod(0o755)
-            save_file(tensors, temporary / "model.safetensors")
-            values = {"method": self.name, "config": to_dict(self.config), "reports": self.reports_}
-            write_json(temporary / "config.json", values | record)
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.replace(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        pretrained.save(self, Path(folder), dtype, record)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes: Any) -> Self:
@@ -331,61 +270,7 @@ class Method(ABC):
             FileNotFoundError: no checkpoint there.
             ValueError: another method's, broken, or a change that would need training.
         """
-        folder = Path(folder)
-        values = read_json(folder / "config.json", "checkpoint's config.json")
-        if values.get("method") != cls.name:
-            raise ValueError(
-                f"{folder} is a checkpoint of {values.get('method')!r}, not of {cls.name!r}"
-            )
-        stored = from_dict(cls.Config, values["config"])
-        config = from_dict(cls.Config, values["config"] | changes)
-        method = cls(config)
-        method._check_changes(stored, config)
-        method._load_tensors(folder / "model.safetensors")
-        method.reports_ = values.get("reports", {})
-        if changed_fields(stored, config):
-            method.map_calibration_ = method.calibration_scores_ = method.threshold_ = None
-        method.network.to(default_device()).eval()
-        return method
-
-    def _check_changes(self, stored: MethodConfig, config: MethodConfig) -> None:
-        fixed = sorted(changed_fields(stored, config) - self.inference_fields)
-        if fixed:
-            raise ValueError(
-                f"{', '.join(fixed)} cannot be changed on a trained model; train anew, or change "
-                f"only: {', '.join(sorted(self.inference_fields))}"
-            )
-
-    def _load_tensors(self, path: Path) -> None:
-        try:
-            tensors = load_file(path)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"no weights at {path}") from None
-        except SafetensorError as error:
-            raise ValueError(f"{path} is broken or truncated ({error})") from None
-        weights = {k[8:]: v.float() for k, v in tensors.items() if k.startswith("network.")}
-        try:
-            self.network.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"{path} does not fit its configuration: {error}") from None
-        if "map_mean" in tensors:
-            mean, std = tensors["map_mean"].numpy(), tensors["map_std"].numpy()
-            self.map_calibration_ = MapCalibration(mean, std)
-        if "calibration_scores" in tensors:
-            self.calibration_scores_ = tensors["calibration_scores"].numpy()
-            self.threshold_ = conformal_threshold(self.calibration_scores_, self.config.quantile)
-
-
-def image_keys(images: Tensor) -> list[str]:
-    """A name for each image made of its own pixels (as uint8), for seeding its noise."""
-    return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in to_uint8(images)]
-
-
-def noise_generators(keys: Sequence[str], seed: int) -> list[torch.Generator]:
-    """One CPU generator an image, seeded by (seed, key)."""
-    digests = [hashlib.sha256(f"{seed}/{key}".encode()).digest()[:8] for key in keys]
-    # 63 bits, the range of manual_seed
-    return [torch.Generator().manual_seed(int.from_bytes(d, "big") >> 1) for d in digests]
+        return pretrained.load(cls, Path(folder), changes)
 
 
 def blur(maps: Tensor, sigma: float) -> Tensor:

@@ -1,0 +1,38 @@
+"""What a method says of images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Prediction:
+    """What a method says of B images; everything on the CPU in float32.
+
+    Attributes:
+        image_score: (B,), larger = more anomalous; comparable between images of one model only.
+        anomaly_map: (B, H, W), larger = more anomalous.
+        reconstruction: (B, C, H, W) the image as it would be without defects, or None.
+        extras: further tensors, first axis B, as each method documents.
+    """
+
+    image_score: Tensor
+    anomaly_map: Tensor
+    reconstruction: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def cat(parts: Sequence["Prediction"]) -> "Prediction":
+        """Batches joined along the first axis."""
+        first = parts[0]
+        reconstruction = None
+        if first.reconstruction is not None:
+            reconstruction = torch.cat([p.reconstruction for p in parts])
+        return Prediction(
+            torch.cat([p.image_score for p in parts]),
+            torch.cat([p.anomaly_map for p in parts]),
+            reconstruction,
+            {name: torch.cat([p.extras[name] for p in parts]) for name in first.extras},
+        )

@@ -1,0 +1,90 @@
+"""Checkpoint folders of methods: ``config.json`` and ``model.safetensors``, never a pickle."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffad_lite.config import changed_fields, from_dict, read_json, to_dict, write_json
+from diffad_lite.metrics import MapCalibration, conformal_threshold
+from diffad_lite.training import default_device
+
+if TYPE_CHECKING:
+    from diffad_lite.methods.base import Method
+
+M = TypeVar("M", bound="Method")
+
+
+def save(method: Method, folder: Path, dtype: torch.dtype, record: Mapping[str, Any]) -> None:
+    """Write a checkpoint beside ``folder``, then move it there: complete, or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        f"network.{name}": value.detach().cpu().to(dtype).contiguous().clone()
+        for name, value in method.network.state_dict().items()
+    }
+    if method.map_calibration_ is not None:
+        tensors["map_mean"] = torch.from_numpy(method.map_calibration_.mean)
+        tensors["map_std"] = torch.from_numpy(method.map_calibration_.std)
+    if method.calibration_scores_ is not None:
+        tensors["calibration_scores"] = torch.from_numpy(method.calibration_scores_)
+    values = {"method": method.name, "config": to_dict(method.config), "reports": method.reports_}
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        save_file(tensors, temporary / "model.safetensors")
+        write_json(temporary / "config.json", values | record)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:
+    """Rebuild a method from its folder; see :meth:`Method.from_pretrained`."""
+    values = read_json(folder / "config.json", "checkpoint's config.json")
+    if values.get("method") != cls.name:
+        raise ValueError(
+            f"{folder} is a checkpoint of {values.get('method')!r}, not of {cls.name!r}"
+        )
+    stored = from_dict(cls.Config, values["config"])
+    config = from_dict(cls.Config, values["config"] | dict(changes))
+    changed = changed_fields(stored, config)
+    if fixed := sorted(changed - cls.inference_fields):
+        raise ValueError(
+            f"{', '.join(fixed)} cannot be changed on a trained model; train anew, or change "
+            f"only: {', '.join(sorted(cls.inference_fields))}"
+        )
+    method = cls(config)
+    tensors = _read(folder / "model.safetensors")
+    weights = {k[8:]: v.float() for k, v in tensors.items() if k.startswith("network.")}
+    try:
+        method.network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{folder} does not fit its configuration: {error}") from None
+    if not changed and "map_mean" in tensors:
+        mean, std = tensors["map_mean"].numpy(), tensors["map_std"].numpy()
+        method.map_calibration_ = MapCalibration(mean, std)
+    if not changed and "calibration_scores" in tensors:
+        method.calibration_scores_ = tensors["calibration_scores"].numpy()
+        method.threshold_ = conformal_threshold(method.calibration_scores_, config.quantile)
+    method.reports_ = values.get("reports", {})
+    method.network.to(default_device()).eval()
+    return method
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no weights at {path}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path} is broken or truncated ({error})") from None

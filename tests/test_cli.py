@@ -1,0 +1,206 @@
+"""The command: bad input is one line and exit code 2; runs are recorded, resumed and skipped."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffad_lite.cli import main
+from diffad_lite.experiments import Run, evaluate, load_checkpoint
+from diffad_lite.report import collect, read_results, render, tables
+from diffad_lite.sweep import read_grid, sweep
+
+SMOKE = ("--profile", "ci", "--image-size", "32", "--quiet")
+FIELDS = set(
+    """method variant profile dataset category plant seed split_seed data_fingerprint config
+    config_hash checkpoint image_size n_train n_calibration n_test image_auroc image_auroc_ci
+    image_ap image_f1max_oracle f1_at_normal_threshold per_defect pixel_auroc pixel_ap aupro
+    dice_oracle train_seconds train_steps ms_per_image network_evaluations_per_image n_parameters
+    peak_memory_mb device threads dtype versions commit""".split()  # noqa: SIM905
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "--method", "pcaa", "--out", "o"], "unknown method 'pcaa'; did you mean"),
+        (["evaluate", "--method", "pca", "--dataset", "elvp", "--out", "o"], "did you mean 'elpv'"),
+        (["evaluate", "--method", "pca", "--category", "nono", "--out", "o"], "mono, poly"),
+        (["evaluate", "--method", "pca", "--profile", "big", "--out", "o"], "ci, lite, paper"),
+        (["evaluate", "--method", "pca", "--set", "smoth=1", "--out", "o"], "unknown field"),
+        (["evaluate", "--method", "pca", "--set", "smooth", "--out", "o"], "KEY=VALUE"),
+        (["evaluate", "--method", "pca", "--plant", "cell", "--out", "o"], "did you mean 'cells'"),
+        (["evaluate", "--method", "pca", "--dataset", "folder", "--out", "o"], "--root DIR"),
+        (["evaluate", "--method", "pca", "--checkpoint", "nowhere", "--out", "o"], "nowhere"),
+        (["evaluate", "--method", "pca", "--dataset", "digits", "--out", "o"], "only one class"),
+        (["datasets", "--dataset", "folder", "--root", "gone"], "gone does not exist"),
+        (["sweep", "gone.yaml", "--out", "o"], "no grid at gone.yaml"),
+        (["report", "--results", "gone"], "no result.json below gone"),
+        (["notebooks", "--folder", "gone"], "no notebooks in gone"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err.strip()
+    assert message in said
+    assert "\n" not in said
+    assert not list(tmp_path.iterdir()), "something half-written was left behind"
+
+
+def test_help_and_parsing_do_not_import_torch():
+    code = "import sys, diffad_lite.cli as c; c.build_parser(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_evaluate_writes_the_whole_record(tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["evaluate", "--method", "anoddpm", "--dataset", "shapes", "--maps", *SMOKE]
+    assert main([*arguments, "--out", str(out)]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert set(result) >= FIELDS
+    assert result["train_steps"] == 20
+    assert result["n_test"] == 32
+    assert result["network_evaluations_per_image"] == 1
+    assert 0 <= result["aupro"] <= 1
+    rows = list(csv.DictReader((out / "scores.csv").open()))
+    assert len(rows) == 32
+    maps = list((out / "maps" / "disc" / "test").rglob("*.tiff"))
+    assert len(maps) == 32
+    with Image.open(maps[0]) as image:
+        assert (image.size, image.mode) == ((64, 64), "F")  # the original size, float32
+    assert (out / "figure.png").stat().st_size > 10_000
+    assert "image AUROC" in capsys.readouterr().out
+    # The same command again finds its checkpoint and scores the same.
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert json.loads((out / "result.json").read_text())["image_auroc"] == result["image_auroc"]
+    # Another configuration does not silently take it over.
+    assert main([*arguments, "--set", "train.steps=21", "--out", str(out)]) == 2
+    assert "another configuration" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_split_is_refused(tmp_path):
+    run = Run("pca", "shapes", profile="ci", image_size=16)
+    evaluate(run, tmp_path / "run")
+    other = Run("pca", "digits", category="3", profile="ci", image_size=16).load_data()
+    with pytest.raises(ValueError, match="another split or data set"):
+        load_checkpoint(tmp_path / "run" / "checkpoint", other)
+
+
+def test_inference_settings_change_on_a_checkpoint_and_training_ones_do_not(tmp_path):
+    run = Run("anoddpm", "shapes", profile="ci", image_size=16)
+    evaluate(run, tmp_path / "run", progress=False)
+    checkpoint = tmp_path / "run" / "checkpoint"
+    raw = Run("anoddpm", "shapes", profile="ci", image_size=16, settings={"calibrate": "false"})
+    result = evaluate(raw, tmp_path / "raw", checkpoint=checkpoint)
+    assert result["config"]["calibrate"] is False
+    wider = Run("anoddpm", "shapes", profile="ci", image_size=16, settings={"unshuffle": "1"})
+    with pytest.raises(ValueError, match="unshuffle cannot be changed on a trained model"):
+        evaluate(wider, tmp_path / "wider", checkpoint=checkpoint)
+    assert not (tmp_path / "wider").exists()
+
+
+GRID = """
+profile: ci
+methods: [mean_image, pca]
+seeds: [0, 1]
+data:
+  - {dataset: shapes, image_size: 16}
+plants: [null, cells]
+variants:
+  raw: {calibrate: false}
+  default: {}
+"""
+
+
+def test_a_sweep_skips_what_is_done_and_redoes_what_is_broken(tmp_path, capsys):
+    (tmp_path / "grid.yaml").write_text(GRID)
+    grid, out = read_grid(tmp_path / "grid.yaml"), tmp_path / "runs"
+    assert sweep(grid, out) == []
+    results = read_results(out)
+    assert len(results) == 16
+    assert "done before" not in capsys.readouterr().out
+    broken = out / "pca" / "shapes" / "s1" / "raw" / "result.json"
+    before = json.loads(broken.read_text())["image_auroc"]
+    broken.write_text('{"image_au')
+    assert sweep(grid, out) == []
+    said = capsys.readouterr().out
+    assert said.count("done before") == 15
+    assert f"{broken} is broken" in said
+    assert json.loads(broken.read_text())["image_auroc"] == before
+
+
+def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):
+    (tmp_path / "grid.yaml").write_text(GRID.replace("mean_image", "nothing"))
+    failures = sweep(read_grid(tmp_path / "grid.yaml"), tmp_path / "runs")
+    assert len(failures) == 2
+    assert "unknown method 'nothing'" in failures[0]
+    assert len(read_results(tmp_path / "runs")) == 8
+    assert (tmp_path / "runs" / "nothing" / "shapes" / "s0" / "error.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("methods: [pca", "not valid YAML"),
+        ("- pca", "must be a mapping"),
+        ("method: [pca]", "did you mean 'methods'"),
+        ("methods: [pca]", "names no data"),
+    ],
+)
+def test_a_bad_grid_says_what_is_wrong(text, message, tmp_path):
+    (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_grid(tmp_path / "grid.yaml")
+
+
+def test_report_renders_marked_tables_and_then_changes_nothing(tmp_path):
+    (tmp_path / "grid.yaml").write_text(GRID)
+    sweep(read_grid(tmp_path / "grid.yaml"), tmp_path / "runs")
+    results, page = tmp_path / "results", tmp_path / "page.md"
+    assert collect(tmp_path / "runs", results) == 16
+    head = "<!-- table shapes-disc: rendered by 'make tables' -->\n"
+    page.write_text(f"before\n{head}old\n<!-- end -->\nafter\n")
+    assert set(render(results, [page])) == {page, results / "tables.md"}
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| PCA residual, raw maps | 0, 1 |" in text
+    assert render(results, [page]) == []
+    assert set(tables(read_results(results))) == {"shapes-disc", "shapes-disc-cells"}
+    page.write_text(head.replace("shapes-disc", "shapes-cube") + "<!-- end -->\n")
+    with pytest.raises(ValueError, match="shapes-cube"):
+        render(results, [page])
+
+
+def test_a_folder_of_many_sizes_with_masks_runs_from_start_to_end(tmp_path):
+    rng = np.random.default_rng(0)
+    sizes = [(30, 40), (55, 33), (48, 48)]
+    for part, count in (("train/good", 14), ("test/good", 4), ("test/hole", 4)):
+        folder = tmp_path / "data" / "plate" / part
+        folder.mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(120, 136, (*sizes[i % 3], 3), dtype=np.uint8)
+            if "hole" in part:
+                pixels[10:20, 10:20] = 0
+                mask = np.zeros(pixels.shape[:2], np.uint8)
+                mask[10:20, 10:20] = 255
+                truth = tmp_path / "data" / "plate" / "ground_truth" / "hole"
+                truth.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(mask).save(truth / f"{i:03d}_mask.png")
+            Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    for resize in ("squash", "pad"):
+        run = Run("mean_image", "folder", "plate", str(tmp_path / "data"), 32, resize)
+        result = evaluate(run, tmp_path / resize, save_maps=True)
+        assert result["image_auroc"] == 1.0
+        assert result["pixel_auroc"] > 0.95
+        for path in Path(tmp_path / resize / "maps" / "plate" / "test" / "hole").iterdir():
+            with Image.open(path) as image:
+                height, width = sizes[int(path.stem) % 3]
+                assert image.size == (width, height)

@@ -1,0 +1,146 @@
+"""The project as a whole: packaging, environments, limits of size, rendered tables, imports."""
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diffad_lite.report import render
+from diffad_lite.sweep import read_grid
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "diffad_lite"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+# Imports go down this list only.
+FLOORS = [
+    {"cli"},
+    {"notebooks", "explore", "sweep", "report"},
+    {"experiments"},
+    {"scoring"},
+    {"plots", "doctor"},
+    {"methods"},
+    {"training"},
+    {"datasets"},
+    {"readers", "planting"},
+    {"images", "metrics"},
+    {"networks", "gaussian"},
+    {"schedules"},
+    {"config"},
+]
+
+
+def floor_of(module: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if module in names)
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffad_lite"):
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_run_one_way(path):
+    relative = path.relative_to(PACKAGE)
+    own = relative.parts[0].removesuffix(".py")
+    if own != "__init__":
+        for other in imported(path) - {own}:
+            assert floor_of(own) < floor_of(other), f"{relative} imports {other} from above"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_modules_and_functions_are_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400 if path.name == "base.py" else 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            documented = ast.get_docstring(node) or ""
+            assert lines - len(documented.splitlines()) <= 60, f"{node.name} has {lines} lines"
+
+
+def test_conda_and_pip_name_the_same_packages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pip = project["dependencies"] + project["optional-dependencies"]["test"]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    names = {"pytorch": "torch", "python-build": "build"}
+    from_conda = set()
+    for entry in [e for e in conda if isinstance(e, str)] + conda[-1]["pip"]:
+        if entry not in ("pip", "--editable .", f"python{project['requires-python']}"):
+            name, version = entry.split(">=")
+            from_conda.add(f"{names.get(name, name)}>={version}")
+    assert from_conda == set(pip)
+
+
+def test_the_wheel_builds_and_imports_elsewhere(tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 200_000
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r});"
+        "import diffad_lite.methods, diffad_lite.cli; print(diffad_lite.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert str(tmp_path / "site") in done.stdout
+
+
+def test_rendering_the_tables_changes_nothing(tmp_path):
+    documents = [ROOT / "README.md", ROOT / "data" / "README.md"]
+    copies = []
+    for i, path in enumerate(documents):
+        copies.append(tmp_path / f"{i}.md")
+        copies[-1].write_text(path.read_text())
+    stored = ROOT / "data" / "results" / "tables.md"
+    before = stored.read_text()
+    try:
+        assert render(ROOT / "data" / "results", copies) == [], "run 'make tables' and commit"
+    finally:
+        stored.write_text(before)
+
+
+def test_bundled_checkpoints_are_what_the_index_says():
+    folder = ROOT / "data" / "checkpoints"
+    index = json.loads((folder / "index.json").read_text())
+    assert set(index) == {p.name for p in folder.iterdir() if p.is_dir()}
+    for entry in index.values():
+        assert sha256((folder / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
+        assert entry["command"].startswith("diffad train")
+    assert sum(p.stat().st_size for p in folder.rglob("*")) < 40e6
+
+
+def test_the_committed_grids_are_valid():
+    grids = sorted((ROOT / "data").glob("*.yaml"))
+    assert grids
+    for path in grids:
+        read_grid(path)
+
+
+def test_no_machine_paths_in_tracked_text():
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    forbidden = ["/" + word + "/" for word in ("work", "root", "home")] + [".." + "/shared"]
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".ipynb", ".toml", ".yml", ".yaml", ".json"}:
+            text = path.read_text(errors="ignore")
+            found = [word for word in forbidden if word in text]
+            allowed = name.startswith("notebooks/tools/") or name == "tests/test_notebook_tools.py"
+            assert allowed or not found, f"{name} contains {found}"
