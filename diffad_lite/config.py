@@ -46,9 +46,13 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
 def _convert(value: Any, kind: Any, where: str) -> Any:
     """Fit a JSON value to a field's type: nested dataclass, tuple, literal, optional, scalar."""
     if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} has fields of its own, got {value!r}")
         return from_dict(kind, value)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple and isinstance(value, (list, tuple)):
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where} must be a list, got {value!r}")
         return tuple(_convert(v, args[0], where) for v in value)
     if origin is typing.Literal:
         if value in args:

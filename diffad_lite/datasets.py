@@ -115,7 +115,7 @@ def load_dataset(
 
     Raises:
         ValueError: unknown name, category, resize or plant; no normal images; mixed channels.
-        FileNotFoundError: ``root`` or the category does not exist.
+        FileNotFoundError: ``root`` does not exist.
     """
     if name not in READERS:
         raise unknown_name("data set", name, READERS)
@@ -269,7 +269,11 @@ def _mask(value: Any, kind: str, size: tuple[int, int], name: str) -> np.ndarray
     """A bool mask at the image's original size; None = anomalous, but nobody knows where."""
     if value is None:
         return np.zeros(size, dtype=bool) if kind == "good" else None
-    mask = value if isinstance(value, np.ndarray) else read_image(value).max(axis=0) > 127
+    if isinstance(value, np.ndarray):
+        mask = value
+    else:
+        pixels = read_image(value).max(axis=0)
+        mask = pixels > (127 if pixels.max() > 1 else 0)  # some sets store 0 and 1
     if mask.shape != size:
         raise ValueError(
             f"the mask of {name} is {mask.shape[1]}x{mask.shape[0]} pixels, its image "

@@ -124,7 +124,8 @@ class GaussianDiffusion:
         """
         x0_hat = self.clean_estimate(x_t, t, eps_hat)
         # Where the estimate was clipped, the noise must follow, or the pair misses x_t.
-        eps_hat = eps_hat if self.clip is None else self.predict_noise(x_t, t, x0_hat)
+        if self.clip is not None and t >= 0:
+            eps_hat = self.predict_noise(x_t, t, x0_hat)
         return self.add_noise(x0_hat, t_next, eps_hat), x0_hat
 
     def ddpm_sample(

@@ -40,7 +40,9 @@ def _read_cached(path: str, modified: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # 16 or 32 bit grey: 0..65535 -> 0..255
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no agreed range; save 8 or 16 bit")
+            if image.mode.startswith("I"):  # 16 bit grey: 0..65535 -> 0..255
                 grey16 = np.asarray(image, dtype=np.float64) / 257
                 pixels = grey16.clip(0, 255).round().astype(np.uint8)
             else:

@@ -99,7 +99,7 @@ def read_folder(category: str | None, root: Path | None) -> Source:
     for name in CALIBRATION_FOLDERS:
         if not source.calibration and (base / name / "good").is_dir():
             source.calibration = _named(base / name / "good", f"{name}/")
-    for folder in sorted(p for p in (base / "test").glob("*") if p.is_dir()):
+    for folder in sorted(p for p in (base / "test").glob("[!.]*") if p.is_dir()):
         for name, path in _named(folder).items():
             source.test[name] = path
             source.defect_types[name] = folder.name

@@ -129,7 +129,7 @@ def train_network(
     amp = supports_bf16(device)
     bar = tqdm(total=run.total, initial=run.step, desc=stage, unit="step", disable=not progress)
     started, saved = time.monotonic(), time.monotonic()
-    before = half_time = run.seconds
+    before, half_step, half_time = run.seconds, run.step, run.seconds
     network.train()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -142,9 +142,10 @@ def train_network(
                 run.update(loss)
                 run.seconds = before + time.monotonic() - started
                 if run.step == TIMED_STEPS // 2:
-                    half_time = run.seconds  # the first steps are slow: kernels are being chosen
+                    # The first steps are slow: kernels are being chosen.
+                    half_step, half_time = run.step, run.seconds
                 if budget is not None and run.step == TIMED_STEPS < run.total:
-                    step_time = (run.seconds - half_time) / (TIMED_STEPS - TIMED_STEPS // 2)
+                    step_time = (run.seconds - half_time) / (TIMED_STEPS - half_step)
                     left = max(0, int((budget - run.seconds) / step_time))
                     run.total = bar.total = min(TIMED_STEPS + left, config.steps)
                 if time.monotonic() - saved > SAVE_EVERY_SECONDS:

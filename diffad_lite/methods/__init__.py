@@ -4,11 +4,11 @@ from diffad_lite.methods import anoddpm, baselines
 from diffad_lite.methods.base import (
     METHODS,
     Method,
-    MethodConfig,
     get_method,
     load_pretrained,
 )
 from diffad_lite.methods.prediction import Prediction
+from diffad_lite.methods.profiles import MethodConfig
 
 __all__ = [
     "METHODS",

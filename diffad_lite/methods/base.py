@@ -8,9 +8,8 @@ once for all.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -22,33 +21,12 @@ from diffad_lite.gaussian import noise_generators
 from diffad_lite.images import image_keys
 from diffad_lite.methods import pretrained
 from diffad_lite.methods.prediction import Prediction
+from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.metrics import MapCalibration, conformal_threshold, top_k_mean
 from diffad_lite.training import TrainReport, default_device
 
-Profile = Literal["ci", "lite", "paper"]
 BATCH_SIZE = 32  # images scored at once; no result depends on it
 METHODS: dict[str, type["Method"]] = {}
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    """What every method is configured by.
-
-    Attributes:
-        channels: of the images, 1, 3 or 4.
-        image_size: side in pixels that the networks were designed for; other sizes also run.
-        smooth_sigma: standard deviation, in pixels, of the Gaussian blur of the raw map; 0 = none.
-        calibrate: whether maps are standardised by position (mean and deviation over normals).
-        top_fraction: the image score is the mean of this fraction of the largest map values.
-        quantile: of the calibration scores, where the threshold of "anomalous" is put.
-    """
-
-    channels: int = 1
-    image_size: int = 64
-    smooth_sigma: float = 1.0
-    calibrate: bool = True
-    top_fraction: float = 0.01
-    quantile: float = 0.95
 
 
 class Method(ABC):
@@ -61,6 +39,7 @@ class Method(ABC):
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     # Fields that may be changed after training, as by --set together with --checkpoint.
+    any_size: ClassVar[bool] = True  # False: images must have the side Config.image_size
     inference_fields: ClassVar[frozenset[str]] = frozenset(
         {"smooth_sigma", "calibrate", "top_fraction", "quantile"}
     )
@@ -114,7 +93,7 @@ class Method(ABC):
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        return next(iter(self.network.state_dict().values())).device
 
     def fit(
         self,
@@ -146,6 +125,8 @@ class Method(ABC):
             torch.manual_seed(seed)
             self.network = self._build().to(default_device())
         folder = Path(workdir) if workdir is not None else None
+        if folder is not None:
+            pretrained.claim(folder, self, seed)
         reports = self._fit(train, seed=seed, budget=budget, workdir=folder, progress=progress)
         self.network.eval()
         self.reports_ = {
@@ -215,6 +196,12 @@ class Method(ABC):
                 f"{what}: expected (N, {C}, H, W), got {tuple(images.shape)}; this model is for "
                 f"{C}-channel images (Config.channels)"
             )
+        side = self.config.image_size
+        if not self.any_size and images.shape[-2:] != (side, side):
+            raise ValueError(
+                f"{what}: got images of {tuple(images.shape[-2:])} (height, width), but {self.name} "
+                f"is for {(side, side)} (Config.image_size); resize the images"
+            )
         if len(images) == 0:
             raise ValueError(f"{what}: no images")
         if not torch.isfinite(images).all():
@@ -278,12 +265,6 @@ def blur(maps: Tensor, sigma: float) -> Tensor:
     side = min(maps.shape[-2:])
     width = min(2 * int(3 * sigma + 0.5) + 1, 2 * side - 1)
     return gaussian_blur(maps[:, None], [width, width], [sigma, sigma])[:, 0]
-
-
-def check_profile(profile: str) -> None:
-    """Raise for a profile that does not exist."""
-    if profile not in get_args(Profile):
-        raise unknown_name("profile", profile, get_args(Profile))
 
 
 def get_method(name: str) -> type[Method]:

@@ -13,7 +13,8 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from diffad_lite.methods.base import Method, MethodConfig, Profile, check_profile
+from diffad_lite.methods.base import Method
+from diffad_lite.methods.profiles import MethodConfig, Profile, check_profile
 from diffad_lite.training import TrainReport
 
 
@@ -97,7 +98,8 @@ class Brightness(Method):
         progress: bool,
     ) -> dict[str, TrainReport]:
         brightness = train.mean(dim=(1, 2, 3))
-        self.network = Buffers(mean=brightness.mean(), std=brightness.std())
+        std = brightness.std(correction=0).clamp_min(1e-3)  # of equally bright images
+        self.network = Buffers(mean=brightness.mean(), std=std)
         return {}
 
     def _infer(
@@ -106,7 +108,7 @@ class Brightness(Method):
         return self._deviation(images.mean(1)), None, {}
 
     def _score(self, images: Tensor, maps: Tensor) -> Tensor:
-        return self._deviation(images.mean(dim=(1, 2, 3)))
+        return self._deviation(images.to(self.device).mean(dim=(1, 2, 3))).cpu()
 
     def _deviation(self, brightness: Tensor) -> Tensor:
         deviation = (self.network.mean - brightness) / self.network.std
@@ -117,6 +119,7 @@ class MeanImage(Method):
     """The distance to the average normal image, pixel by pixel."""
 
     name = "mean_image"
+    any_size = False
     Config = BaselineConfig
 
     def _build(self) -> nn.Module:
@@ -146,6 +149,7 @@ class PCAResidual(Method):
     """The distance to the nearest image in the span of the first principal components."""
 
     name = "pca"
+    any_size = False
     Config = PCAConfig
     config: PCAConfig
 

@@ -23,6 +23,24 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="Method")
 
 
+def claim(folder: Path, method: Method, seed: int) -> None:
+    """Write down what is trained in ``folder``; refuse one that holds another training.
+
+    Raises:
+        ValueError: the folder belongs to another method, configuration or seed.
+    """
+    config = {k: v for k, v in to_dict(method.config).items() if k not in method.inference_fields}
+    training = {"method": method.name, "seed": seed, "config": config}
+    path = folder / "training.json"
+    if not path.exists():
+        write_json(path, training)
+    elif read_json(path, "record of a training") != training:
+        raise ValueError(
+            f"{folder} holds a training of another method, configuration or seed; choose another "
+            "output folder, or delete that one to start anew"
+        )
+
+
 def save(method: Method, folder: Path, dtype: torch.dtype, record: Mapping[str, Any]) -> None:
     """Write a checkpoint beside ``folder``, then move it there: complete, or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +87,8 @@ def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:
     try:
         method.network.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{folder} does not fit its configuration: {error}") from None
+        summary = str(error).splitlines()[1].strip()[:200]
+        raise ValueError(f"{folder} does not fit its configuration: {summary} ...") from None
     if not changed and "map_mean" in tensors:
         mean, std = tensors["map_mean"].numpy(), tensors["map_std"].numpy()
         method.map_calibration_ = MapCalibration(mean, std)

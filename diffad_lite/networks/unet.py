@@ -20,8 +20,13 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with at most 32 groups; no statistics cross the batch."""
-    return nn.GroupNorm(math.gcd(32, channels), channels)
+    """GroupNorm with at most 32 groups of at least 4 channels; no statistics cross the batch.
+
+    Groups of one channel would subtract each channel's mean, and with it the time embedding that
+    the residual blocks add.
+    """
+    groups = math.gcd(32, channels // 4) if channels % 4 == 0 else 1
+    return nn.GroupNorm(groups, channels)
 
 
 def zero_init(module: nn.Module) -> nn.Module:
@@ -36,7 +41,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, head_dim: int = 32) -> None:
         super().__init__()
-        self.heads = max(1, channels // head_dim)
+        self.heads = channels // head_dim if channels % head_dim == 0 else 1
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
@@ -139,8 +144,8 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(in_channels * unshuffle**2, base_channels, 3, padding=1)
 
         widths = [base_channels * m for m in channel_mults]
-        channels, skips = base_channels, [base_channels]
-        self.down = nn.ModuleList()
+        self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [base_channels]
+        channels = base_channels
         for level, width in enumerate(widths):
             for _ in range(blocks_per_level):
                 attends = level in attention_levels
@@ -150,19 +155,12 @@ class UNet(nn.Module):
             if level < len(widths) - 1:
                 self.down.append(Downsample(channels))
                 skips.append(channels)
-
         self.middle = nn.ModuleList(
-            [
-                ResBlock(channels, channels, emb_dim, dropout, attends=True),
-                ResBlock(channels, channels, emb_dim, dropout, attends=False),
-            ]
+            ResBlock(channels, channels, emb_dim, dropout, attends) for attends in (True, False)
         )
-
-        self.up = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(blocks_per_level + 1):
-                attends = level in attention_levels
-                in_width = channels + skips.pop()
+                attends, in_width = level in attention_levels, channels + skips.pop()
                 self.up.append(ResBlock(in_width, width, emb_dim, dropout, attends))
                 channels = width
             if level > 0:

@@ -1,0 +1,35 @@
+"""What every method is configured by, and the profiles that scale it."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from diffad_lite.config import unknown_name
+
+Profile = Literal["ci", "lite", "paper"]
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What every method is configured by.
+
+    Attributes:
+        channels: of the images, 1, 3 or 4.
+        image_size: side in pixels that the networks were designed for; other sizes also run.
+        smooth_sigma: standard deviation, in pixels, of the Gaussian blur of the raw map; 0 = none.
+        calibrate: whether maps are standardised by position (mean and deviation over normals).
+        top_fraction: the image score is the mean of this fraction of the largest map values.
+        quantile: of the calibration scores, where the threshold of "anomalous" is put.
+    """
+
+    channels: int = 1
+    image_size: int = 64
+    smooth_sigma: float = 1.0
+    calibrate: bool = True
+    top_fraction: float = 0.01
+    quantile: float = 0.95
+
+
+def check_profile(profile: str) -> None:
+    """Raise for a profile that does not exist."""
+    if profile not in get_args(Profile):
+        raise unknown_name("profile", profile, get_args(Profile))

@@ -1,0 +1,734 @@
+# %% [markdown]
+# # 01 · DDPM basics
+#
+# **A diffusion model is a noise predictor and a few lines of Gaussian arithmetic: on data that
+# can be solved by hand we check every line, then a U-Net takes the place of the exact answer.**
+#
+# | At a glance | |
+# | --- | --- |
+# | Level | beginner; some algebra with Gaussians |
+# | Minutes (ci / lite / paper) | 1 / 2 / hours on a GPU (it trains the cell model); 35 to read |
+# | Memory | under 1.5 GB |
+# | Downloads | none |
+# | Previous | [00](00_start_here.ipynb) |
+# | Next | 02, "From sampling to anomaly detection" (comes next) |
+
+# %% [markdown]
+# ## You will be able to
+#
+# - write the forward process in one line and say what each symbol stands for;
+# - go back and forth between noise, clean image and score;
+# - derive one step of DDPM and of DDIM, and test a sampler against a known answer;
+# - turn samples of a *prior* into samples of a *posterior* with Bayes' rule (guidance);
+# - train a small noise predictor, and see what its loss does not tell.
+#
+# ## Prerequisites
+#
+# Gaussian densities, Bayes' rule, a little PyTorch. The notation table in
+# [00](00_start_here.ipynb) lists every symbol of the course; here each is introduced again.
+
+# %% tags=["parameters"]
+profile: str = "lite"  # ci | lite | paper
+dataset: str = "elpv"  # data set of the last part
+category: str = "mono"  # its category
+root: str = ""  # folder of images, for dataset "folder"
+seed: int = 0  # all randomness
+retrain: bool = False  # train the cell model anew instead of loading it
+out_dir: str = "runs/notebooks"  # where trainings go
+
+# %% tags=["setup"]
+import copy
+import importlib.util
+import math
+
+import torch
+from torch import nn
+
+from diffad_lite import plots
+from diffad_lite.datasets import load_dataset
+from diffad_lite.experiments import Run, pretrained_or_train
+from diffad_lite.explore import explore
+from diffad_lite.gaussian import GaussianDiffusion
+from diffad_lite.networks import UNet
+from diffad_lite.notebooks import resolve_profile
+from diffad_lite.schedules import NoiseSchedule
+from diffad_lite.training import TrainConfig, train_network
+
+profile = resolve_profile(profile)
+torch.manual_seed(seed)  # initial weights; everything else has a generator of its own
+
+
+def rng(offset: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(1000 * seed + offset)
+
+
+print("profile:", profile)
+
+# %% [markdown]
+# ## One number instead of an image
+#
+# An image is a list of numbers. We begin with a list of *one* number, drawn from a bell curve:
+# $x_0 \sim \mathcal N(\mu, \tau^2)$. Here everything a diffusion model has to learn is known in
+# closed form, so that each line of code can be held against the truth.
+#
+# | symbol | code | meaning |
+# | --- | --- | --- |
+# | $x_0$ | `x0` | a clean datum |
+# | $t = 0, \dots, T-1$ | `t` | timestep; a larger $t$ means more noise |
+# | $\beta_t$ | `schedule.betas[t]` | variance of the noise that step $t$ adds |
+# | $\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)$ | `schedule.alphas_cumprod[t]`, `abar` | what is left of the signal's variance after step $t$ |
+# | $\epsilon$ | `noise` | a standard normal draw |
+# | $x_t$ | `x_t` | the datum after step $t$ |
+#
+# The package works on batches of images (B, C, H, W); a number is an image of one pixel.
+
+# %% tags=["context"]
+mu, tau = 1.5, 0.5  # the data: mean and standard deviation
+schedule = NoiseSchedule.named("linear")  # T = 1000 steps
+diffusion = GaussianDiffusion(schedule, clip=None)  # our numbers have no bounds
+x0 = mu + tau * torch.randn(20_000, 1, 1, 1, generator=rng())  # (B, 1, 1, 1)
+
+# %% [markdown]
+# ### The forward process
+#
+# Each step shrinks the state a little and adds a little noise,
+# $x_t = \sqrt{1-\beta_t}\, x_{t-1} + \sqrt{\beta_t}\, z_t$ with a fresh $z_t \sim \mathcal N(0, 1)$.
+# Sums of Gaussians are Gaussian, so many steps collapse into one (Ho et al. 2020, eq. 4):
+#
+# $$x_t = \sqrt{\bar\alpha_t}\; x_0 + \sqrt{1 - \bar\alpha_t}\; \epsilon
+# \qquad\Longleftrightarrow\qquad
+# x_0 = \frac{x_t - \sqrt{1-\bar\alpha_t}\,\epsilon}{\sqrt{\bar\alpha_t}}$$
+#
+# *(Why: if it holds at $t-1$, the new variance is
+# $(1-\beta_t)(1-\bar\alpha_{t-1}) + \beta_t = 1 - \bar\alpha_t$.)*
+
+# %% tags=["teaches:diffad_lite.gaussian:GaussianDiffusion.add_noise", "teaches:diffad_lite.gaussian:GaussianDiffusion.predict_x0"]
+def add_noise(schedule, x0, t, noise):
+    abar = schedule.level(t, x0)  # shaped so that it multiplies a batch
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+
+def predict_x0(schedule, x_t, t, noise):
+    abar = schedule.level(t, x_t)
+    return (x_t - (1 - abar).sqrt() * noise) / abar.sqrt()
+
+
+# %% [markdown]
+# Since $x_0$ is Gaussian, so is $x_t$, with mean $\mu_t$ and variance $v_t$:
+#
+# $$\mu_t = \sqrt{\bar\alpha_t}\,\mu, \qquad v_t = \bar\alpha_t \tau^2 + 1 - \bar\alpha_t .$$
+#
+# **Predict** the mean and the standard deviation of $x_t$ at the last step. Do they still depend
+# on $\mu$ and $\tau$? Then walk all steps one by one and compare with the closed form.
+
+# %%
+def marginal(t):
+    """Mean and variance of x_t."""
+    abar = schedule.alphas_cumprod[t].item()
+    return abar**0.5 * mu, abar * tau**2 + 1 - abar
+
+
+x, walk = x0, [x0]
+generator = rng(1)
+for beta in schedule.betas.tolist():
+    x = (1 - beta) ** 0.5 * x + beta**0.5 * torch.randn(x.shape, generator=generator)
+    walk.append(x)
+
+# %%
+print("   t   walked: mean    sd    one jump: mean    sd    closed form: mean    sd")
+for t in (9, 99, 299, 999):
+    jump = add_noise(schedule, x0, t, torch.randn(x0.shape, generator=rng(2)))
+    mean, variance = marginal(t)
+    row = [walk[t + 1].mean(), walk[t + 1].std(), jump.mean(), jump.std(), mean, variance**0.5]
+    print(f"{t:4d}{row[0]:15.3f}{row[1]:7.3f}{row[2]:17.3f}{row[3]:7.3f}{row[4]:20.3f}{row[5]:7.3f}")
+    assert abs(row[0] - row[4]) < 0.05 and abs(row[1] - row[5]) < 0.05
+
+# %% [markdown]
+# Three ways, one answer: training will use the single jump. At $t = 999$ nothing of $\mu$ and
+# $\tau$ is left, which is why sampling can start from pure noise. In the figure, three of the walks
+# run through the band between $\mu_t - 2\sqrt{v_t}$ and $\mu_t + 2\sqrt{v_t}$.
+
+# %%
+moments = torch.tensor([(mu, tau**2)] + [marginal(t) for t in range(1000)])  # (T + 1, 2)
+mean, sd = moments[:, 0], moments[:, 1].sqrt()
+paths = torch.stack(walk)[:, :3, 0, 0, 0]  # (T + 1, 3)
+curves = {"mean": mean, "mean - 2 sd": mean - 2 * sd, "mean + 2 sd": mean + 2 * sd}
+curves |= {f"walk {i + 1}": paths[:, i] for i in range(3)}
+fig, data = plots.show_curves(
+    range(-1, 1000), curves, xlabel="timestep t (-1 = clean)", ylabel="$x_t$"
+)
+fig.axes[0].legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), fontsize=9)
+
+# %% [markdown]
+# ### The score and the best guess of the noise
+#
+# Undoing the noise needs one function only. The **score** is the slope of the log density of the
+# noisy data, an arrow that points to where data are denser:
+#
+# $$\nabla_{x_t} \log p_t(x_t) = -\frac{x_t - \mu_t}{v_t}.$$
+#
+# The other quantity is the best guess of the noise inside $x_t$, its conditional mean. For jointly
+# Gaussian variables $\mathbb E[\epsilon \mid x_t] =
+# \operatorname{Cov}(\epsilon, x_t)\,(x_t - \mu_t) / v_t$, and the covariance is
+# $\sigma_t = \sqrt{1-\bar\alpha_t}$, hence
+#
+# $$\epsilon^*(x_t, t) = \sigma_t\,\frac{x_t - \mu_t}{v_t}
+# \qquad\text{and so}\qquad
+# \boxed{\;\text{score} = -\,\epsilon^* / \sigma_t\;}$$
+#
+# The box holds for *any* data, not only for bell curves. It is why a network trained to guess
+# noise can be used as a score.
+
+# %% tags=["context"]
+def exact_eps(x_t, t):
+    """The best guess of the noise for our data; the shape of the result is that of x_t."""
+    abar = schedule.level(t, x_t)
+    mean, variance = abar.sqrt() * mu, abar * tau**2 + 1 - abar
+    return (1 - abar).sqrt() * (x_t - mean) / variance
+
+
+# %% [markdown]
+# Two checks at one noise level. Autograd gives the score without our algebra. And the average of
+# the true noise over all draws whose $x_t$ falls into the same narrow bin is an estimate of
+# $\mathbb E[\epsilon \mid x_t]$ that knows nothing of the formula.
+
+# %%
+t = 200
+noise = torch.randn(x0.shape, generator=rng(3))
+x_t = diffusion.add_noise(x0, t, noise).requires_grad_()
+mean, variance = marginal(t)
+log_density = torch.distributions.Normal(mean, variance**0.5).log_prob(x_t)
+score = torch.autograd.grad(log_density.sum(), x_t)[0]
+x_t = x_t.detach()
+sigma = (1 - schedule.alphas_cumprod[t].item()) ** 0.5
+torch.testing.assert_close(score, -exact_eps(x_t, t) / sigma, rtol=1e-4, atol=1e-4)
+print("score = -eps / sigma: equal")
+
+# %%
+bins = x_t.flatten().argsort().chunk(20)  # 20 bins of equal count
+centre = torch.stack([x_t.flatten()[i].mean() for i in bins])
+measured = torch.stack([noise.flatten()[i].mean() for i in bins])
+exact = exact_eps(centre, t)
+fig, data = plots.show_curves(
+    centre,
+    {"closed form": exact, "mean of the noise in a bin": measured},
+    xlabel="$x_t$",
+    ylabel="noise",
+    title=f"the noise inside $x_t$, t = {t}",
+    markers=True,
+)
+assert (measured - exact).abs().max() < 0.2
+
+# %% [markdown]
+# The two lines lie on each other: the best guess is a straight line in $x_t$. For images it is a
+# complicated function, and a network has to learn it.
+#
+# ### What loss can be reached?
+#
+# The network will be trained on the squared error of the noise. Even the exact guess does not
+# reach zero, because $x_t$ does not tell the noise completely. What remains is the conditional
+# variance, $\operatorname{Var}(\epsilon \mid x_t) = 1 - \sigma_t^2 / v_t = \bar\alpha_t \tau^2 / v_t$.
+#
+# **Predict** where the loss of the exact guess is larger: at small $t$, where the image is almost
+# clean, or at large $t$, where it is almost noise?
+
+# %%
+print("   t    loss of exact_eps    closed form")
+for t in (0, 10, 100, 300, 999):
+    noise = torch.randn(x0.shape, generator=rng(4))
+    loss = diffusion.loss(exact_eps, x0, torch.full((len(x0),), t), noise).item()
+    floor = schedule.alphas_cumprod[t].item() * tau**2 / marginal(t)[1]
+    print(f"{t:4d}{loss:21.4f}{floor:15.4f}")
+    assert abs(loss - floor) < 0.05
+
+# %% [markdown]
+# At small $t$! There the noise is a whisper behind a loud signal, and hardly audible. At large $t$
+# the state *is* the noise, and repeating it is nearly right. Keep this in mind when we look at
+# the loss of a real network: small loss at large $t$ is no merit.
+#
+# ### One step back, if $x_0$ were known
+#
+# Where was the walk one step earlier, given that it started at $x_0$ and is now at $x_t$? By Bayes'
+# rule $q(x_{t-1} \mid x_t, x_0) \propto q(x_t \mid x_{t-1})\, q(x_{t-1} \mid x_0)$, a product of two
+# Gaussians in $x_{t-1}$, in which precisions (one over variance) add up. With
+# $\alpha_t = 1 - \beta_t = \bar\alpha_t / \bar\alpha_{t-1}$:
+#
+# $$\frac{1}{\tilde\beta_t} = \frac{\alpha_t}{1-\alpha_t} + \frac{1}{1-\bar\alpha_{t-1}}
+# \;\Rightarrow\;
+# \tilde\beta_t = \frac{(1-\alpha_t)(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}, \qquad
+# \tilde\mu_t = \frac{\sqrt{\bar\alpha_{t-1}}\,(1-\alpha_t)}{1-\bar\alpha_t}\, x_0
+# + \frac{\sqrt{\alpha_t}\,(1-\bar\alpha_{t-1})}{1-\bar\alpha_t}\, x_t$$
+#
+# (Ho et al., eq. 6 and 7). Nothing here needs neighbours: with
+# $\alpha = \bar\alpha_t / \bar\alpha_{t'}$ the same lines jump from $t$ to any earlier $t'$.
+
+# %% tags=["teaches:diffad_lite.gaussian:GaussianDiffusion.posterior"]
+def posterior(schedule, x_t, x0, t, t_prev):
+    abar, abar_prev = schedule.level(t, x_t), schedule.level(t_prev, x_t)
+    alpha = abar / abar_prev
+    weight_x0 = abar_prev.sqrt() * (1 - alpha) / (1 - abar)
+    weight_xt = alpha.sqrt() * (1 - abar_prev) / (1 - abar)
+    variance = (1 - alpha) * (1 - abar_prev) / (1 - abar)
+    return weight_x0 * x0 + weight_xt * x_t, variance
+
+
+# %% [markdown]
+# A check without algebra: start many walks at the *same* $x_0$, note where they are at $t' = 60$
+# and at $t = 100$, and keep those that end near one place. Their positions at $t'$ must have that
+# mean and that variance.
+
+# %%
+start, t, t_prev, place = torch.tensor(2.0), 100, 60, 1.5
+z1, z2 = torch.randn(2, 400_000, generator=rng(5))
+alpha = schedule.alphas_cumprod[t] / schedule.alphas_cumprod[t_prev]
+x_prev = diffusion.add_noise(start, t_prev, z1)
+x_t = alpha**0.5 * x_prev + (1 - alpha) ** 0.5 * z2
+near = x_prev[(x_t - place).abs() < 0.02]
+mean, variance = posterior(schedule, torch.tensor(place), start, t, t_prev)
+print(f"{len(near)} walks ended there")
+print(f"mean      {near.mean():.4f}   closed form {mean:.4f}")
+print(f"variance  {near.var():.4f}   closed form {variance:.4f}")
+assert abs(near.mean() - mean) < 0.02 and abs(near.var() / variance - 1) < 0.1
+
+# %% [markdown]
+# ### DDPM: one step back when $x_0$ is not known
+#
+# Put the estimate $\hat x_0 = (x_t - \sqrt{1-\bar\alpha_t}\,\hat\epsilon)/\sqrt{\bar\alpha_t}$ in
+# the place of $x_0$ and sort the terms. This is algorithm 2 of Ho et al.:
+#
+# $$x_{t-1} = \frac{1}{\sqrt{\alpha_t}} \Big( x_t - \frac{1-\alpha_t}{\sqrt{1-\bar\alpha_t}}\,
+# \hat\epsilon \Big) + \sqrt{\tilde\beta_t}\; z .$$
+
+# %% tags=["teaches:diffad_lite.gaussian:GaussianDiffusion.ddpm_step"]
+def ddpm_step(schedule, x_t, t, t_prev, eps_hat, noise):
+    abar, abar_prev = schedule.level(t, x_t), schedule.level(t_prev, x_t)
+    alpha = abar / abar_prev
+    x0_hat = (x_t - (1 - abar).sqrt() * eps_hat) / abar.sqrt()
+    mean = (x_t - (1 - alpha) / (1 - abar).sqrt() * eps_hat) / alpha.sqrt()
+    variance = (1 - alpha) * (1 - abar_prev) / (1 - abar)  # 0 at the last step
+    return mean + variance.sqrt() * noise, x0_hat
+
+
+# %% [markdown]
+# The whole sampler is a loop: ask for the noise, take the step. We run ours and the package's,
+# `ddpm_sample`, which yields every state on the way. They draw the same noise, so they must agree.
+
+# %%
+x_T = torch.randn(x0.shape, generator=rng(6))  # pure noise
+timesteps = schedule.timesteps()  # 999, 998, ..., 0
+x, generator = x_T, rng(7)
+for t in timesteps:
+    noise = torch.randn(x.shape, generator=generator) if t > 0 else torch.zeros_like(x)
+    x, x0_hat = ddpm_step(schedule, x, t, t - 1, exact_eps(x, t), noise)
+
+*_, last = diffusion.ddpm_sample(exact_eps, x_T, timesteps, rng(7))
+torch.testing.assert_close(x, last.x, rtol=1e-3, atol=1e-3)
+print(f"data: mean {mu}, sd {tau};  samples: mean {x.mean():.3f}, sd {x.std():.3f}")
+assert abs(x.mean() - mu) < 0.03 and abs(x.std() - tau) < 0.03
+
+# %% [markdown]
+# ### DDIM: the same without fresh noise
+#
+# Song et al. 2021 keep the noise that was found and mix it in again at the lower level (eq. 12 with
+# $\sigma = 0$). Nothing is drawn, so one start gives one result, and steps can be long:
+#
+# $$x_{t'} = \sqrt{\bar\alpha_{t'}}\;\hat x_0 + \sqrt{1 - \bar\alpha_{t'}}\;\hat\epsilon .$$
+#
+# **Predict**: with only 10 steps instead of 1000, will the samples be too narrow, too wide or just
+# right? For which of the two samplers is it worse?
+
+# %%
+print("sampler  steps    mean      sd     (data: 1.500  0.500)")
+spread = {}
+for steps in (10, 50, 250, 1000):
+    timesteps = schedule.timesteps(steps=steps)
+    *_, ddpm = diffusion.ddpm_sample(exact_eps, x_T, timesteps, rng(7))
+    *_, ddim = diffusion.ddim_sample(exact_eps, x_T, timesteps)
+    for name, sample in (("DDPM", ddpm.x), ("DDIM", ddim.x)):
+        spread[name, steps] = sample.std().item()
+        print(f"{name:7}{steps:7d}{sample.mean():9.3f}{sample.std():8.3f}")
+assert abs(spread["DDPM", 1000] - tau) < 0.03 and abs(spread["DDIM", 1000] - tau) < 0.03
+
+# %% [markdown]
+# ### There and back again
+#
+# Because DDIM draws nothing, it can be run uphill: from an image to *its* noise (`ddim_encode`)
+# and down again. The round trip is exact only for infinitely many steps, since on the way up the
+# noise must be guessed at a level that has not been reached yet. The figure has logarithmic axes;
+# the dashed line falls like one over the number of steps.
+
+# %%
+counts, errors = [10, 20, 50, 100, 200, 500, 1000], []
+for steps in counts:
+    timesteps = schedule.timesteps(steps=steps)
+    *_, up = diffusion.ddim_encode(exact_eps, x0[:2000], timesteps[::-1])
+    *_, down = diffusion.ddim_sample(exact_eps, up.x, timesteps)
+    errors.append((down.x - x0[:2000]).abs().mean().item())
+fig, data = plots.show_curves(
+    counts,
+    {"round trip": errors, "1 / steps": [errors[-1] * counts[-1] / n for n in counts]},
+    xlabel="steps each way",
+    ylabel="mean |decoded - x0|",
+    log="xy",
+    markers=True,
+)
+assert errors[-1] < 0.1 * errors[0]
+
+# %% [markdown]
+# ### Bayes' rule at sampling time: guidance
+#
+# So far the samples follow the *prior* $p(x_0)$. Suppose a gauge shows $y = x_0 + \rho z$,
+# $z \sim \mathcal N(0, 1)$. Which $x_0$ are plausible now? Bayes' rule holds at every noise level,
+# and its logarithm has a slope:
+#
+# $$p_t(x_t \mid y) \propto p_t(x_t)\, p(y \mid x_t)
+# \quad\Rightarrow\quad
+# \underbrace{\nabla \log p_t(x_t \mid y)}_{\text{posterior score}} =
+# \underbrace{\nabla \log p_t(x_t)}_{-\epsilon^*/\sigma_t} +
+# \underbrace{\nabla \log p(y \mid x_t)}_{\text{likelihood score}}$$
+#
+# Multiply by $-\sigma_t$, and the sampler needs no change at all, only another noise guess:
+#
+# $$\hat\epsilon_{\text{guided}} = \epsilon^* - \sigma_t \nabla_{x_t} \log p(y \mid x_t).$$
+#
+# For our data the likelihood is exact. Given $x_t$, the clean value is Gaussian with mean
+# $\hat x_0(x_t)$ and variance $c_t = \tau^2 (1-\bar\alpha_t) / v_t$. So
+# $y \mid x_t \sim \mathcal N(\hat x_0, c_t + \rho^2)$, and with
+# $\partial \hat x_0 / \partial x_t = \sqrt{\bar\alpha_t}\, \tau^2 / v_t$ we get
+# $\nabla \log p(y \mid x_t) = \sqrt{\bar\alpha_t}\,\frac{\tau^2}{v_t} \cdot
+# \frac{y - \hat x_0}{c_t + \rho^2}$.
+
+# %% tags=["context"]
+y, rho = 0.5, 0.4  # what the gauge shows, and the standard deviation of its error
+
+
+def guided_eps(x_t, t):
+    """The best guess of the noise, given x_t and the reading y."""
+    abar = schedule.level(t, x_t)
+    variance = abar * tau**2 + 1 - abar  # v_t
+    x0_hat = diffusion.predict_x0(x_t, t, exact_eps(x_t, t))
+    c = tau**2 * (1 - abar) / variance
+    slope = abar.sqrt() * tau**2 / variance * (y - x0_hat) / (c + rho**2)
+    return exact_eps(x_t, t) - (1 - abar).sqrt() * slope
+
+
+# %% [markdown]
+# The truth to compare with: precisions add up once more, $1/\tau_y^2 = 1/\tau^2 + 1/\rho^2$ and
+# $\mu_y = \tau_y^2\,(\mu/\tau^2 + y/\rho^2)$.
+#
+# **Predict**: the data lie around 1.5, the gauge shows 0.5. Will the guided samples lie at 0.5, at
+# 1.5 or between, and will they be wider or narrower than the prior?
+
+# %%
+*_, last = diffusion.ddpm_sample(guided_eps, x_T, schedule.timesteps(), rng(8))
+variance_y = 1 / (1 / tau**2 + 1 / rho**2)
+mean_y = variance_y * (mu / tau**2 + y / rho**2)
+print(f"closed form: mean {mean_y:.3f}, sd {variance_y**0.5:.3f}")
+print(f"samples:     mean {last.x.mean():.3f}, sd {last.x.std():.3f}")
+assert abs(last.x.mean() - mean_y) < 0.03 and abs(last.x.std() - variance_y**0.5) < 0.03
+
+# %% [markdown]
+# Between, and narrower: the network (here, the exact guess) was not touched, and still it answers
+# another question. In the figure, the dots of the guided samples follow the closed-form posterior.
+
+# %%
+grid = torch.linspace(-0.5, 3, 71)
+counts = torch.histc(last.x, 71, -0.525, 3.025)
+bell = lambda mean, sd: torch.distributions.Normal(mean, sd).log_prob(grid).exp()  # noqa: E731
+fig, data = plots.show_curves(
+    grid,
+    {
+        "prior": bell(mu, tau),
+        "likelihood of y": bell(y, rho),
+        "posterior, closed form": bell(mean_y, variance_y**0.5),
+        "guided samples": counts / len(last.x) / 0.05,
+    },
+    xlabel="$x_0$",
+    ylabel="density",
+)
+
+# %% [markdown]
+# ### The bound, in short
+#
+# Why is guessing noise the same as fitting the data? Ho et al. (eq. 5) bound the negative log
+# likelihood by three kinds of terms, $\mathbb E[-\log p(x_0)] \le L_T + \sum_t L_t + L_0$:
+#
+# - $L_T = \mathrm{KL}\big(q(x_T \mid x_0)\,\|\,\mathcal N(0, 1)\big)$: is the end pure noise?
+# - $L_t = \mathrm{KL}\big(q(x_{t'} \mid x_t, x_0)\,\|\,p(x_{t'} \mid x_t)\big)$, two Gaussians whose
+#   means differ by $k_t (x_0 - \hat x_0)$; $k_t$ is the weight of $x_0$ in $\tilde\mu_t$. If both have
+#   variance $\tilde\beta_t$, this is $k_t^2 (x_0 - \hat x_0)^2 / 2 \tilde\beta_t$: a weighted squared
+#   error of the noise. Without the weight it is the loss that everybody trains.
+# - $L_0 = \mathbb E[-\log p(x_0 \mid x_t)]$ at the last visited level.
+#
+# For our data $\mathbb E (x_0 - \hat x_0)^2 = c_t$, so the bound can be typed in. It cannot fall
+# below the entropy of the data, $\tfrac12 \log 2\pi e \tau^2$. The mean of $p$ comes from the noise
+# guess, but its variance is ours to choose. Ho et al. name two: $\tilde\beta_t$, right if $x_0$ were
+# known, and $1 - \alpha$ (their $\beta_t$). For our data the true one is $\tilde\beta_t + k_t^2 c_t$.
+#
+# **Predict**: will more steps bring the bound down to the entropy, for each of the three?
+
+# %%
+def bound(steps):
+    """The bound in nats, for three choices of the reverse variance."""
+    ts = schedule.timesteps(steps=steps)
+    abar = schedule.alphas_cumprod[ts]  # (steps,)
+    prev = torch.cat([abar[1:], torch.ones(1)])
+    alpha = abar / prev
+    c = tau**2 * (1 - abar) / (abar * tau**2 + 1 - abar)  # E (x0 - x0_hat)^2
+    k = prev.sqrt() * (1 - alpha) / (1 - abar)
+    tilde = (1 - alpha) * (1 - prev) / (1 - abar)
+    L_T = (abar[0] * (mu**2 + tau**2) - abar[0] - (1 - abar[0]).log()) / 2
+    L_0 = (2 * math.pi * math.e * c[-1]).log() / 2
+    total = []
+    for variance in (tilde, 1 - alpha, tilde + k**2 * c):
+        L_t = ((variance / tilde).log() + (tilde + k**2 * c) / variance - 1) / 2
+        total.append((L_T + L_t[:-1].sum() + L_0).item())  # the last step is L_0
+    return total
+
+
+# %% tags=["nbval-check-output"]
+entropy = math.log(2 * math.pi * math.e * tau**2) / 2
+print(f"entropy of the data: {entropy:.3f} nats; the bound with reverse variance")
+print("steps   beta_tilde   beta   true")
+for steps in (10, 50, 250, 1000):
+    small, large, true = bound(steps)
+    print(f"{steps:5d}{small:13.3f}{large:7.3f}{true:7.3f}")
+    assert entropy <= true < min(small, large) and true - entropy < 0.001
+
+# %% [markdown]
+# With the true variance the bound is tight for any number of steps: all that is left is that $x_T$
+# is not *exactly* noise. With $1-\alpha$ it is tight up to the length of the steps. With
+# $\tilde\beta_t$ it is not, however many steps there are: the last few, where the state is almost
+# clean, claim to know more than they do, and each pays for it. The samples above hardly showed it,
+# for what is wrong there is as faint as the noise of those steps. But the choice of
+# $\tilde\beta_t$ also explains why DDPM was too narrow with few steps: it leaves out $k_t^2 c_t$.
+# Nichol and Dhariwal 2021 let the network learn the variance.
+
+# %% [markdown]
+# ## Digits: a network takes over
+#
+# The recipe stays; only `exact_eps` has to be learned. Our images are handwritten digits,
+# 8x8 pixels brought to 16x16, with values in $[-1, 1]$. From here on the samplers clip $\hat x_0$
+# to that range.
+#
+# The figure shows the single jump $x_t = \sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon$
+# of one digit, the same noise at every level, for three schedules $\beta_t$.
+#
+# **Predict**: which schedule spends the most steps on pictures that already look like pure noise?
+
+# %%
+digits = load_dataset("digits", image_size=16)
+names, ts = ("linear", "cosine", "scaled_linear"), (0, 50, 100, 200, 400, 600, 800, 999)
+schedules = {name: NoiseSchedule.named(name) for name in names}
+digit, noise = digits.train[3:4], torch.randn(1, 1, 16, 16, generator=rng(10))
+rows = [
+    GaussianDiffusion(schedules[name]).add_noise(digit, t, noise) for name in names for t in ts
+]
+titles = [f"{name}, {t}" if t == 0 else f"t = {t}" for name in names for t in ts]
+fig, data = plots.show_images(torch.cat(rows), titles, columns=len(ts))
+
+# %% [markdown]
+# The signal-to-noise ratio $\mathrm{SNR}_t = \bar\alpha_t / (1-\bar\alpha_t)$ says it in one
+# number. Where it is 1, signal and noise have the same weight.
+
+# %%
+fig, data = plots.show_curves(
+    range(1000),
+    {name: schedule.snr for name, schedule in schedules.items()} | {"SNR = 1": [1.0] * 1000},
+    xlabel="timestep t",
+    ylabel="signal-to-noise ratio",
+    log="y",
+)
+fig.axes[0].set_ylim(1e-5, 1e5)
+
+# %% tags=["nbval-check-output"]
+print("share of the steps with SNR below 0.1")
+for name, one in schedules.items():
+    print(f"{name:14} {(one.snr < 0.1).double().mean():.3f}")
+
+# %% [markdown]
+# The linear schedule of Ho et al. spends about half of its steps where the digit is lost to the
+# eye; the cosine schedule was made to spend fewer. We stay with the linear one, which AnoDDPM uses.
+#
+# ### The loss
+#
+# Draw an image, a timestep and a noise; let the network $\epsilon_\theta$ guess the noise (Ho et
+# al., eq. 14 and algorithm 1):
+#
+# $$L = \mathbb E_{x_0, t, \epsilon}\,
+# \big\| \epsilon - \epsilon_\theta(\sqrt{\bar\alpha_t}\,x_0 + \sqrt{1-\bar\alpha_t}\,\epsilon,\; t)
+# \big\|^2 .$$
+
+# %%
+images = GaussianDiffusion(schedule)  # clips clean estimates to [-1, 1]
+
+
+def loss(network, x0, generator):
+    t = torch.randint(1000, (len(x0),), generator=generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    return images.loss(network, x0, t, noise)
+
+
+# %% [markdown]
+# ### Two ways to write the same guess
+#
+# The network is a small **U-Net**: down to a coarse grid, up again, with shortcuts between equal
+# sizes; the timestep enters every block. What should its output stand for?
+#
+# - *Plain*: the output is the noise, as in Ho et al.
+# - *With a skip*: at large $t$ the noise is nearly $x_t$ itself. So we add that in by hand and let the
+#   network $v_\theta$ say the rest,
+#   $\;\hat\epsilon = \sqrt{1-\bar\alpha_t}\;x_t + \sqrt{\bar\alpha_t}\;v_\theta(x_t, t)$. This is the
+#   *v-prediction* of Salimans and Ho (2022).
+#
+# Both are trained with the same loss, from the same initial weights, on the same batches. The
+# difference lies in what an error of the network does to $\hat x_0$. Plain, an error $\delta$
+# becomes $\delta\,\sqrt{1-\bar\alpha_t}/\sqrt{\bar\alpha_t} = \delta/\sqrt{\mathrm{SNR}_t}$, which is
+# more than a hundredfold at the last step. With the skip it becomes $\delta\,\sqrt{1-\bar\alpha_t}$, never more
+# than $\delta$.
+
+# %%
+class WithSkip(nn.Module):
+    """A noise predictor that adds what is known of the noise at large t."""
+
+    def __init__(self, network, schedule):
+        super().__init__()
+        self.network, self.schedule = network, schedule
+
+    def forward(self, x_t, t):
+        abar = self.schedule.level(t, x_t)
+        return (1 - abar).sqrt() * x_t + abar.sqrt() * self.network(x_t, t)
+
+
+# %%
+unet = UNet(1, base_channels=16, channel_mults=(1, 2, 4))
+networks = {"plain": copy.deepcopy(unet), "with skip": WithSkip(unet, schedule)}
+steps = {"ci": 20, "lite": 400, "paper": 5000}[profile]
+config = TrainConfig(
+    steps=steps, batch_size=32, learning_rate=3e-3, warmup_steps=20, ema_decay=0.99
+)
+print(f"{sum(p.numel() for p in unet.parameters()):,} parameters, {steps} steps")
+
+# %% [markdown]
+# Live training, twice: watch the bars.
+#
+# **Predict**: which of the two will have the smaller loss in the end, and by how much?
+
+# %%
+reports = {
+    name: train_network(network, loss, digits.train, config, seed=seed, stage=name)
+    for name, network in networks.items()
+}
+
+# %% [markdown]
+# One step sees 32 images at 32 timesteps, so its loss jumps about; the curves are moving averages.
+
+# %%
+window = max(2, steps // 20)
+smooth = {name: r.losses.unfold(0, window, 1).mean(1) for name, r in reports.items()}
+fig, data = plots.show_curves(
+    range(window, steps + 1),
+    smooth,
+    xlabel=f"step (mean of the last {window})",
+    ylabel="loss",
+    log="y",
+)
+for name, values in smooth.items():
+    print(f"{name:10} loss of the last {window} steps: {values[-1]:.4f}")
+    assert values[-1] < values[0]
+
+# %% [markdown]
+# ### Is the loss all there is?
+#
+# The loss is an average over all $t$. We take it apart on images held out of training: at a few $t$,
+# the squared error of the noise, and what it means for the clean image, the root mean square (RMS)
+# of $\hat x_0 - x_0$. As a yardstick, take the estimate of somebody who does not look at $x_t$ at
+# all, and always answers with the mean training image.
+
+# %%
+@torch.no_grad()
+def errors_at(network, x0, ts):
+    """At each t: mean squared error of the noise, RMS error of the clean estimate."""
+    noise = torch.randn(x0.shape, generator=rng(11))
+    rows = []
+    for t in ts:
+        x_t = images.add_noise(x0, t, noise)
+        eps_hat = network(x_t, torch.full((len(x0),), t))
+        x0_hat = images.predict_x0(x_t, t, eps_hat)
+        rows.append([(eps_hat - noise).square().mean(), (x0_hat - x0).square().mean() ** 0.5])
+    return torch.tensor(rows).T  # (2, len(ts))
+
+
+# %%
+ts = (10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
+held_out = digits.calibration[:128]
+errors = {name: errors_at(network, held_out, ts) for name, network in networks.items()}
+yardstick = (held_out - digits.train.mean(0)).square().mean() ** 0.5
+print("         squared error of the noise      RMS error of the clean image")
+print("   t         plain       with skip            plain       with skip")
+for i, t in enumerate(ts):
+    values = [errors[name][row, i] for row in (0, 1) for name in networks]
+    print(f"{t:4d}{values[0]:14.4f}{values[1]:16.4f}{values[2]:17.3f}{values[3]:16.3f}")
+
+# %% [markdown]
+# As predicted by the closed form of the one-number world, the error of the noise is largest at
+# small $t$, for both. The loss is mostly about those. But the clean image tells another story; look
+# at the right end of the figure.
+
+# %%
+fig, data = plots.show_curves(
+    ts,
+    {name: errors[name][1] for name in networks} | {"mean image": [yardstick] * len(ts)},
+    xlabel="timestep t",
+    ylabel="RMS error of the clean estimate",
+    log="y",
+    markers=True,
+)
+assert errors["plain"][1, -1] > 2 * errors["with skip"][1, -1]
+
+# %% [markdown]
+# At large $t$ the plain network is worse than the mean image, that is, worse than knowing
+# nothing, although its squared error of the noise is tiny there. The network with the skip ends at the
+# mean image, which is the right answer where $x_t$ says nothing.
+#
+# ### Sampling
+#
+# A sampler begins exactly there, at the right end. First DDPM with the skip network: the upper row is
+# the state $x_t$, the lower row the clean image that the network sees in it.
+
+# %%
+noise_T = torch.randn(8, 1, 16, 16, generator=rng(12))
+few = {"ci": 10, "lite": 100, "paper": 1000}[profile]
+with torch.no_grad():
+    trajectory = list(
+        images.ddpm_sample(
+            networks["with skip"], noise_T, schedule.timesteps(steps=few), rng(13)
+        )
+    )
+fig, data = plots.show_trajectory(trajectory)
+
+# %% [markdown]
+# The estimate starts as a blur, the mean of all digits; then the big shapes are settled, and
+# strokes come last. Below, top row: eight real digits. Second row: samples of DDPM.
+#
+# **Predict**: how will the samples of the *plain* network look? Its loss was about the same.
+
+# %%
+samples = trajectory[-1].x
+fig, data = plots.show_images(torch.cat([digits.train[:8], samples]), columns=8)
+assert samples.abs().max() <= 1 and samples.isfinite().all()
+
+# %% [markdown]
+# And these are DDIM samples in half as many steps, from the same noise. Top row: with skip. Bottom
+# row: plain.
+
+# %%
+with torch.no_grad():
+    timesteps = schedule.timesteps(steps=few // 2)
+    finals = {n: [*images.ddim_sample(net, noise_T, timesteps)][-1].x for n, net in networks.items()}
+fig, data = plots.show_images(torch.cat([finals["with skip"], finals["plain"]]), columns=8)
+
+# %%
+print(f"mean pixel of the data: {digits.train.mean():.3f}")
+for name, final in finals.items():
+    print(f"mean pixel of DDIM samples, {name}: {final.mean():.3f}")
