@@ -213,21 +213,34 @@ def betas_inputs():
     return [same("linear", 10), same("cosine", 1000), same("scaled_linear", 50)]
 
 
-def add_noise_inputs():
-    x0, noise = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    diffusion = GaussianDiffusion(NoiseSchedule.named("linear"))
-    return [
-        ((x0, diffusion.schedule.level(t, x0), noise), (diffusion, x0, t, noise))
-        for t in (0, 300, 999)
-    ]
+def gaussian_inputs(*arguments):
+    """Lessons write ``f(schedule, ...)`` for the method ``f(diffusion, ...)`` of free estimates.
+
+    ``"x"`` and ``"y"`` stand for two batches of images.
+    """
+
+    def inputs():
+        batches = torch.randn(2, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        named = dict(zip("xy", batches, strict=True))
+        diffusion = GaussianDiffusion(NoiseSchedule.named("linear"), clip=None)
+        rows = [[named.get(value, value) for value in row] for row in arguments]
+        return [((diffusion.schedule, *row), (diffusion, *row)) for row in rows]
+
+    return inputs
 
 
+TIMES, STRIDES = (0, 300, 999), ((999, 980), (300, 299), (19, -1))
 # Target -> a function that returns comparisons: what the lesson's function is called with, and
 # what the package's (a method's first argument is its object). An argument with a state, such
 # as a generator, needs one object for each side.
+GAUSSIAN = "diffad_lite.gaussian:GaussianDiffusion."
 INPUTS: dict[str, Callable[[], list[tuple[tuple, tuple]]]] = {
     "diffad_lite.schedules:make_betas": betas_inputs,
-    "diffad_lite.gaussian:GaussianDiffusion.add_noise": add_noise_inputs,
+    GAUSSIAN + "add_noise": gaussian_inputs(*[("x", t, "y") for t in TIMES]),
+    GAUSSIAN + "predict_x0": gaussian_inputs(*[("x", t, "y") for t in TIMES]),
+    GAUSSIAN + "posterior": gaussian_inputs(*[("x", "y", t, s) for t, s in STRIDES]),
+    GAUSSIAN + "ddpm_step": gaussian_inputs(*[("x", t, s, "y", "x") for t, s in STRIDES]),
+    GAUSSIAN + "ddim_step": gaussian_inputs(*[("x", t, s, "y") for t, s in STRIDES]),
 }
 AT_HAND = """\
 import math
@@ -286,7 +299,8 @@ def test_teaching_cells_equal_the_package(master):
 
 
 RIGHT = """\
-def add_noise(x0, abar, eps):
+def add_noise(schedule, x0, t, eps):
+    abar = schedule.level(t, x0)
     return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
 """
 ADD_NOISE = "diffad_lite.gaussian:GaussianDiffusion.add_noise"

@@ -199,7 +199,7 @@ class Method(ABC):
         side = self.config.image_size
         if not self.any_size and images.shape[-2:] != (side, side):
             raise ValueError(
-                f"{what}: got images of {tuple(images.shape[-2:])} (height, width), but {self.name} "
+                f"{what}: images are {tuple(images.shape[-2:])} (height, width), but {self.name} "
                 f"is for {(side, side)} (Config.image_size); resize the images"
             )
         if len(images) == 0:
