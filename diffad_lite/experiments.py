@@ -253,19 +253,20 @@ def evaluate(
 
 def run_hash(run: Run, config: Mapping[str, Any]) -> str:
     """Identifies what was run: the run and the full configuration that it came to."""
-    values = to_dict(run)
-    values.pop("root"), values.pop("settings")  # where files lie, and what config already says
-    return config_hash(values | {"config": config})
+    return config_hash(_fields(run) | {"config": config})
+
+
+def _fields(run: Run) -> dict[str, Any]:
+    """A run's fields without where its files lie, and what the configuration says already."""
+    return {k: v for k, v in to_dict(run).items() if k not in ("root", "settings")}
 
 
 def _identity(
     run: Run, data: AnomalyData, method: Method, checkpoint: str | Path | None
 ) -> dict[str, Any]:
-    values = to_dict(replace(run, settings={}))
-    values.pop("settings"), values.pop("root")
+    run = replace(run, category=data.info["category"])
     config = to_dict(method.config)
-    return values | {
-        "category": data.info["category"],
+    return _fields(run) | {
         "split_seed": data.info["split_seed"],
         "data_fingerprint": data.info["fingerprint"],
         "config": config,

@@ -57,15 +57,18 @@ def collect(runs: str | Path, results: str | Path) -> int:
 
 
 def grouped(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
-    """Runs that differ in their seed only, by (method, variant), in the order of the methods."""
+    """Runs that differ in their seed only, by (method, variant), in the order of the names."""
     groups = defaultdict(list)
     for result in results:
         groups[result["method"], result["variant"]].append(result)
-    order = list(METHOD_NAMES)
-    return {
-        key: sorted(groups[key], key=lambda r: r["seed"])
-        for key in sorted(groups, key=lambda k: (order.index(k[0]), k[1] != "raw", k[1]))
-    }
+    methods, variants = list(METHOD_NAMES), list(VARIANT_NAMES)
+
+    def place(key: tuple[str, str]) -> tuple:
+        method, variant = key
+        known = variants.index(variant) if variant in variants else len(variants)
+        return methods.index(method), known, len(variant), variant  # t5 before t10
+
+    return {k: sorted(groups[k], key=lambda r: r["seed"]) for k in sorted(groups, key=place)}
 
 
 def auroc_over_seeds(group: Sequence[Result]) -> tuple[float, float, float]:
@@ -110,14 +113,16 @@ def image_table(results: Iterable[Result]) -> str:
 
 
 def pixel_table(results: Iterable[Result]) -> str:
-    """Pixel metrics as Markdown, overall and AUPRO for each kind of defect."""
+    """Metrics of planted defects as Markdown: overall, and AUPRO for each kind of defect."""
     results = list(results)
     kinds = sorted({kind for r in results for kind in r["per_defect"]})
-    head = ["method", "seeds", "pixel AUROC", "pixel AP", "AUPRO", *(f"AUPRO {k}" for k in kinds)]
+    head = ["method", "seeds", "image AUROC", "pixel AUROC", "pixel AP", "AUPRO"]
+    head += [f"AUPRO {kind}" for kind in kinds]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for (method, variant), group in grouped(results).items():
         cells = [label_of(method, variant), ", ".join(str(r["seed"]) for r in group)]
-        cells += [f"{mean(group, key):.3f}" for key in ("pixel_auroc", "pixel_ap", "aupro")]
+        keys = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
+        cells += [f"{mean(group, key):.3f}" for key in keys]
         cells += [f"{np.mean([r['per_defect'][k]['aupro'] for r in group]):.3f}" for k in kinds]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
