@@ -156,7 +156,7 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"{stage}: {report['steps']:.0f} steps in {report['seconds']:.0f} s")
     print(f"checkpoint: {arguments.out / 'checkpoint'}")
     if arguments.bundle:
-        words = [w for w in sys.argv[1:] if not w.startswith(str(arguments.out))]
+        words = ["runs/bundle" if w == str(arguments.out) else w for w in sys.argv[1:]]
         print(f"bundled: {bundle(run, data, method, command=shlex.join(['diffad', *words]))}")
     return 0
 

@@ -58,6 +58,7 @@ def save(method: Method, folder: Path, dtype: torch.dtype, record: Mapping[str, 
     try:
         temporary.chmod(0o755)
         save_file(tensors, temporary / "model.safetensors")
+        (temporary / "model.safetensors").chmod(0o644)  # safetensors makes it private
         write_json(temporary / "config.json", values | record)
         if folder.exists():
             shutil.rmtree(folder)

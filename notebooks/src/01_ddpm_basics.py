@@ -37,12 +37,10 @@ retrain: bool = False  # train the cell model anew instead of loading it
 out_dir: str = "runs/notebooks"  # where trainings go
 
 # %% tags=["setup"]
-import copy
 import importlib.util
 import math
 
 import torch
-from torch import nn
 
 from diffad_lite import plots
 from diffad_lite.datasets import load_dataset
@@ -570,85 +568,61 @@ def loss(network, x0, generator):
 
 
 # %% [markdown]
-# ### Two ways to write the same guess
+# ### A live training
 #
 # The network is a small **U-Net**: down to a coarse grid, up again, with shortcuts between equal
-# sizes; the timestep enters every block. What should its output stand for?
+# sizes; the timestep enters every block. Its last layer starts at zero, so that an untrained network
+# answers "no noise". The loop behind `train_network` is the usual one: draw a batch, compute
+# the loss, step; in the end the network holds a running average (EMA) of its weights.
 #
-# - *Plain*: the output is the noise, as in Ho et al.
-# - *With a skip*: at large $t$ the noise is nearly $x_t$ itself. So we add that in by hand and let the
-#   network $v_\theta$ say the rest,
-#   $\;\hat\epsilon = \sqrt{1-\bar\alpha_t}\;x_t + \sqrt{\bar\alpha_t}\;v_\theta(x_t, t)$. This is the
-#   *v-prediction* of Salimans and Ho (2022).
-#
-# Both are trained with the same loss, from the same initial weights, on the same batches. The
-# difference lies in what an error of the network does to $\hat x_0$. Plain, an error $\delta$
-# becomes $\delta\,\sqrt{1-\bar\alpha_t}/\sqrt{\bar\alpha_t} = \delta/\sqrt{\mathrm{SNR}_t}$, which is
-# more than a hundredfold at the last step. With the skip it becomes $\delta\,\sqrt{1-\bar\alpha_t}$, never more
-# than $\delta$.
-
-# %%
-class WithSkip(nn.Module):
-    """A noise predictor that adds what is known of the noise at large t."""
-
-    def __init__(self, network, schedule):
-        super().__init__()
-        self.network, self.schedule = network, schedule
-
-    def forward(self, x_t, t):
-        abar = self.schedule.level(t, x_t)
-        return (1 - abar).sqrt() * x_t + abar.sqrt() * self.network(x_t, t)
-
+# **Predict** the loss of the very first step.
 
 # %%
 unet = UNet(1, base_channels=16, channel_mults=(1, 2, 4))
-networks = {"plain": copy.deepcopy(unet), "with skip": WithSkip(unet, schedule)}
-steps = {"ci": 20, "lite": 400, "paper": 5000}[profile]
+steps = {"ci": 20, "lite": 500, "paper": 5000}[profile]
 config = TrainConfig(
     steps=steps, batch_size=32, learning_rate=3e-3, warmup_steps=20, ema_decay=0.99
 )
 print(f"{sum(p.numel() for p in unet.parameters()):,} parameters, {steps} steps")
 
-# %% [markdown]
-# Live training, twice: watch the bars.
-#
-# **Predict**: which of the two will have the smaller loss in the end, and by how much?
-
 # %%
-reports = {
-    name: train_network(network, loss, digits.train, config, seed=seed, stage=name)
-    for name, network in networks.items()
-}
+report = train_network(unet, loss, digits.train, config, seed=seed, stage="digits")
+losses = report.losses
+print(f"first loss {losses[0]:.3f}, mean of the last ten {losses[-10:].mean():.3f}")
+assert abs(losses[0] - 1) < 0.1 and losses[-10:].mean() < 0.7 * losses[0]
 
 # %% [markdown]
-# One step sees 32 images at 32 timesteps, so its loss jumps about; the curves are moving averages.
+# The first loss is near 1: guessing zero leaves the whole noise, whose variance is 1. One step sees
+# 32 images at 32 timesteps, so its loss jumps about; the curve is a moving average.
 
 # %%
 window = max(2, steps // 20)
-smooth = {name: r.losses.unfold(0, window, 1).mean(1) for name, r in reports.items()}
 fig, data = plots.show_curves(
     range(window, steps + 1),
-    smooth,
+    {"loss": losses.unfold(0, window, 1).mean(1)},
     xlabel=f"step (mean of the last {window})",
-    ylabel="loss",
+    ylabel="squared error of the noise",
     log="y",
 )
-for name, values in smooth.items():
-    print(f"{name:10} loss of the last {window} steps: {values[-1]:.4f}")
-    assert values[-1] < values[0]
 
 # %% [markdown]
 # ### Is the loss all there is?
 #
 # The loss is an average over all $t$. We take it apart on images held out of training: at a few $t$,
-# the squared error of the noise, and what it means for the clean image, the root mean square (RMS)
-# of $\hat x_0 - x_0$. As a yardstick, take the estimate of somebody who does not look at $x_t$ at
-# all, and always answers with the mean training image.
+# the squared error of the noise, and what it means for the clean image. An error $\delta$ of the noise
+# becomes an error
+#
+# $$\delta\,\frac{\sqrt{1-\bar\alpha_t}}{\sqrt{\bar\alpha_t}} = \frac{\delta}{\sqrt{\mathrm{SNR}_t}}$$
+#
+# of $\hat x_0$: more than a hundred times as much at the last step. As a yardstick, take somebody
+# who does not look at $x_t$ at all, and always answers with the mean training image.
+#
+# **Predict**: where does the network beat that yardstick?
 
 # %%
 @torch.no_grad()
 def errors_at(network, x0, ts):
-    """(2, len(ts)): squared error of the noise, RMS error of the clean estimate."""
+    """(2, len(ts)): squared error of the noise, root mean square error of x0_hat."""
     noise = torch.randn(x0.shape, generator=rng(11))
     rows = []
     for t in ts:
@@ -662,84 +636,69 @@ def errors_at(network, x0, ts):
 # %%
 ts = (10, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
 held_out = digits.calibration[:128]
-errors = {name: errors_at(network, held_out, ts) for name, network in networks.items()}
+errors = errors_at(unet, held_out, ts)
 yardstick = (held_out - digits.train.mean(0)).square().mean().item() ** 0.5
-print("         squared error of the noise      RMS error of the clean image")
-print("   t         plain       with skip            plain       with skip")
-for i, t in enumerate(ts):
-    values = [errors[name][row, i] for row in (0, 1) for name in networks]
-    print(f"{t:4d}{values[0]:14.4f}{values[1]:16.4f}{values[2]:17.3f}{values[3]:16.3f}")
+print("   t    squared error of the noise    RMS error of the clean image")
+for t, noise_error, image_error in zip(ts, *errors, strict=True):
+    print(f"{t:4d}{noise_error:25.4f}{image_error:29.3f}")
 print(f"mean image: {yardstick:.3f}")
 
 # %% [markdown]
-# As predicted by the closed form of the one-number world, the error of the noise is largest at
-# small $t$, for both. The loss is mostly about those. But the clean image tells another story; look
-# at the right end of the figure.
+# As in the one-number world, the error of the noise is largest at small $t$, so the loss is mostly
+# about those. The clean image tells the opposite story:
 
 # %%
 fig, data = plots.show_curves(
     ts,
-    {name: errors[name][1] for name in networks} | {"mean image": [yardstick] * len(ts)},
+    {"network": errors[1], "mean image": [yardstick] * len(ts)},
     xlabel="timestep t",
     ylabel="RMS error of the clean estimate",
     log="y",
     markers=True,
 )
-assert errors["plain"][1, -1] > 2 * errors["with skip"][1, -1]
-assert errors["with skip"][1, -1] < 2 * yardstick
+assert errors[1, 0] < yardstick < errors[1, -1]
 
 # %% [markdown]
-# At large $t$ the plain network is far worse than the mean image, that is, worse than knowing
-# nothing, although its squared error of the noise is tiny there. The network with the skip stays
-# near the mean image, which is the right answer where $x_t$ says nothing.
+# At small $t$ the estimate is excellent. At large $t$ it is worse than the mean image, that is,
+# worse than knowing nothing, although the squared error of the noise looks tiny there.
 #
 # ### Sampling
 #
-# A sampler begins exactly there, at the right end. First DDPM with the skip network: the upper row is
-# the state $x_t$, the lower row the clean image that the network sees in it.
+# A sampler begins exactly there, at the right end. Two things save it: $\hat x_0$ is clipped to
+# $[-1, 1]$, and a step moves only a little way towards it, then looks again. Here is DDPM; the upper
+# row is the state $x_t$, the lower row the clean image that the network sees in it.
 
 # %%
 noise_T = torch.randn(8, 1, 16, 16, generator=rng(12))
 few = {"ci": 10, "lite": 100, "paper": 1000}[profile]
+timesteps = schedule.timesteps(steps=few)
 with torch.no_grad():
-    trajectory = list(
-        images.ddpm_sample(
-            networks["with skip"], noise_T, schedule.timesteps(steps=few), rng(13)
-        )
-    )
+    trajectory = list(images.ddpm_sample(unet, noise_T, timesteps, rng(13)))
 fig, data = plots.show_trajectory(trajectory)
 
 # %% [markdown]
-# The estimate starts as a blur, near the mean of all digits; then the big shapes are settled, and
-# strokes come last. (In the ci profile 20 training steps give blobs only.) Below, top row: real
-# digits. Second row: eight samples of DDPM.
-
-# %%
-samples = trajectory[-1].x
-fig, data = plots.show_images(torch.cat([digits.train[::140], samples]), columns=8)
-assert samples.abs().max() <= 1 and samples.isfinite().all()
-
-# %% [markdown]
-# For a minute of training they are decent; some are no digit. Now DDIM with half as many steps,
-# from the same noise, with both networks.
+# First the estimate is a guess at random, then the big shapes are settled, and strokes come last.
+# (In the ci profile, 20 training steps give blobs only.)
 #
-# **Predict**: how will the samples of the *plain* network look? Its loss was about the same.
+# Next figure: real digits in the top row, eight samples of DDPM in the middle, and below them DDIM
+# from the same noise $x_T$.
+#
+# **Predict**: DDIM draws no fresh noise. Does this help or hurt, given the errors at large $t$?
 
 # %%
-timesteps, finals = schedule.timesteps(steps=few // 2), {}
 with torch.no_grad():
-    for name, network in networks.items():
-        *_, last = images.ddim_sample(network, noise_T, timesteps)
-        finals[name] = last.x
-fig, data = plots.show_images(torch.cat([finals["with skip"], finals["plain"]]), columns=8)
-print(f"mean pixel of the data: {digits.train.mean():.3f}")
-for name, final in finals.items():
-    print(f"mean pixel of DDIM samples, {name}: {final.mean():.3f}")
+    *_, ddim = images.ddim_sample(unet, noise_T, timesteps)
+shown = {"real": digits.train[::140], "DDPM": trajectory[-1].x, "DDIM": ddim.x}
+fig, data = plots.show_images(torch.cat(list(shown.values())), columns=8)
+for name, x in shown.items():
+    roughness = (x[..., 1:] - x[..., :-1]).abs().mean()
+    print(f"{name}: mean pixel {x.mean():.2f}, mean step between neighbours {roughness:.2f}")
+assert ddim.x.abs().max() <= 1 and trajectory[-1].x.isfinite().all()
 
 # %% [markdown]
-# Top row: with skip. Bottom row: plain, and broken: too bright, too dark, or still noise. The first
-# steps fix a wrong $\hat x_0$, and DDIM, which draws no fresh noise, never forgets it. **A loss
-# curve does not show this; looking at samples does.**
+# For so short a training the samples are decent; some are no digit. DDIM's are rougher: what a wrong
+# first estimate mixed into the state, DDIM carries along to the end, while DDPM washes it out with
+# fresh noise and a new look at each step. **No loss curve shows this; looking at samples does.**
 #
 # ## Solar cells
 #
@@ -853,7 +812,7 @@ explore(frame, static=[{"t": 25}, {"t": 200}], t=levels)
 #
 # Are our forty lines right for a real network too? The library
 # [diffusers](https://github.com/huggingface/diffusers) has both samplers. It is no dependency of the
-# course, so this cell runs where it is installed, on the digit network with the skip.
+# course, so this cell runs where it is installed, on the digit network.
 
 # %%
 def sample_with(scheduler, network, x, steps, **options):
@@ -866,10 +825,9 @@ def sample_with(scheduler, network, x, steps, **options):
 
 
 noise_T, timesteps = torch.randn(4, 1, 16, 16, generator=rng(16)), schedule.timesteps(steps=25)
-net = networks["with skip"]
 with torch.no_grad():
-    *_, ddpm = images.ddpm_sample(net, noise_T, timesteps, rng(17))
-    *_, ddim = images.ddim_sample(net, noise_T, timesteps)
+    *_, ddpm = images.ddpm_sample(unet, noise_T, timesteps, rng(17))
+    *_, ddim = images.ddim_sample(unet, noise_T, timesteps)
 
 # %%
 if importlib.util.find_spec("diffusers"):
@@ -878,8 +836,8 @@ if importlib.util.find_spec("diffusers"):
     one = theirs.DDPMScheduler(variance_type="fixed_small", **same)
     two = theirs.DDIMScheduler(**same)
     with torch.no_grad():
-        a = sample_with(one, net, noise_T, 25, generator=rng(17))
-        b = sample_with(two, net, noise_T, 25, use_clipped_model_output=True)
+        a = sample_with(one, unet, noise_T, 25, generator=rng(17))
+        b = sample_with(two, unet, noise_T, 25, use_clipped_model_output=True)
     torch.testing.assert_close(ddpm.x, a, rtol=0, atol=1e-3)
     torch.testing.assert_close(ddim.x, b, rtol=0, atol=1e-3)
     print("DDPM and DDIM: equal to diffusers")
