@@ -165,12 +165,12 @@ def test_report_renders_marked_tables_and_then_changes_nothing(tmp_path):
     results, page = tmp_path / "results", tmp_path / "page.md"
     assert collect(tmp_path / "runs", results) == 16
     head = "<!-- table shapes-disc: rendered by 'make tables' -->\n"
-    page.write_text(f"before\n{head}old\n<!-- end -->\nafter\n")
+    page.write_text(f"before\n{head}stale words\n<!-- end -->\nafter\n")
     assert set(render(results, [page])) == {page, results / "tables.md"}
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
-    assert "old" not in text
+    assert "stale words" not in text
     assert "| PCA residual, raw maps | 0, 1 |" in text
     assert render(results, [page]) == []
     assert set(tables(read_results(results))) == {"shapes-disc", "shapes-disc-cells"}

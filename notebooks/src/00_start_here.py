@@ -306,9 +306,9 @@ for check in doctor.checks():
 #
 # - **Large dark areas** are painted back at this noise level (the figure above). That the score
 #   still finds many of them is luck of their texture, not understanding.
-# - **Choosing the noise level**: on two kinds of *planted* defects on calibration cells, lower
-#   was always better for the image score, while maps of broad stains wanted more noise. We took
-#   $t = 25$ as a compromise, without a look at the test cells.
+# - **Choosing the noise level**: on *planted* defects in calibration cells, the image score liked
+#   the lowest level best and the outlines of broad stains a high one (table in
+#   [data/README.md](../data/README.md)). $t = 25$ is a compromise, taken without the test cells.
 # - **Beating PCA** on this data: see the table.
 
 # %% [markdown]

@@ -100,6 +100,7 @@ x0 = mu + tau * torch.randn(20_000, 1, 1, 1, generator=rng())  # (B, 1, 1, 1)
 # *(Why: if it holds at $t-1$, the new variance is
 # $(1-\beta_t)(1-\bar\alpha_{t-1}) + \beta_t = 1 - \bar\alpha_t$.)*
 
+
 # %% tags=["teaches:diffad_lite.gaussian:GaussianDiffusion.add_noise", "teaches:diffad_lite.gaussian:GaussianDiffusion.predict_x0"]
 def add_noise(schedule, x0, t, noise):
     abar = schedule.level(t, x0)  # shaped so that it multiplies a batch
@@ -119,6 +120,7 @@ def predict_x0(schedule, x_t, t, noise):
 # **Predict** the mean and the standard deviation of $x_t$ at the last step. Do they still depend
 # on $\mu$ and $\tau$? Then walk all steps one by one and compare with the closed form.
 
+
 # %%
 def marginal(t):
     """Mean and variance of x_t."""
@@ -133,13 +135,14 @@ for beta in schedule.betas.tolist():
     walk.append(x)
 
 # %%
-print("   t   walked: mean    sd    one jump: mean    sd    closed form: mean    sd")
+print("   t   walked: mean    sd    one jump: mean    sd    exact: mean    sd")
 for t in (9, 99, 299, 999):
     jump = add_noise(schedule, x0, t, torch.randn(x0.shape, generator=rng(2)))
     mean, variance = marginal(t)
-    row = [walk[t + 1].mean(), walk[t + 1].std(), jump.mean(), jump.std(), mean, variance**0.5]
-    print(f"{t:4d}{row[0]:15.3f}{row[1]:7.3f}{row[2]:17.3f}{row[3]:7.3f}{row[4]:20.3f}{row[5]:7.3f}")
-    assert abs(row[0] - row[4]) < 0.05 and abs(row[1] - row[5]) < 0.05
+    walked = walk[t + 1].mean().item(), walk[t + 1].std().item()
+    row = f"{t:4d}{walked[0]:15.3f}{walked[1]:7.3f}{jump.mean():17.3f}{jump.std():7.3f}"
+    print(f"{row}{mean:14.3f}{variance**0.5:7.3f}")
+    assert abs(walked[0] - mean) < 0.05 and abs(walked[1] - variance**0.5) < 0.05
 
 # %% [markdown]
 # Three ways, one answer: training will use the single jump. At $t = 999$ nothing of $\mu$ and
@@ -147,7 +150,7 @@ for t in (9, 99, 299, 999):
 # run through the band between $\mu_t - 2\sqrt{v_t}$ and $\mu_t + 2\sqrt{v_t}$.
 
 # %%
-moments = torch.tensor([(mu, tau**2)] + [marginal(t) for t in range(1000)])  # (T + 1, 2)
+moments = torch.tensor([(mu, tau**2)] + [marginal(t) for t in range(1000)])
 mean, sd = moments[:, 0], moments[:, 1].sqrt()
 paths = torch.stack(walk)[:, :3, 0, 0, 0]  # (T + 1, 3)
 curves = {"mean": mean, "mean - 2 sd": mean - 2 * sd, "mean + 2 sd": mean + 2 * sd}
@@ -177,9 +180,10 @@ fig.axes[0].legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), fontsiz
 # The box holds for *any* data, not only for bell curves. It is why a network trained to guess
 # noise can be used as a score.
 
+
 # %% tags=["context"]
 def exact_eps(x_t, t):
-    """The best guess of the noise for our data; the shape of the result is that of x_t."""
+    """The best guess of the noise in x_t, for our data."""
     abar = schedule.level(t, x_t)
     mean, variance = abar.sqrt() * mu, abar * tau**2 + 1 - abar
     return (1 - abar).sqrt() * (x_t - mean) / variance
@@ -260,6 +264,7 @@ for t in (0, 10, 100, 300, 999):
 # (Ho et al., eq. 6 and 7). Nothing here needs neighbours: with
 # $\alpha = \bar\alpha_t / \bar\alpha_{t'}$ the same lines jump from $t$ to any earlier $t'$.
 
+
 # %% tags=["teaches:diffad_lite.gaussian:GaussianDiffusion.posterior"]
 def posterior(schedule, x_t, x0, t, t_prev):
     abar, abar_prev = schedule.level(t, x_t), schedule.level(t_prev, x_t)
@@ -296,6 +301,7 @@ assert abs(near.mean() - mean) < 0.02 and abs(near.var() / variance - 1) < 0.1
 #
 # $$x_{t-1} = \frac{1}{\sqrt{\alpha_t}} \Big( x_t - \frac{1-\alpha_t}{\sqrt{1-\bar\alpha_t}}\,
 # \hat\epsilon \Big) + \sqrt{\tilde\beta_t}\; z .$$
+
 
 # %% tags=["teaches:diffad_lite.gaussian:GaussianDiffusion.ddpm_step"]
 def ddpm_step(schedule, x_t, t, t_prev, eps_hat, noise):
@@ -364,7 +370,10 @@ for steps in counts:
     round_trip.append((down.x - x0[:2000]).abs().mean().item())
 fig, data = plots.show_curves(
     counts,
-    {"round trip": round_trip, "1 / steps": [round_trip[-1] * 1000 / n for n in counts]},
+    {
+        "round trip": round_trip,
+        "1 / steps": [round_trip[-1] * 1000 / n for n in counts],
+    },
     xlabel="steps each way",
     ylabel="mean |decoded - x0|",
     log="xy",
@@ -432,7 +441,12 @@ assert abs(last.x.mean() - mean_y) < 0.03 and abs(last.x.std() - variance_y**0.5
 # %%
 grid = torch.linspace(-0.5, 3, 71)
 counts = torch.histc(last.x, 71, -0.525, 3.025)
-bell = lambda mean, sd: torch.distributions.Normal(mean, sd).log_prob(grid).exp()  # noqa: E731
+
+
+def bell(mean, sd):
+    return torch.distributions.Normal(mean, sd).log_prob(grid).exp()
+
+
 fig, data = plots.show_curves(
     grid,
     {
@@ -464,6 +478,7 @@ fig, data = plots.show_curves(
 # known, and $1 - \alpha$ (their $\beta_t$). For our data the true one is $\tilde\beta_t + k_t^2 c_t$.
 #
 # **Predict**: will more steps bring the bound down to the entropy, for each of the three?
+
 
 # %%
 def bound(steps):
@@ -519,9 +534,9 @@ digits = load_dataset("digits", image_size=16)
 names, ts = ("linear", "cosine", "scaled_linear"), (0, 50, 100, 200, 400, 600, 800, 999)
 schedules = {name: NoiseSchedule.named(name) for name in names}
 digit, noise = digits.train[400:401], torch.randn(1, 1, 16, 16, generator=rng(10))
-rows = [
-    GaussianDiffusion(schedules[name]).add_noise(digit, t, noise) for name in names for t in ts
-]
+rows = []
+for one in schedules.values():
+    rows += [GaussianDiffusion(one).add_noise(digit, t, noise) for t in ts]
 titles = [f"{name}, {t}" if t == 0 else f"t = {t}" for name in names for t in ts]
 fig, data = plots.show_images(torch.cat(rows), titles, columns=len(ts))
 
@@ -532,7 +547,7 @@ fig, data = plots.show_images(torch.cat(rows), titles, columns=len(ts))
 # %%
 fig, data = plots.show_curves(
     range(1000),
-    {name: schedule.snr for name, schedule in schedules.items()} | {"SNR = 1": [1.0] * 1000},
+    {name: one.snr for name, one in schedules.items()} | {"SNR = 1": [1.0] * 1000},
     xlabel="timestep t",
     ylabel="signal-to-noise ratio",
     log="y",
@@ -619,18 +634,20 @@ fig, data = plots.show_curves(
 #
 # **Predict**: where does the network beat that yardstick?
 
+
 # %%
 @torch.no_grad()
 def errors_at(network, x0, ts):
     """(2, len(ts)): squared error of the noise, root mean square error of x0_hat."""
     noise = torch.randn(x0.shape, generator=rng(11))
-    rows = []
-    for t in ts:
+    errors = torch.empty(2, len(ts))
+    for i, t in enumerate(ts):
         x_t = images.add_noise(x0, t, noise)
         eps_hat = network(x_t, torch.full((len(x0),), t))
         x0_hat = images.predict_x0(x_t, t, eps_hat)
-        rows.append([(eps_hat - noise).square().mean(), (x0_hat - x0).square().mean() ** 0.5])
-    return torch.tensor(rows).T
+        errors[0, i] = (eps_hat - noise).square().mean()
+        errors[1, i] = (x0_hat - x0).square().mean().sqrt()
+    return errors
 
 
 # %%
@@ -692,32 +709,33 @@ shown = {"real": digits.train[::140], "DDPM": trajectory[-1].x, "DDIM": ddim.x}
 fig, data = plots.show_images(torch.cat(list(shown.values())), columns=8)
 for name, x in shown.items():
     roughness = (x[..., 1:] - x[..., :-1]).abs().mean()
-    print(f"{name}: mean pixel {x.mean():.2f}, mean step between neighbours {roughness:.2f}")
+    print(f"{name}: mean {x.mean():.2f}, step between neighbours {roughness:.2f}")
 assert ddim.x.abs().max() <= 1 and trajectory[-1].x.isfinite().all()
 
 # %% [markdown]
-# For so short a training the samples are decent; some are no digit. DDIM's are rougher: what a wrong
-# first estimate mixed into the state, DDIM carries along to the end, while DDPM washes it out with
-# fresh noise and a new look at each step. **No loss curve shows this; looking at samples does.**
+# For so short a training the samples are decent; some are no digit. Some of DDIM's are grainy: what a
+# wrong first estimate mixed into the state, DDIM carries along to the end, while DDPM washes it out
+# with fresh noise and a new look at each step. **No loss curve shows this; looking at samples does.**
 #
 # ## Solar cells
 #
-# The network of lesson 02 was trained on normal solar cells, 64x64 pixels, for 5,000 steps; its
-# weights come with the course. It is of the *plain* kind, like the one of Ho et al.
+# The network of lesson 02 was trained on normal solar cells, 64x64 pixels; its weights come with
+# the course. Nothing changes but the data and the size of the U-Net.
 
 # %%
-run = Run("anoddpm", dataset, category or None, root or None, profile=profile, seed=seed)
+source = dataset, category or None, root or None
+run = Run("anoddpm", *source, profile=profile, seed=seed)
 cells = run.load_data()
 method = pretrained_or_train(run, cells, retrain=retrain, out_dir=out_dir)
 network = method.network.cpu()  # a few images only: no GPU needed
-print(f"{len(cells.train)} normal cells for training, {len(cells.calibration)} held out")
+print(f"{len(cells.train)} normal cells to train on, {len(cells.calibration)} held out")
 print(f"{sum(p.numel() for p in network.parameters()):,} parameters")
 
 # %% [markdown]
 # First the same question as for the digits: up to which $t$ does its estimate of a held-out cell
 # beat the mean training image?
 #
-# **Predict** the shape of the curve, and what samples from pure noise will look like.
+# **Predict**: cells resemble each other more than digits do. Is the mean image harder to beat?
 
 # %%
 ts = (10, 25, 50, 100, 200, 300, 400, 500, 600, 700, 800, 900, 999)
@@ -732,41 +750,44 @@ fig, data = plots.show_curves(
     log="y",
     markers=True,
 )
-print("beats the mean image at t =", [t for t, e in zip(ts, errors_cells) if e < yardstick])
-assert errors_cells[ts.index(method.config.noise_level)] < yardstick
+better = [t for t, error in zip(ts, errors_cells, strict=True) if error < yardstick]
+print("beats the mean image at t =", better)
+assert method.config.noise_level in better
 
 # %% [markdown]
-# The curve of the plain digit network once more: very good at small $t$, worse than a constant at
-# large $t$. In the next figure, upper row: DDIM from pure noise to the end; lower row: what the
-# network sees in it.
+# It is (the dashed line stands lower), but brightness differs from cell to cell, which the mean image
+# cannot know, and the network sees it through a lot of noise. Now DDPM from pure noise, in a few steps.
 
 # %%
-count, few = (2, 5) if profile == "ci" else (4, 40)
-shape = (count, *cells.train.shape[1:])
-noise_T = torch.randn(shape, generator=rng(14))
+count, few = (2, 5) if profile == "ci" else (4, 50)
+timesteps = schedule.timesteps(steps=few)
+noise_T = torch.randn(count, *cells.train.shape[1:], generator=rng(14))
 with torch.no_grad():
-    trajectory = list(images.ddim_sample(network, noise_T, schedule.timesteps(steps=few)))
+    trajectory = list(images.ddpm_sample(network, noise_T, timesteps, rng(15)))
 fig, data = plots.show_trajectory(trajectory)
 
 # %% [markdown]
-# If we begin lower, with the noised version of a *real* cell, the large errors are never met.
-# Columns: normal cells. Top row: the cell itself. Middle: started from the cell noised to $t = 200$.
-# Bottom: started from pure noise (that has nothing to do with the cell above).
+# In the next figure, top row: normal cells. Below: samples of DDPM and of DDIM from the same pure
+# noise. Last row: DDIM again, but started from the top row's *real* cells, noised to $t = 200$.
 
 # %%
 real = cells.calibration[:count]
 x_t = images.add_noise(real, 200, noise_T)
 with torch.no_grad():
-    *_, last = images.ddim_sample(network, x_t, schedule.timesteps(200, min(few, 20)))
-rows = torch.cat([real, last.x, trajectory[-1].x])
-titles = [name for name in ("real", "from t = 200", "from noise") for _ in range(count)]
-fig, data = plots.show_images(rows, titles, columns=count)
+    *_, ddim = images.ddim_sample(network, noise_T, timesteps)
+    *_, near = images.ddim_sample(network, x_t, schedule.timesteps(200, min(few, 20)))
+shown = {"real": real, "DDPM": trajectory[-1].x, "DDIM": ddim.x, "from t = 200": near.x}
+titles = [name for name in shown for _ in range(count)]
+fig, data = plots.show_images(torch.cat(list(shown.values())), titles, columns=count)
+for name, x in shown.items():
+    roughness = (x[..., 1:] - x[..., :-1]).abs().mean()
+    print(f"{name}: step between neighbours {roughness:.3f}")
 
 # %% [markdown]
-# A good reconstruction in the middle row, and a chequered pattern in the bottom row (with the
-# bundled weights). For **anomaly detection** this is no harm: there we start from a real image at
-# a low noise level, where the network is at its best. It would be harm for a method that starts
-# from pure noise.
+# DDPM draws cells with wires, cut corners and a brightness of their own. DDIM leaves grain, more than
+# with the digits. Started from a real cell at a low level, DDIM returns that cell, without its small
+# marks, and the large errors at large $t$ are never met. **Anomaly detection** works like the last
+# row: it starts from the image under test, at levels where the network is at its best.
 #
 # ### One step is an estimate already
 #
@@ -774,6 +795,7 @@ fig, data = plots.show_images(rows, titles, columns=count)
 # / \sqrt{\bar\alpha_t}$. Top row: one cell, noised to several $t$. Bottom row: the estimate.
 #
 # **Predict**: which parts of the cell are lost first as $t$ grows?
+
 
 # %%
 @torch.no_grad()
@@ -790,18 +812,21 @@ titles = [f"$x_t$, t = {t}" for t in ts] + [r"$\hat x_0$"] * len(ts)
 fig, data = plots.show_images(rows, titles, columns=len(ts))
 
 # %% [markdown]
-# Small spots and the texture between the wires go first, the wires and the outline last. So a thin
-# crack, which the network does not expect, would vanish from the estimate at a small $t$ already,
-# and stand out in the difference between image and estimate. That is lesson 02.
+# Faint spots and fine texture go first, then what is rare, such as a dark corner; the wires, which
+# every cell has, stay longest. A thin crack, which the network does not expect, vanishes from the
+# estimate at a small $t$ already, and stands out in the difference between image and estimate: lesson
+# 02.
 #
-# Move the slider: the cell, its noised version, the estimate, and the difference (grey is zero).
-# Without a live notebook you see two settings.
+# Move the slider: the cell, its noised version, the estimate, and three times the difference (grey is
+# zero). Without a live notebook you see two settings.
+
 
 # %%
 def frame(t):
     x_t, x0_hat = one_step(real[:1], t)
-    titles = ["cell", f"noised, t = {t}", "estimate", "difference"]
-    return plots.show_images(torch.cat([real[:1], x_t, x0_hat, real[:1] - x0_hat]), titles)
+    titles = ["cell", f"noised, t = {t}", "estimate", "3 x difference"]
+    difference = 3 * (real[:1] - x0_hat)
+    return plots.show_images(torch.cat([real[:1], x_t, x0_hat, difference]), titles)
 
 
 levels = [5, 15, 25, 50, 75, 100, 150, 200, 250, 300, 400, 500]
@@ -814,6 +839,7 @@ explore(frame, static=[{"t": 25}, {"t": 200}], t=levels)
 # [diffusers](https://github.com/huggingface/diffusers) has both samplers. It is no dependency of the
 # course, so this cell runs where it is installed, on the digit network.
 
+
 # %%
 def sample_with(scheduler, network, x, steps, **options):
     """The loop of a sampler in diffusers."""
@@ -824,7 +850,8 @@ def sample_with(scheduler, network, x, steps, **options):
     return x
 
 
-noise_T, timesteps = torch.randn(4, 1, 16, 16, generator=rng(16)), schedule.timesteps(steps=25)
+noise_T = torch.randn(4, 1, 16, 16, generator=rng(16))
+timesteps = schedule.timesteps(steps=25)
 with torch.no_grad():
     *_, ddpm = images.ddpm_sample(unet, noise_T, timesteps, rng(17))
     *_, ddim = images.ddim_sample(unet, noise_T, timesteps)
@@ -857,7 +884,7 @@ else:
 # | schedule | linear, $10^{-4}$ to $0.02$, $T = 1000$ | as DDPM | cosine | linear; the others at hand |
 # | reverse variance | $\beta_t$ or $\tilde\beta_t$, fixed | a knob $\eta$: 0 is DDIM, 1 is DDPM with $\tilde\beta_t$ | learned, between the two | $\tilde\beta_t$, or none |
 # | loss | unweighted error of the noise | none of its own | that, plus a little of the bound | unweighted, mean over pixels |
-# | output of the network | the noise | the noise | the noise and a variance | the noise (cells), with a skip (digits) |
+# | output of the network | the noise | the noise | the noise and a variance | the noise |
 # | network | U-Net, 36 million weights for CIFAR-10 at 32 px | as DDPM | larger, more attention | 0.6 million (digits), 2.7 million (cells, lite) |
 # | stem | a convolution | as DDPM | a convolution | cells: pixels folded 2x2 into channels first (pixel-unshuffle), for speed |
 # | optimiser | Adam, rate constant after a warm-up; EMA 0.9999 | as DDPM | Adam; EMA 0.9999 | AdamW, warm-up, cosine decay to zero; EMA whose decay grows from the start |
@@ -872,11 +899,13 @@ else:
 #   clips to $[-1, 1]$ cannot reach a mean of 1.5, and nothing warns you.
 # - **Few steps.** With 10 steps both samplers draw too narrow a distribution (table in "DDIM"), and
 #   the round trip of encoding and decoding misses by as much as the next cell prints.
-# - **Trusting the loss.** Two digit networks with about the same loss; one cannot draw.
-# - **Cells from pure noise.** Where does the chequered pattern come from? Pixel-unshuffle treats the
-#   four pixels of a 2x2 block as four channels. The last cell measures the mean error of the noise for
-#   each: a few thousandths, invisible in the loss, until the first step of the sampler multiplies it
-#   by $1/\sqrt{\mathrm{SNR}}$.
+# - **DDIM from pure noise with short trainings.** Grain on digits and cells, where DDPM is clean.
+#   A cure is to let the network say only what is not known beforehand: at large $t$ the noise is
+#   nearly $x_t$ itself, so put $\hat\epsilon = \sqrt{1-\bar\alpha_t}\,x_t + \sqrt{\bar\alpha_t}\,v_\theta$
+#   and learn $v_\theta$ (*v-prediction*, Salimans and Ho 2022). An error $\delta$ of $v_\theta$ then
+#   becomes $\delta\sqrt{1-\bar\alpha_t}$ in $\hat x_0$, never more than $\delta$. The course stays with
+#   the noise, as the papers that it follows do.
+# - **Trusting the loss.** It was small where the clean estimate was worst.
 
 # %%
 clipped = GaussianDiffusion(schedule, clip=1.0)
@@ -885,17 +914,6 @@ print(f"samples, clipped: mean {last.x.mean():.3f}, sd {last.x.std():.3f}")
 print(f"data:             mean {mu:.3f}, sd {tau:.3f}")
 print(f"DDIM round trip:  mean error {round_trip[0]:.3f} with 10 steps")
 assert last.x.max() <= 1
-
-# %%
-t, block = schedule.num_timesteps - 1, [(i, j) for i in (0, 1) for j in (0, 1)]
-noise = torch.randn(held_out.shape, generator=rng(18))
-with torch.no_grad():
-    x_t = images.add_noise(held_out, t, noise)
-    error = network(x_t, torch.full((len(x_t),), t)) - noise
-offsets = torch.stack([error[..., i::2, j::2].mean() for i, j in block])
-print("mean error of the noise by place in a 2x2 block:", [f"{v:+.4f}" for v in offsets])
-print(f"multiplied by 1 / sqrt(SNR) = {schedule.snr[t] ** -0.5:.0f}:",
-      [f"{v:+.1f}" for v in offsets * schedule.snr[t] ** -0.5])  # fmt: skip
 
 # %% [markdown]
 # ## Exercises
@@ -907,6 +925,7 @@ print(f"multiplied by 1 / sqrt(SNR) = {schedule.snr[t] ** -0.5:.0f}:",
 #
 # `add_noise` mixes $x_0$ and $\epsilon$ into $x_t$. Solve the same equation for the noise: write
 # `predict_noise(schedule, x_t, t, x0)`.
+
 
 # %% tags=["solution"]
 def predict_noise(schedule, x_t, t, x0):
@@ -920,7 +939,7 @@ def predict_noise(schedule, x_t, t, x0):
 noise = torch.randn(x0.shape, generator=rng(20))
 for t in (0, 300, 999):
     found = predict_noise(schedule, diffusion.add_noise(x0, t, noise), t, x0)
-    assert torch.allclose(found, noise, atol=1e-2), f"not the noise that went in, at t = {t}"
+    assert torch.allclose(found, noise, atol=1e-2), f"not the noise at t = {t}"
 many = torch.randint(1000, (len(x0),), generator=rng(21))
 found = predict_noise(schedule, diffusion.add_noise(x0, many, noise), many, x0)
 assert torch.allclose(found, noise, atol=1e-2), "fails when each image has its own t"
@@ -945,10 +964,10 @@ for name in ("linear", "cosine", "scaled_linear"):
     # END SOLUTION
 
 # %% tags=["check"]
-assert set(half_way) == {"linear", "cosine", "scaled_linear"}, "one entry for each schedule"
+assert len(half_way) == 3, "one entry for each schedule"
 for name, t in half_way.items():
     abar = NoiseSchedule.named(name).alphas_cumprod
-    assert abar[t] <= 0.5 < abar[t - 1], f"{name}: t = {t} is not the first with SNR <= 1"
+    assert abar[t] <= 0.5 < abar[t - 1], f"{name}: {t} is not the first"
 print("right:", half_way)
 
 # %% [markdown] tags=["explain"]
@@ -960,6 +979,7 @@ print("right:", half_way)
 #
 # Write one DDIM step `my_ddim_step(schedule, x_t, t, t_next, eps_hat)` without clipping. It returns
 # the new state and the clean estimate. Do not use methods of `GaussianDiffusion`.
+
 
 # %% tags=["solution"]
 def my_ddim_step(schedule, x_t, t, t_next, eps_hat):
@@ -993,6 +1013,7 @@ print("right: also to the clean image (t = -1), and uphill")
 # %% tags=["context"]
 a, y_a, rho_a = 3.0, 6.0, 0.5
 
+
 # %% tags=["solution"]
 def amplified_eps(x_t, t):
     # BEGIN SOLUTION
@@ -1011,8 +1032,9 @@ start = torch.randn(x0.shape, generator=rng(23))
 *_, last = diffusion.ddpm_sample(amplified_eps, start, schedule.timesteps(), rng(24))
 variance = 1 / (1 / tau**2 + a**2 / rho_a**2)
 mean = variance * (mu / tau**2 + a * y_a / rho_a**2)
-assert abs(last.x.mean() - mean) < 0.02, f"mean {last.x.mean():.3f}, expected {mean:.3f}"
-assert abs(last.x.std() / variance**0.5 - 1) < 0.1, f"sd {last.x.std():.3f}: too sure?"
+found, sd = last.x.mean().item(), last.x.std().item()
+assert abs(found - mean) < 0.02, f"mean {found:.3f}, expected {mean:.3f}"
+assert abs(sd / variance**0.5 - 1) < 0.1, f"sd {sd:.3f}, expected {variance**0.5:.3f}"
 print(f"right: mean {mean:.3f}, sd {variance**0.5:.3f}")
 
 # %% [markdown] tags=["explain"]
