@@ -371,6 +371,7 @@ print(f"right: {my_auroc:.3f}")
 # Write `conformal(scores, q)`: the score of rank $\lceil (n+1) q \rceil$ among the `n` given
 # ones, or the largest if that rank does not exist.
 
+
 # %% tags=["solution"]
 def conformal(scores: np.ndarray, q: float) -> float:
     # BEGIN SOLUTION

@@ -8,7 +8,7 @@
 # | --- | --- |
 # | Level | beginner; some algebra with Gaussians |
 # | Minutes (ci / lite / paper) | under 1 / 1 to 2 / hours on a GPU (it trains the cell model); 35 to read |
-# | Memory | under 1.5 GB |
+# | Memory | under 2 GB |
 # | Downloads | none |
 # | Previous | [00](00_start_here.ipynb) |
 # | Next | 02, "From sampling to anomaly detection" (comes next) |
@@ -355,6 +355,10 @@ for steps in (10, 50, 250, 1000):
 assert abs(spread["DDPM", 1000] - tau) < 0.03 and abs(spread["DDIM", 1000] - tau) < 0.03
 
 # %% [markdown]
+# Too narrow, and DDPM more so (the bound, further down, tells why); with short steps both are right.
+# So with few steps DDIM is the better choice, *if* the noise guess is exact. Remember the "if" when
+# we come to networks.
+#
 # ### There and back again
 #
 # Because DDIM draws nothing, it can be run uphill: from an image to *its* noise (`ddim_encode`)
