@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,6 +61,15 @@ class TrainReport:
     steps: int
     seconds: float
     losses: Tensor
+
+
+class FitOptions(TypedDict):
+    """What ``Method.fit`` hands down to :func:`train_network`, which describes each."""
+
+    seed: int
+    budget: float | None
+    workdir: Path | None
+    progress: bool
 
 
 def default_device() -> torch.device:

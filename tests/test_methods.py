@@ -23,15 +23,6 @@ SIZE = 16
 each_method = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are tiny: a second thread only waits, for ages where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def pictures(n: int, channels: int = 1, size: tuple[int, int] = (SIZE, SIZE), seed=0) -> Tensor:
     """Images (n, C, H, W) in [-1, 1]: a common scene, each with its own brightness and grain."""
     rng = torch.Generator().manual_seed(seed)

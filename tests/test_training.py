@@ -23,15 +23,6 @@ from diffad_lite.training import (
 CONFIG = TrainConfig(steps=30, batch_size=4, learning_rate=1e-2, flip_axes=(-1, -2))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are tiny: a second thread only waits, for ages where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Interruption(Exception):
     """Stands for Ctrl-C or a lost machine."""
 

@@ -9,15 +9,6 @@ from diffad_lite.networks import UNet
 from diffad_lite.networks.unet import ResBlock, timestep_embedding
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are tiny: a second thread only waits, for ages where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny(channels: int = 1, *, base: int = 8, random: bool = True, **options) -> UNet:
     """A small network; ``random`` also fills the layers that start at zero."""
     settings = {"channel_mults": (1, 2), "attention_levels": (1,), "unshuffle": 2} | options

@@ -9,9 +9,8 @@ reconstruction at small ``t`` already, and everything else the noise destroys is
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Self
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 from diffad_lite.gaussian import GaussianDiffusion, Step, noise_generators, randn
 from diffad_lite.images import image_keys
 from diffad_lite.methods.base import Method
-from diffad_lite.methods.profiles import MethodConfig, Profile, check_profile
+from diffad_lite.methods.profiles import MethodConfig, Profile
 from diffad_lite.networks import UNet
 from diffad_lite.readers import FLIP_AXES
 from diffad_lite.schedules import BetaSchedule, NoiseSchedule
-from diffad_lite.training import TrainConfig, TrainReport, train_network
+from diffad_lite.training import FitOptions, TrainConfig, TrainReport, train_network
 
 
 @dataclass(frozen=True)
@@ -57,37 +56,25 @@ class AnoDDPMConfig(MethodConfig):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @classmethod
-    def for_profile(
-        cls,
-        profile: Profile,
-        *,
-        channels: int,
-        image_size: int,
-        dataset: str | None = None,
-        category: str | None = None,
-    ) -> Self:
-        """The configuration of a profile; see the comments for the sources of ``paper``.
-
-        Raises:
-            ValueError: unknown profile.
-        """
-        check_profile(profile)
+    def for_profile(cls, profile: Profile, *, dataset: str | None = None, **shape: Any) -> Self:
+        """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
+        base = super().for_profile(profile, dataset=dataset, **shape)
         flips = FLIP_AXES.get(dataset or "", ())
-        common = {"channels": channels, "image_size": image_size}
         if profile == "ci":
             train = TrainConfig(steps=20, batch_size=8, flip_axes=flips)
-            return cls(**common, base_channels=16, n_noises=1, train=train)
+            return replace(base, base_channels=16, n_noises=1, train=train)
         if profile == "lite":
-            return cls(**common, train=TrainConfig(flip_axes=flips))
+            return replace(base, train=TrainConfig(flip_axes=flips))
         # Public code (Julian-Wyatt/AnoDDPM), test_args/args28.json and UNet.py: 256 px, base 128,
         # multipliers (1, 1, 2, 2, 4, 4), two blocks, attention at 16 and 8 px, linear betas,
-        # T = 1000, AdamW 1e-4, batch 1, 3000 epochs of 100 images, EMA 0.9999, no decay of the
-        # learning rate (ours decays). The code's noise there is simplex; here it is Gaussian.
+        # T = 1000, AdamW 1e-4, batch 1, 3000 epochs of 100 images, EMA 0.9999. Ours differs: the
+        # learning rate decays, noise is Gaussian (simplex in that file), and an image is noised to
+        # t = 249 (detection.py varies the level).
         train = TrainConfig(
             steps=300_000, batch_size=1, learning_rate=1e-4, ema_decay=0.9999, flip_axes=flips
         )
-        return cls(
-            **common,
+        return replace(
+            base,
             base_channels=128,
             channel_mults=(1, 1, 2, 2, 4, 4),
             blocks_per_level=2,
@@ -128,26 +115,9 @@ class AnoDDPM(Method):
         t = torch.randint(self.config.num_timesteps, (len(x0),), generator=generator)
         return self.diffusion.loss(network, x0, t.to(x0.device), randn(x0, generator))
 
-    def _fit(
-        self,
-        train: Tensor,
-        *,
-        seed: int,
-        budget: float | None,
-        workdir: Path | None,
-        progress: bool,
-    ) -> dict[str, TrainReport]:
-        report = train_network(
-            self.network,
-            self.loss,
-            train,
-            self.config.train,
-            seed=seed,
-            stage="diffusion",
-            budget=budget,
-            workdir=workdir,
-            progress=progress,
-        )
+    def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
+        config = self.config.train
+        report = train_network(self.network, self.loss, train, config, stage="diffusion", **options)
         return {"diffusion": report}
 
     # Inference: x_t = add_noise(x, t), then back to an image.

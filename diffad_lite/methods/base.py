@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, Unpack
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from diffad_lite.methods import pretrained
 from diffad_lite.methods.prediction import Prediction
 from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.metrics import MapCalibration, conformal_threshold, top_k_mean
-from diffad_lite.training import TrainReport, default_device
+from diffad_lite.training import FitOptions, TrainReport, default_device
 
 BATCH_SIZE = 32  # images scored at once; no result depends on it
 METHODS: dict[str, type["Method"]] = {}
@@ -64,15 +64,7 @@ class Method(ABC):
         """The networks (a ModuleDict where there are several), untrained."""
 
     @abstractmethod
-    def _fit(
-        self,
-        train: Tensor,
-        *,
-        seed: int,
-        budget: float | None,
-        workdir: Path | None,
-        progress: bool,
-    ) -> dict[str, TrainReport]:
+    def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         """Train ``self.network`` on normal images; one report a stage."""
 
     @abstractmethod
@@ -127,7 +119,8 @@ class Method(ABC):
         folder = Path(workdir) if workdir is not None else None
         if folder is not None:
             pretrained.claim(folder, self, seed)
-        reports = self._fit(train, seed=seed, budget=budget, workdir=folder, progress=progress)
+        options = {"seed": seed, "budget": budget, "workdir": folder, "progress": progress}
+        reports = self._fit(train, **options)
         self.network.eval()
         self.reports_ = {
             stage: {"steps": report.steps, "seconds": report.seconds}

@@ -6,39 +6,19 @@ first principal components of the normal images can draw.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from diffad_lite.methods.base import Method
-from diffad_lite.methods.profiles import MethodConfig, Profile, check_profile
-from diffad_lite.training import TrainReport
+from diffad_lite.methods.profiles import MethodConfig, Profile
+from diffad_lite.training import FitOptions, TrainReport
 
 
 @dataclass(frozen=True)
-class BaselineConfig(MethodConfig):
-    """Configuration of the baselines; the profiles differ in nothing."""
-
-    @classmethod
-    def for_profile(
-        cls,
-        profile: Profile,
-        *,
-        channels: int,
-        image_size: int,
-        dataset: str | None = None,
-        category: str | None = None,
-    ) -> Self:
-        """The same for every profile."""
-        check_profile(profile)
-        return cls(channels=channels, image_size=image_size)
-
-
-@dataclass(frozen=True)
-class BrightnessConfig(BaselineConfig):
+class BrightnessConfig(MethodConfig):
     """Configuration of :class:`Brightness`.
 
     Attributes:
@@ -49,14 +29,14 @@ class BrightnessConfig(BaselineConfig):
     side: Literal["both", "darker"] = "both"
 
     @classmethod
-    def for_profile(cls, profile: str, *, dataset: str | None = None, **shape: Any) -> Self:
+    def for_profile(cls, profile: Profile, *, dataset: str | None = None, **shape: Any) -> Self:
         """``"darker"`` for electroluminescence images: a broken part of a cell does not glow."""
         side = "darker" if dataset == "elpv" else "both"
         return replace(super().for_profile(profile, dataset=dataset, **shape), side=side)
 
 
 @dataclass(frozen=True)
-class PCAConfig(BaselineConfig):
+class PCAConfig(MethodConfig):
     """Configuration of :class:`PCAResidual`.
 
     Attributes:
@@ -88,15 +68,7 @@ class Brightness(Method):
     def _build(self) -> nn.Module:
         return Buffers(mean=torch.zeros(()), std=torch.ones(()))
 
-    def _fit(
-        self,
-        train: Tensor,
-        *,
-        seed: int,
-        budget: float | None,
-        workdir: Path | None,
-        progress: bool,
-    ) -> dict[str, TrainReport]:
+    def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         brightness = train.mean(dim=(1, 2, 3))
         std = brightness.std(correction=0).clamp_min(1e-3)  # of equally bright images
         self.network = Buffers(mean=brightness.mean(), std=std)
@@ -120,21 +92,12 @@ class MeanImage(Method):
 
     name = "mean_image"
     any_size = False
-    Config = BaselineConfig
 
     def _build(self) -> nn.Module:
         c = self.config
         return Buffers(mean=torch.zeros(c.channels, c.image_size, c.image_size))
 
-    def _fit(
-        self,
-        train: Tensor,
-        *,
-        seed: int,
-        budget: float | None,
-        workdir: Path | None,
-        progress: bool,
-    ) -> dict[str, TrainReport]:
+    def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         self.network = Buffers(mean=train.mean(0))
         return {}
 
@@ -158,18 +121,10 @@ class PCAResidual(Method):
         pixels = c.channels * c.image_size**2
         return Buffers(mean=torch.zeros(pixels), components=torch.zeros(c.n_components, pixels))
 
-    def _fit(
-        self,
-        train: Tensor,
-        *,
-        seed: int,
-        budget: float | None,
-        workdir: Path | None,
-        progress: bool,
-    ) -> dict[str, TrainReport]:
+    def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         flat = self._standardise(train)[0].flatten(1)
         n_components = min(self.config.n_components, *flat.shape)
-        pca = PCA(n_components, random_state=seed).fit(flat.numpy())
+        pca = PCA(n_components, random_state=options["seed"]).fit(flat.numpy())
         components = torch.zeros(self.config.n_components, flat.shape[1])
         components[:n_components] = torch.from_numpy(pca.components_)
         self.network = Buffers(mean=torch.from_numpy(pca.mean_).float(), components=components)

@@ -1,7 +1,7 @@
 """What every method is configured by, and the profiles that scale it."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 from diffad_lite.config import unknown_name
 
@@ -28,8 +28,28 @@ class MethodConfig:
     top_fraction: float = 0.01
     quantile: float = 0.95
 
+    @classmethod
+    def for_profile(
+        cls,
+        profile: Profile,
+        *,
+        channels: int,
+        image_size: int,
+        dataset: str | None = None,
+        category: str | None = None,
+    ) -> Self:
+        """The configuration of a profile; here the same for all, methods that train refine it.
 
-def check_profile(profile: str) -> None:
-    """Raise for a profile that does not exist."""
-    if profile not in get_args(Profile):
-        raise unknown_name("profile", profile, get_args(Profile))
+        Args:
+            profile: ``ci``, ``lite`` or ``paper``.
+            channels: of the images.
+            image_size: side in pixels.
+            dataset: whose settings to take, where a method has any.
+            category: likewise.
+
+        Raises:
+            ValueError: unknown profile.
+        """
+        if profile not in get_args(Profile):
+            raise unknown_name("profile", profile, get_args(Profile))
+        return cls(channels=channels, image_size=image_size)
