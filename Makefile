@@ -6,7 +6,6 @@ BIN    := $(VENV)/bin
 # `make run TORCH=cpu` takes PyTorch's CPU wheels, which are much smaller on Linux.
 TORCH  ?=
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
-MASTERS := $(wildcard notebooks/src/*.py)
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
 DOCUMENTS := README.md data/README.md
 

@@ -86,7 +86,7 @@ def _add_data(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--dataset", default=default, help="elpv, folder, shapes or digits")
     parser.add_argument("--category", help="mono or poly (elpv), a sub-folder (folder)")
     parser.add_argument("--root", help="folder of your images")
-    parser.add_argument("--image-size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--image-size", type=int, help="side in pixels; 64, for paper 256")
     parser.add_argument("--resize", default="squash", help="squash, or pad to keep the aspect")
 
 
@@ -156,8 +156,11 @@ def _train(arguments: argparse.Namespace) -> int:
         print(f"{stage}: {report['steps']:.0f} steps in {report['seconds']:.0f} s")
     print(f"checkpoint: {arguments.out / 'checkpoint'}")
     if arguments.bundle:
-        words = ["runs/bundle" if w == str(arguments.out) else w for w in sys.argv[1:]]
-        print(f"bundled: {bundle(run, data, method, command=shlex.join(['diffad', *words]))}")
+        words = ["--method", run.method, "--dataset", run.dataset, "--seed", str(run.seed)]
+        words += ["--category", data.info["category"], "--profile", run.profile]
+        words += [word for pair in arguments.set for word in ("--set", pair)]
+        command = shlex.join(["diffad", "train", *words, "--out", "runs/bundle", "--bundle"])
+        print(f"bundled: {bundle(run, data, method, command=command)}")
     return 0
 
 
@@ -173,7 +176,7 @@ def _datasets(arguments: argparse.Namespace) -> int:
         arguments.dataset,
         arguments.category,
         root=arguments.root,
-        image_size=arguments.image_size,
+        image_size=arguments.image_size or 64,
         resize=arguments.resize,
         plant=arguments.plant,
     )
@@ -183,7 +186,8 @@ def _datasets(arguments: argparse.Namespace) -> int:
         from diffad_lite.plots import show_kinds
 
         fig, _ = show_kinds(data)
-        write_atomically(arguments.sheet, fig.savefig)
+        form = arguments.sheet.suffix[1:] or "png"
+        write_atomically(arguments.sheet, lambda path: fig.savefig(path, format=form))
     return 0
 
 

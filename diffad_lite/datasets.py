@@ -21,7 +21,7 @@ from diffad_lite.images import Resize, read_image, resize_image, to_float
 from diffad_lite.planting import KINDS, plant_on
 from diffad_lite.readers import READERS, Source
 
-MIN_CALIBRATION = 8  # normal images
+MIN_CALIBRATION = 8  # normal images taken for calibration, at least
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,7 @@ def load_dataset(
         ValueError: unknown name, category, resize or plant; no normal images; mixed channels.
         FileNotFoundError: ``root`` does not exist.
     """
-    if name not in READERS:
-        raise unknown_name("data set", name, READERS)
-    if plant is not None and plant not in KINDS:
-        raise unknown_name("family of planted defects", plant, KINDS)
-    if resize not in ("squash", "pad"):
-        raise unknown_name("resize", resize, ("squash", "pad"))
-    if image_size < 8:
-        raise ValueError(f"image_size must be at least 8 pixels, got {image_size}")
+    _check_arguments(name, plant, resize, image_size)
     source = READERS[name](category, Path(root) if root is not None else None)
     train, calibration, test = _split(source, split_seed)
     fingerprint = _fingerprint(train, calibration)
@@ -136,17 +129,18 @@ def load_dataset(
     if plant is not None:
         test, types, masks = _plant(test, types, plant, severity)
 
-    parts = [{n: _pixels(v) for n, v in p.items()} for p in (train, calibration, test)]
-    parts.append({n: _pixels(v) for n, v in source.uncertain.items()})
+    sizes: dict[str, tuple[int, int]] = {}
+    parts = [
+        {n: _small(n, v, sizes, image_size, resize) for n, v in part.items()}
+        for part in (train, calibration, source.uncertain, test)
+    ]
     channels = max(image.shape[0] for part in parts for image in part.values())
-    tensors = [_stack(part, channels, image_size, resize) for part in parts]
-    sizes = {n: image.shape[1:] for n, image in parts[2].items()}
-    pixel_masks = None
-    if any(mask is not None for mask in masks.values()):
-        pixel_masks = [_mask(masks[n], types[n], sizes[n], n) for n in test]
+    tensors = [_stack(part, channels, image_size) for part in parts]
+    known = any(mask is not None for mask in masks.values())
+    pixel_masks = [_mask(masks[n], types[n], sizes[n], n) for n in test] if known else None
     info = {
         "name": name,
-        "category": category or source.category,
+        "category": source.category,
         "channels": channels,
         "image_size": image_size,
         "resize": resize,
@@ -156,15 +150,28 @@ def load_dataset(
         "fingerprint": fingerprint,
     }
     return AnomalyData(
-        *tensors[:3],
+        train=tensors[0],
+        calibration=tensors[1],
+        test_images=tensors[3],
         test_labels=np.array([types[n] != "good" for n in test], dtype=np.int64),
         test_masks=pixel_masks,
         test_ids=list(test),
         defect_types=[types[n] for n in test],
-        original_sizes=list(sizes.values()),
-        uncertain=tensors[3],
+        original_sizes=[sizes[n] for n in test],
+        uncertain=tensors[2],
         info=info,
     )
+
+
+def _check_arguments(name: str, plant: str | None, resize: str, image_size: int) -> None:
+    if name not in READERS:
+        raise unknown_name("data set", name, READERS)
+    if plant is not None and plant not in KINDS:
+        raise unknown_name("family of planted defects", plant, KINDS)
+    if resize not in ("squash", "pad"):
+        raise unknown_name("resize", resize, ("squash", "pad"))
+    if image_size < 8:
+        raise ValueError(f"image_size must be at least 8 pixels, got {image_size}")
 
 
 def data_dir() -> Path:
@@ -187,7 +194,7 @@ def data_dir() -> Path:
 
 
 def _rank(names: Sequence[str], split_seed: int) -> list[str]:
-    """Names in an order that depends on the seed and each name alone."""
+    """An order that depends on the seed and each name alone."""
     return sorted(names, key=lambda n: hashlib.sha256(f"{split_seed}/{n}".encode()).digest())
 
 
@@ -254,15 +261,24 @@ def _pixels(value: Path | np.ndarray) -> np.ndarray:
     return value if isinstance(value, np.ndarray) else read_image(value)
 
 
-def _stack(images: Mapping[str, np.ndarray], channels: int, size: int, resize: Resize) -> Tensor:
-    """Resized images as one float tensor; grey files among colour ones become colour."""
+def _small(
+    name: str, value: Path | np.ndarray, sizes: dict, image_size: int, resize: Resize
+) -> np.ndarray:
+    """One image brought to size; its original size is noted, its large pixels are let go."""
+    pixels = _pixels(value)
+    sizes[name] = pixels.shape[1:]
+    return resize_image(pixels, image_size, resize)
+
+
+def _stack(images: Mapping[str, np.ndarray], channels: int, size: int) -> Tensor:
+    """Images of one size as one float tensor; grey files among colour ones become colour."""
     if not images:
         return torch.empty(0, channels, size, size)
-    resized = [resize_image(image, size, resize) for image in images.values()]
-    for name, image in zip(images, resized, strict=True):
+    for name, image in images.items():
         if image.shape[0] not in (1, channels):
             raise ValueError(f"{name} has {image.shape[0]} channels where others have {channels}")
-    return to_float(np.stack([np.broadcast_to(r, (channels, size, size)) for r in resized]))
+    shape = (channels, size, size)
+    return to_float(np.stack([np.broadcast_to(image, shape) for image in images.values()]))
 
 
 def _mask(value: Any, kind: str, size: tuple[int, int], name: str) -> np.ndarray | None:

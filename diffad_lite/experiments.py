@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from diffad_lite.config import config_hash, override, read_json, to_dict, write_json
+from diffad_lite.config import config_hash, from_dict, override, read_json, to_dict, write_json
 from diffad_lite.datasets import AnomalyData, data_dir, load_dataset
 from diffad_lite.doctor import machine_record
 from diffad_lite.methods import Method, get_method, load_pretrained
@@ -33,7 +33,7 @@ class Run:
         dataset: see :func:`~diffad_lite.datasets.load_dataset`, as the next five.
         category: None is the data set's default.
         root: folder of the images.
-        image_size: side in pixels.
+        image_size: side in pixels; None is 256 for the paper profile and 64 for the others.
         resize: ``squash`` or ``pad``.
         plant: family of planted defects, or None for the real test set.
         profile: ``ci``, ``lite`` or ``paper``.
@@ -46,13 +46,17 @@ class Run:
     dataset: str = "elpv"
     category: str | None = None
     root: str | None = None
-    image_size: int = 64
+    image_size: int | None = None
     resize: str = "squash"
     plant: str | None = None
     profile: str = "lite"
     seed: int = 0
     variant: str = "default"
     settings: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.image_size is None:
+            object.__setattr__(self, "image_size", 256 if self.profile == "paper" else 64)
 
     def load_data(self) -> AnomalyData:
         """The data of this run; the ci profile scores few images."""
@@ -87,15 +91,15 @@ def train(
 ) -> Method:
     """Train into ``out/state`` and ``out/checkpoint``; a second call goes on or loads."""
     method = run.new_method(data)
-    identity = {"config": to_dict(method.config), "seed": run.seed, **_fingerprint(data)}
+    identity = {"config": to_dict(method.config), **_provenance(run, data), "budget": budget}
     checkpoint = out / "checkpoint"
     if (checkpoint / "config.json").exists():
         stored = read_json(checkpoint / "config.json", "checkpoint's config.json")
         if {key: stored.get(key) for key in identity} == identity:
-            return load_pretrained(checkpoint)
+            return load_checkpoint(checkpoint, run, data)
         raise ValueError(
-            f"{checkpoint} was trained with another configuration, seed or data; choose another "
-            "--out, or delete that folder to train anew"
+            f"{checkpoint} was trained with another configuration, seed, data or time budget; "
+            "choose another --out, or delete that folder to train anew"
         )
     method.fit(
         data.train,
@@ -105,26 +109,38 @@ def train(
         workdir=out / "state",
         progress=progress,
     )
-    method.save_pretrained(checkpoint, seed=run.seed, **_fingerprint(data))
+    method.save_pretrained(checkpoint, **_provenance(run, data), budget=budget)
     return method
 
 
-def load_checkpoint(folder: str | Path, data: AnomalyData, **changes: Any) -> Method:
+def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
     """Load a checkpoint for ``data``, which must be split as it was in training.
 
+    ``run.settings`` are applied; statistics and threshold are taken anew where they, or the
+    calibration images, are not those of the checkpoint.
+
     Raises:
-        ValueError: the checkpoint was fitted on other images, so that test images of ``data``
-            may have been training images.
+        ValueError: it is of another method, seed or profile than ``run``, or was fitted on other
+            images, so that test images of ``data`` may have been training images.
     """
-    method = load_pretrained(folder, **changes)
     stored = read_json(Path(folder) / "config.json", "checkpoint's config.json")
-    if stored.get("fingerprint") != data.info["fingerprint"]:
+    provenance = _provenance(run, data)
+    if stored.get("fingerprint") != provenance.pop("fingerprint"):
         raise ValueError(
             f"{folder} was fitted on another split or data set (fingerprint "
             f"{stored.get('fingerprint')}, this data has {data.info['fingerprint']}); its "
             "training images may be among these test images: train on this data instead"
         )
-    if method.threshold_ is None or data.info["plant"] == "development":
+    for key, wanted in provenance.items():
+        if stored.get(key) != wanted:
+            raise ValueError(f"{folder} was trained with {key} {stored.get(key)!r}, not {wanted!r}")
+    cls = get_method(run.method)
+    if stored.get("method") != run.method:
+        found = stored.get("method")
+        raise ValueError(f"{folder} is a checkpoint of {found!r}, not of {run.method!r}")
+    config = override(from_dict(cls.Config, stored["config"]), run.settings)
+    method = cls.from_pretrained(folder, **to_dict(config))
+    if method.threshold_ is None or len(method.calibration_scores_) != len(data.calibration):
         method.calibrate(data.calibration)
     return method
 
@@ -141,9 +157,10 @@ def bundle(run: Run, data: AnomalyData, method: Method, *, command: str) -> Path
     The metrics in the index are those of the stored float16 weights on the test set.
     """
     folder = bundled_checkpoint(run.method, run.dataset, data.info["category"])
-    method.save_pretrained(folder, dtype=torch.float16, seed=run.seed, **_fingerprint(data))
+    record = {**_provenance(run, data), "budget": None}
+    method.save_pretrained(folder, dtype=torch.float16, **record)
     stored = load_pretrained(folder).calibrate(data.calibration)
-    stored.save_pretrained(folder, dtype=torch.float16, seed=run.seed, **_fingerprint(data))
+    stored.save_pretrained(folder, dtype=torch.float16, **record)
     path = folder.parent / "index.json"
     index = read_json(path, "index of checkpoints") if path.exists() else {}
     scores = stored.predict(data.test_images).image_score.numpy()
@@ -151,8 +168,7 @@ def bundle(run: Run, data: AnomalyData, method: Method, *, command: str) -> Path
         "file": f"{folder.name}/model.safetensors",
         "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         "command": command,
-        "seed": run.seed,
-        **_fingerprint(data),
+        **_provenance(run, data),
         "config": to_dict(stored.config),
         "metrics": image_metrics(data.test_labels, scores),
         "reports": stored.reports_,
@@ -171,18 +187,20 @@ def pretrained_or_train(
 ) -> Method:
     """For notebooks: the bundled lite weights in ci and lite, else (or on demand) training.
 
-    A training goes to a folder of its own in ``out_dir``, and goes on from there when it was
-    interrupted.
+    Bundled weights are those of seed 0, whatever ``run.seed`` says. A training goes to a folder
+    of its own in ``out_dir``, and goes on from there when it was interrupted.
     """
     folder = bundled_checkpoint(run.method, run.dataset, data.info["category"])
     if not retrain and run.profile != "paper" and folder.is_dir():
-        return load_checkpoint(folder, data)
+        return load_checkpoint(folder, replace(run, seed=0, profile="lite"), data)
     key = f"{run.method}-{data.info['name']}-{data.info['category']}-{run.profile}-s{run.seed}"
     return train(run, data, Path(out_dir) / key)
 
 
-def _fingerprint(data: AnomalyData) -> dict[str, Any]:
-    return {"fingerprint": data.info["fingerprint"], "split_seed": data.info["split_seed"]}
+def _provenance(run: Run, data: AnomalyData) -> dict[str, Any]:
+    """What a checkpoint remembers of its training beside its configuration."""
+    info = {key: data.info[key] for key in ("fingerprint", "split_seed", "resize")}
+    return {"seed": run.seed, "profile": run.profile, **info}
 
 
 # -------------------------------------------------------------------------------------- score
@@ -224,9 +242,7 @@ def evaluate(
     if checkpoint is None:
         method = train(run, data, out, budget=budget, progress=progress)
     else:
-        stored = load_pretrained(checkpoint).config
-        wanted = to_dict(override(stored, run.settings))
-        method = load_checkpoint(checkpoint, data, **wanted)
+        method = load_checkpoint(checkpoint, run, data)
     started = time.perf_counter()
     with method.count_evaluations() as evaluations:
         prediction = method.predict(data.test_images)
@@ -243,6 +259,7 @@ def evaluate(
         **machine_record(method.device),
     }
     out.mkdir(parents=True, exist_ok=True)
+    (out / "result.json").unlink(missing_ok=True)  # it stands for all that is written before it
     write_scores(out / "scores.csv", data, prediction)
     write_figure(out / "figure.png", data, prediction, method)
     if save_maps:

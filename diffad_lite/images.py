@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 Resize = Literal["squash", "pad"]
+CACHED_BYTES = 200_000  # larger files, such as photographs, are decoded anew each time
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
@@ -32,11 +33,16 @@ def read_image(path: Path) -> np.ndarray:
         FileNotFoundError: no such file.
         ValueError: not an image, or a truncated one.
     """
-    return _read_cached(str(path), path.stat().st_mtime_ns)
+    modified, size = path.stat().st_mtime_ns, path.stat().st_size
+    return _read(str(path)) if size > CACHED_BYTES else _read_cached(str(path), modified)
 
 
 @functools.lru_cache(maxsize=4096)
 def _read_cached(path: str, modified: int) -> np.ndarray:
+    return _read(path)
+
+
+def _read(path: str) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)

@@ -58,12 +58,16 @@ def run_notebooks(
     import papermill
 
     paths = find_notebooks(folder, only)
+    known = {path: papermill.inspect_notebook(path) for path in paths}
+    everywhere = {name for names in known.values() for name in names}
+    for name in parameters:
+        if name not in everywhere:
+            raise unknown_name("parameter", name, everywhere)
     out.mkdir(parents=True, exist_ok=True)
     os.environ["DIFFAD_STATIC"] = "1"  # nobody is there to move a slider
     failures = []
     for path in paths:
-        known = papermill.inspect_notebook(path)
-        chosen = {name: value for name, value in parameters.items() if name in known}
+        chosen = {name: value for name, value in parameters.items() if name in known[path]}
         print(f"{path.name} ...", flush=True)
         started = time.monotonic()
         try:

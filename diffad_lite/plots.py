@@ -1,4 +1,4 @@
-"""The figures of the course. Each function returns the figure and the numbers it shows.
+"""The figures of the course. Each function returns the figure and a dictionary of what it shows.
 
 One style: grey images, one colour scale for all maps of a figure, the Okabe-Ito palette (told
 apart by colour-blind readers and in grey print), units on every axis.
@@ -81,9 +81,6 @@ def show_images(
         titles: one for each image.
         columns: at most.
         caption: a sentence under the figure.
-
-    Returns:
-        the figure, and ``{"images"}``.
     """
     n = len(images)
     columns = min(columns, n)
@@ -158,9 +155,6 @@ def show_kinds(data: AnomalyData, *, columns: int = 8, caption: str = "") -> Res
         data: any data set.
         columns: images of each kind.
         caption: a sentence under the figure.
-
-    Returns:
-        the figure, and ``{"ids"}``, the names of the images shown, by kind.
     """
     kinds = sorted(set(data.defect_types), key=lambda kind: (kind != "good", kind))
     size = (1.35 * columns, 1.4 * len(kinds) + 0.3)
@@ -190,9 +184,6 @@ def show_trajectory(steps: Sequence[Step], *, index: int = 0, count: int = 8) ->
         steps: what a sampler yielded.
         index: which image of the batch.
         count: how many states, spread evenly.
-
-    Returns:
-        the figure, and ``{"t"}``, the timesteps shown.
     """
     keep = np.unique(np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int))
     fig, axes = plt.subplots(2, len(keep), figsize=(1.35 * len(keep), 3.1), squeeze=False)
@@ -230,9 +221,6 @@ def show_curves(
         title: of the figure.
         log: ``"x"``, ``"y"`` or ``"xy"`` for logarithmic axes.
         markers: mark the measured points.
-
-    Returns:
-        the figure, and the curves with their x.
     """
     fig, ax = plt.subplots(figsize=(6.2, 3.6))
     for i, (name, values) in enumerate(curves.items()):
@@ -289,7 +277,6 @@ def show_bars(
     *,
     xlabel: str,
     start: float = 0.5,
-    title: str = "",
 ) -> Result:
     """Horizontal points with intervals, one row a name.
 
@@ -297,12 +284,9 @@ def show_bars(
         values: name -> value.
         intervals: name -> (low, high).
         xlabel: what the value is.
-        start: left end of the axis.
-        title: of the figure.
-
-    Returns:
-        the figure, and the values with their intervals.
+        start: left end of the axis, which gives way to lower intervals.
     """
+    start = min(start, *(low - 0.02 for low, _ in intervals.values()))
     fig, ax = plt.subplots(figsize=(6.2, 0.45 * len(values) + 1.1))
     for row, (name, value) in enumerate(values.items()):
         low, high = intervals[name]
@@ -311,6 +295,6 @@ def show_bars(
         ax.text(1.01, row, f"{value:.3f}", va="center", transform=ax.get_yaxis_transform())
     ax.set_yticks(range(len(values)), list(values))
     ax.set_xlim(start, 1.0)
-    ax.set(xlabel=xlabel, title=title)
+    ax.set(xlabel=xlabel)
     ax.invert_yaxis()
     return fig, {name: (values[name], *intervals[name]) for name in values}

@@ -66,8 +66,14 @@ def grouped(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
     def place(key: tuple[str, str]) -> tuple:
         method, variant = key
         known = variants.index(variant) if variant in variants else len(variants)
-        return methods.index(method), known, len(variant), variant  # t5 before t10
+        rank = methods.index(method) if method in methods else len(methods)
+        return rank, method, known, len(variant), variant  # t5 before t10
 
+    for group in groups.values():
+        others = {(r["profile"], r["image_size"], r["resize"]) for r in group}
+        if len(others) > 1 or len({r["seed"] for r in group}) < len(group):
+            folders = ", ".join(str(r["folder"]) for r in group)
+            raise ValueError(f"these results differ in more than their seed, part them: {folders}")
     return {k: sorted(groups[k], key=lambda r: r["seed"]) for k in sorted(groups, key=place)}
 
 
@@ -85,7 +91,7 @@ def select(results: Iterable[Result], **wanted: Any) -> list[Result]:
 
 def label_of(method: str, variant: str) -> str:
     """How a table names a method and its variant."""
-    return f"{METHOD_NAMES[method]}, {VARIANT_NAMES.get(variant, variant)}"
+    return f"{METHOD_NAMES.get(method, method)}, {VARIANT_NAMES.get(variant, variant)}"
 
 
 def image_table(results: Iterable[Result]) -> str:

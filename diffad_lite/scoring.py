@@ -67,7 +67,7 @@ def export_maps(data: AnomalyData, maps: Tensor, folder: Path) -> None:
     """Write maps as ``<folder>/test/<defect>/<id>.tiff``, as MVTec's evaluation script reads."""
     for i, name in enumerate(data.test_ids):
         pixels = map_at_original_size(data, maps, i).astype(np.float32)
-        path = (folder / "test" / name).with_suffix(".tiff")
+        path = folder / "test" / data.defect_types[i] / f"{Path(name).name}.tiff"
         write_atomically(path, lambda p, pixels=pixels: Image.fromarray(pixels).save(p))
 
 
@@ -94,7 +94,7 @@ def write_figure(path: Path, data: AnomalyData, prediction: Prediction, method: 
     turn = [v[i] for i in range(6) for v in anomalous if i < len(v)][:6]
     chosen = [*first["good"][:2], *turn]
     normal_maps = prediction.anomaly_map[data.test_labels == 0]
-    top = float(normal_maps.flatten().quantile(0.999)) if normal_maps.numel() < 1e7 else None
+    top = float(np.quantile(normal_maps.numpy(), 0.999))
     fig, _ = show_detections(
         data.test_images[chosen],
         prediction.anomaly_map[chosen],
@@ -103,7 +103,7 @@ def write_figure(path: Path, data: AnomalyData, prediction: Prediction, method: 
         else prediction.reconstruction[chosen],
         masks=[data.test_masks[i] for i in chosen] if data.test_masks else None,
         titles=[data.defect_types[i] for i in chosen],
-        scale=(0.0, 2 * top) if top else None,
+        scale=(0.0, 2 * max(top, 1e-6)),
         caption=f"{method.name} on {data.info['name']} {data.info['category']}; the colour scale "
         "ends at twice the 99.9 % quantile of normal pixels",
     )

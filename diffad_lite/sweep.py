@@ -30,6 +30,7 @@ from diffad_lite.config import override, read_json, to_dict, unknown_name
 from diffad_lite.experiments import Run, evaluate, run_hash, train
 from diffad_lite.methods import load_pretrained
 
+DATA_KEYS = ("dataset", "category", "root", "image_size", "resize")
 KEYS = ("profile", "methods", "seeds", "data", "plants", "variants", "settings")
 
 
@@ -54,6 +55,12 @@ def read_grid(path: str | Path) -> dict[str, Any]:
     for key in ("methods", "data"):
         if not grid.get(key):
             raise ValueError(f"{path} names no {key}")
+    for entry in grid["data"]:
+        if not isinstance(entry, dict) or "dataset" not in entry:
+            raise ValueError(f"{path}: each entry of data is like {{dataset: elpv}}, got {entry!r}")
+        for key in entry:
+            if key not in DATA_KEYS:
+                raise unknown_name(f"key of data in {path}", str(key), DATA_KEYS)
     return grid
 
 
@@ -77,7 +84,10 @@ def scorings(grid: Mapping[str, Any], run: Run) -> Iterator[Run]:
 
 def folder_of(run: Run, out: Path) -> Path:
     """``out/<method>/<data>/s<seed>``, of one training."""
-    data = "-".join(filter(None, (run.dataset, run.category)))
+    parts = [run.dataset, run.category]
+    parts += [] if run.image_size == 64 else [f"{run.image_size}px"]
+    parts += [] if run.resize == "squash" else [run.resize]
+    data = "-".join(filter(None, parts))
     return out / run.method / data / f"s{run.seed}"
 
 

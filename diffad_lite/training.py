@@ -81,7 +81,9 @@ def supports_bf16(device: torch.device) -> bool:
     """Whether bfloat16 autocast is worth it: any recent GPU, and CPUs with AVX-512 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # Builds without oneDNN, such as those for Apple's processors, lack the question itself.
+    onednn = torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def learning_rate_factor(step: int, total: int, warmup: int) -> float:

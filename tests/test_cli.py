@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +89,49 @@ def test_a_checkpoint_of_another_split_is_refused(tmp_path):
     run = Run("pca", "shapes", profile="ci", image_size=16)
     evaluate(run, tmp_path / "run")
     other = Run("pca", "digits", category="3", profile="ci", image_size=16).load_data()
+    checkpoint = tmp_path / "run" / "checkpoint"
     with pytest.raises(ValueError, match="another split or data set"):
-        load_checkpoint(tmp_path / "run" / "checkpoint", other)
+        load_checkpoint(checkpoint, run, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "mean_image"}, "is a checkpoint of 'pca', not of 'mean_image'"),
+        ({"seed": 2}, "was trained with seed 0, not 2"),
+        ({"profile": "lite"}, "was trained with profile 'ci', not 'lite'"),
+        ({"resize": "pad"}, "was trained with resize 'squash', not 'pad'"),
+    ],
+)
+def test_a_record_cannot_claim_another_training(changes, message, tmp_path):
+    run = Run("pca", "shapes", profile="ci", image_size=16)
+    evaluate(run, tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        evaluate(replace(run, **changes), tmp_path / "x", checkpoint=tmp_path / "run/checkpoint")
+    assert not (tmp_path / "x").exists()
+
+
+def test_development_images_do_not_enter_their_own_calibration(tmp_path):
+    run = Run("pca", "shapes", profile="ci", image_size=16)
+    evaluate(run, tmp_path / "run")
+    planted = replace(run, plant="development")
+    again = evaluate(planted, tmp_path / "run")  # the same folder: its checkpoint is loaded
+    fresh = evaluate(planted, tmp_path / "fresh")
+    assert again["n_calibration"] == 30
+    assert again["threshold"] == fresh["threshold"]
+    assert again["image_auroc"] == fresh["image_auroc"]
+
+
+def test_a_short_training_is_not_taken_for_a_full_one(tmp_path):
+    run = Run("anoddpm", "shapes", profile="ci", image_size=16)
+    evaluate(run, tmp_path / "run", budget=1.0, progress=False)
+    with pytest.raises(ValueError, match="time budget"):
+        evaluate(run, tmp_path / "run", progress=False)
+
+
+def test_the_paper_profile_is_of_256_pixels():
+    assert Run("anoddpm", profile="paper").image_size == 256
+    assert Run("anoddpm").image_size == 64
 
 
 def test_inference_settings_change_on_a_checkpoint_and_training_ones_do_not(tmp_path):
@@ -125,7 +167,7 @@ def test_a_sweep_skips_what_is_done_and_redoes_what_is_broken(tmp_path, capsys):
     results = read_results(out)
     assert len(results) == 16
     assert "done before" not in capsys.readouterr().out
-    broken = out / "pca" / "shapes" / "s1" / "raw" / "result.json"
+    broken = out / "pca" / "shapes-16px" / "s1" / "raw" / "result.json"
     before = json.loads(broken.read_text())["image_auroc"]
     broken.write_text('{"image_au')
     assert sweep(grid, out) == []
@@ -141,7 +183,7 @@ def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):
     assert len(failures) == 2
     assert "unknown method 'nothing'" in failures[0]
     assert len(read_results(tmp_path / "runs")) == 8
-    assert (tmp_path / "runs" / "nothing" / "shapes" / "s0" / "error.txt").exists()
+    assert (tmp_path / "runs" / "nothing" / "shapes-16px" / "s0" / "error.txt").exists()
 
 
 @pytest.mark.parametrize(
@@ -151,6 +193,8 @@ def test_a_failing_cell_is_reported_and_the_others_run(tmp_path):
         ("- pca", "must be a mapping"),
         ("method: [pca]", "did you mean 'methods'"),
         ("methods: [pca]", "names no data"),
+        ("{methods: [pca], data: [elpv]}", "is like {dataset: elpv}, got 'elpv'"),
+        ("{methods: [pca], data: [{dataset: elpv, size: 3}]}", "unknown key of data"),
     ],
 )
 def test_a_bad_grid_says_what_is_wrong(text, message, tmp_path):

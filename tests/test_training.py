@@ -17,6 +17,7 @@ from diffad_lite.training import (
     TrainReport,
     learning_rate_factor,
     random_flips,
+    supports_bf16,
     train_network,
 )
 
@@ -398,3 +399,8 @@ def test_without_axes_nothing_is_flipped_or_drawn():
     state = generator.get_state()
     assert torch.equal(random_flips(images, (), generator), images)
     assert torch.equal(generator.get_state(), state)
+
+
+def test_builds_without_onednn_train_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not supports_bf16(torch.device("cpu"))

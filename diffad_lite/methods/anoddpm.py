@@ -147,8 +147,10 @@ class AnoDDPM(Method):
             ``trajectory`` (list of :class:`~diffad_lite.gaussian.Step`), ``residual``
             (B, C, H, W) signed, image minus reconstruction, and what every method returns.
         """
+        common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
         keys = image_keys(images) if keys is None else keys
-        steps = self.trajectory(images.to(self.device), noise_generators(keys, seed))
-        residual = images - steps[-1].x.cpu()
-        common = super().explain(images, seed=seed, keys=keys)
-        return common | {"trajectory": steps, "residual": residual}
+        steps = [
+            Step(s.t, s.x.cpu(), None if s.x0_hat is None else s.x0_hat.cpu())
+            for s in self.trajectory(images.to(self.device), noise_generators(keys, seed))
+        ]
+        return common | {"trajectory": steps, "residual": images - steps[-1].x}

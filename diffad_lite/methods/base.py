@@ -25,6 +25,7 @@ from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.metrics import MapCalibration, conformal_threshold, top_k_mean
 from diffad_lite.training import FitOptions, TrainReport, default_device
 
+FEWEST_CALIBRATION = 5  # normal images, so that statistics can be cross-fitted
 BATCH_SIZE = 32  # images scored at once; no result depends on it
 METHODS: dict[str, type["Method"]] = {}
 
@@ -38,8 +39,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    # Fields that may be changed after training, as by --set together with --checkpoint.
     any_size: ClassVar[bool] = True  # False: images must have the side Config.image_size
+    # Fields that may be changed after training, as by --set together with --checkpoint.
     inference_fields: ClassVar[frozenset[str]] = frozenset(
         {"smooth_sigma", "calibrate", "top_fraction", "quantile"}
     )
@@ -113,12 +114,17 @@ class Method(ABC):
         """
         self._check(train, "train")
         self._check(calibration, "calibration")
+        if self.config.calibrate and len(calibration) < FEWEST_CALIBRATION:
+            raise ValueError(
+                f"calibration: {len(calibration)} images are too few for map statistics, "
+                f"{FEWEST_CALIBRATION} are needed; add normal images, or set calibrate=false"
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = self._build().to(default_device())
         folder = Path(workdir) if workdir is not None else None
         if folder is not None:
-            pretrained.claim(folder, self, seed)
+            pretrained.claim(folder, self, seed, budget)
         options = {"seed": seed, "budget": budget, "workdir": folder, "progress": progress}
         reports = self._fit(train, **options)
         self.network.eval()
@@ -167,7 +173,9 @@ class Method(ABC):
         for start in range(0, len(images), BATCH_SIZE):
             batch = images[start : start + BATCH_SIZE]
             generators = noise_generators(keys[start : start + BATCH_SIZE], seed)
-            maps, reconstruction, extras = self._infer(batch.to(self.device), generators)
+            # Without this, recent GPUs convolve float32 with ten bits of mantissa.
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                maps, reconstruction, extras = self._infer(batch.to(self.device), generators)
             if self.config.smooth_sigma > 0:
                 maps = blur(maps, self.config.smooth_sigma)
             maps = maps.cpu()

@@ -23,21 +23,21 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="Method")
 
 
-def claim(folder: Path, method: Method, seed: int) -> None:
+def claim(folder: Path, method: Method, seed: int, budget: float | None) -> None:
     """Write down what is trained in ``folder``; refuse one that holds another training.
 
     Raises:
-        ValueError: the folder belongs to another method, configuration or seed.
+        ValueError: the folder belongs to another method, configuration, seed or time budget.
     """
     config = {k: v for k, v in to_dict(method.config).items() if k not in method.inference_fields}
-    training = {"method": method.name, "seed": seed, "config": config}
+    training = {"method": method.name, "seed": seed, "budget": budget, "config": config}
     path = folder / "training.json"
     if not path.exists():
         write_json(path, training)
     elif read_json(path, "record of a training") != training:
         raise ValueError(
-            f"{folder} holds a training of another method, configuration or seed; choose another "
-            "output folder, or delete that one to start anew"
+            f"{folder} holds a training of another method, configuration or seed, or with another "
+            "time budget; choose another output folder, or delete that one to start anew"
         )
 
 
@@ -55,16 +55,18 @@ def save(method: Method, folder: Path, dtype: torch.dtype, record: Mapping[str, 
         tensors["calibration_scores"] = torch.from_numpy(method.calibration_scores_)
     values = {"method": method.name, "config": to_dict(method.config), "reports": method.reports_}
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    aside = temporary.with_suffix(".old")
     try:
         temporary.chmod(0o755)
         save_file(tensors, temporary / "model.safetensors")
         (temporary / "model.safetensors").chmod(0o644)  # safetensors makes it private
         write_json(temporary / "config.json", values | record)
-        if folder.exists():
-            shutil.rmtree(folder)
+        if folder.exists():  # a folder cannot replace another: move the old one aside
+            folder.replace(aside)
         temporary.replace(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:

@@ -79,7 +79,10 @@ print("profile:", profile)
 # | $\epsilon$ | `noise` | a standard normal draw |
 # | $x_t$ | `x_t` | the datum after step $t$ |
 #
-# The package works on batches of images (B, C, H, W); a number is an image of one pixel.
+# By custom $x_0$ always means the clean datum, which is the state at $t = -1$ here
+# ($\bar\alpha_{-1} = 1$), and $x_T$ the noisiest state, at $t = T-1$. The papers count from 1: their
+# $t$ is our $t + 1$. The package works on batches of images (B, C, H, W); a number is an image of one
+# pixel.
 
 # %% tags=["context"]
 mu, tau = 1.5, 0.5  # the data: mean and standard deviation
@@ -297,7 +300,8 @@ assert abs(near.mean() - mean) < 0.02 and abs(near.var() / variance - 1) < 0.1
 # %% [markdown]
 # ### DDPM: one step back when $x_0$ is not known
 #
-# Put the estimate $\hat x_0 = (x_t - \sqrt{1-\bar\alpha_t}\,\hat\epsilon)/\sqrt{\bar\alpha_t}$ in
+# Let $\hat\epsilon$ be a guess of the noise, here $\epsilon^*(x_t, t)$, later a network's. Put the
+# estimate $\hat x_0 = (x_t - \sqrt{1-\bar\alpha_t}\,\hat\epsilon)/\sqrt{\bar\alpha_t}$ in
 # the place of $x_0$ and sort the terms. This is algorithm 2 of Ho et al.:
 #
 # $$x_{t-1} = \frac{1}{\sqrt{\alpha_t}} \Big( x_t - \frac{1-\alpha_t}{\sqrt{1-\bar\alpha_t}}\,
@@ -356,8 +360,8 @@ assert abs(spread["DDPM", 1000] - tau) < 0.03 and abs(spread["DDIM", 1000] - tau
 
 # %% [markdown]
 # Too narrow, and DDPM more so (the bound, further down, tells why); with short steps both are right.
-# So with few steps DDIM is the better choice, *if* the noise guess is exact. Remember the "if" when
-# we come to networks.
+# So with few steps DDIM beats DDPM *with the variance* $\tilde\beta_t$, *if* the noise guess is exact.
+# Remember the "if" when we come to networks.
 #
 # ### There and back again
 #
@@ -468,7 +472,9 @@ fig, data = plots.show_curves(
 # ### The bound, in short
 #
 # Why is guessing noise the same as fitting the data? Ho et al. (eq. 5) bound the negative log
-# likelihood by three kinds of terms, $\mathbb E[-\log p(x_0)] \le L_T + \sum_t L_t + L_0$:
+# likelihood by three kinds of terms, $\mathbb E[-\log p(x_0)] \le L_T + \sum_t L_t + L_0$ (KL is the
+# Kullback-Leibler divergence, zero only for equal distributions; $p(x_{t'} \mid x_t)$ is the sampler's
+# own step, a Gaussian):
 #
 # - $L_T = \mathrm{KL}\big(q(x_T \mid x_0)\,\|\,\mathcal N(0, 1)\big)$: is the end pure noise?
 # - $L_t = \mathrm{KL}\big(q(x_{t'} \mid x_t, x_0)\,\|\,p(x_{t'} \mid x_t)\big)$, two Gaussians whose
@@ -761,8 +767,9 @@ print("beats the mean image at t =", better)
 assert level in better
 
 # %% [markdown]
-# It is (the dashed line stands lower), but brightness differs from cell to cell, which the mean image
-# cannot know, and the network sees it through a lot of noise. Now DDPM from pure noise, in a few steps.
+# The mean image is a better guess here (the dashed line stands lower), and still it is not harder to
+# beat: the curves cross at about the same place. Brightness differs from cell to cell, which the mean
+# image cannot know, and the network sees it through a lot of noise. Now DDPM from pure noise, in a few steps.
 
 # %%
 count, few = (2, 5) if profile == "ci" else (4, 50)
@@ -791,8 +798,9 @@ for name, x in shown.items():
 
 # %% [markdown]
 # DDPM draws cells with wires, cut corners and a brightness of their own, smoother than real ones. DDIM
-# leaves grain, more than with the digits. Started from a real cell at a low level, DDIM returns that
-# cell without its small marks, and the large errors at large $t$ are never met. **Anomaly detection**
+# leaves grain in most, more than with the digits. Started from a real cell at a low level, DDIM returns
+# that cell without its marks, even most of the black corner of the first, and with a faint texture of
+# its own; the large errors at large $t$ are never met. **Anomaly detection**
 # works like the last row: it starts from the image under test, at levels where the network is at its
 # best.
 #
