@@ -158,6 +158,9 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.bundle:
         words = ["--method", run.method, "--dataset", run.dataset, "--seed", str(run.seed)]
         words += ["--category", data.info["category"], "--profile", run.profile]
+        words += ["--image-size", str(run.image_size), "--resize", run.resize]
+        if arguments.max_minutes is not None:
+            words += ["--max-minutes", str(arguments.max_minutes)]
         words += [word for pair in arguments.set for word in ("--set", pair)]
         command = shlex.join(["diffad", "train", *words, "--out", "runs/bundle", "--bundle"])
         print(f"bundled: {bundle(run, data, method, command=command)}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
+Profile = typing.Literal["ci", "lite", "paper"]
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -168,8 +168,8 @@ def _check_arguments(name: str, plant: str | None, resize: str, image_size: int)
         raise unknown_name("data set", name, READERS)
     if plant is not None and plant not in KINDS:
         raise unknown_name("family of planted defects", plant, KINDS)
-    if resize not in ("squash", "pad"):
-        raise unknown_name("resize", resize, ("squash", "pad"))
+    if resize not in get_args(Resize):
+        raise unknown_name("resize", resize, get_args(Resize))
     if image_size < 8:
         raise ValueError(f"image_size must be at least 8 pixels, got {image_size}")
 

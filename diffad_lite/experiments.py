@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from diffad_lite.config import config_hash, from_dict, override, read_json, to_dict, write_json
+from diffad_lite.config import config_hash, override, read_json, to_dict, write_json
 from diffad_lite.datasets import AnomalyData, data_dir, load_dataset
 from diffad_lite.doctor import machine_record
-from diffad_lite.methods import Method, get_method, load_pretrained
+from diffad_lite.methods import Method, MethodConfig, get_method, load_pretrained
 from diffad_lite.metrics import image_metrics
 from diffad_lite.readers import DEFAULT_CATEGORIES, LICENCES
 from diffad_lite.scoring import export_maps, quality, write_figure, write_scores
@@ -70,17 +70,16 @@ class Run:
         )
         return data.subset(CI_TEST_IMAGES) if self.profile == "ci" else data
 
-    def new_method(self, data: AnomalyData) -> Method:
-        """The untrained method with this run's configuration."""
-        cls = get_method(self.method)
-        config = cls.Config.for_profile(
+    def configure(self, data: AnomalyData) -> MethodConfig:
+        """The method's configuration: of the profile, with this run's settings."""
+        config = get_method(self.method).Config.for_profile(
             self.profile,
             channels=data.info["channels"],
             image_size=self.image_size,
             dataset=self.dataset,
             category=data.info["category"],
         )
-        return cls(override(config, self.settings))
+        return override(config, self.settings)
 
 
 # ------------------------------------------------------------------------------ train or load
@@ -90,8 +89,8 @@ def train(
     run: Run, data: AnomalyData, out: Path, *, budget: float | None = None, progress: bool = True
 ) -> Method:
     """Train into ``out/state`` and ``out/checkpoint``; a second call goes on or loads."""
-    method = run.new_method(data)
-    identity = {"config": to_dict(method.config), **_provenance(run, data), "budget": budget}
+    config = run.configure(data)
+    identity = {"config": to_dict(config), **_provenance(run, data), "budget": budget}
     checkpoint = out / "checkpoint"
     if (checkpoint / "config.json").exists():
         stored = read_json(checkpoint / "config.json", "checkpoint's config.json")
@@ -101,7 +100,7 @@ def train(
             f"{checkpoint} was trained with another configuration, seed, data or time budget; "
             "choose another --out, or delete that folder to train anew"
         )
-    method.fit(
+    method = get_method(run.method)(config).fit(
         data.train,
         data.calibration,
         seed=run.seed,
@@ -135,11 +134,10 @@ def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
         if stored.get(key) != wanted:
             raise ValueError(f"{folder} was trained with {key} {stored.get(key)!r}, not {wanted!r}")
     cls = get_method(run.method)
-    if stored.get("method") != run.method:
-        found = stored.get("method")
-        raise ValueError(f"{folder} is a checkpoint of {found!r}, not of {run.method!r}")
-    config = override(from_dict(cls.Config, stored["config"]), run.settings)
-    method = cls.from_pretrained(folder, **to_dict(config))
+    method = cls.from_pretrained(folder)
+    config = override(method.config, run.settings)
+    if config != method.config:
+        method = cls.from_pretrained(folder, **to_dict(config))
     if method.threshold_ is None or len(method.calibration_scores_) != len(data.calibration):
         method.calibrate(data.calibration)
     return method
@@ -157,7 +155,7 @@ def bundle(run: Run, data: AnomalyData, method: Method, *, command: str) -> Path
     The metrics in the index are those of the stored float16 weights on the test set.
     """
     folder = bundled_checkpoint(run.method, run.dataset, data.info["category"])
-    record = {**_provenance(run, data), "budget": None}
+    record = _provenance(run, data)
     method.save_pretrained(folder, dtype=torch.float16, **record)
     stored = load_pretrained(folder).calibrate(data.calibration)
     stored.save_pretrained(folder, dtype=torch.float16, **record)
@@ -168,7 +166,7 @@ def bundle(run: Run, data: AnomalyData, method: Method, *, command: str) -> Path
         "file": f"{folder.name}/model.safetensors",
         "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
         "command": command,
-        **_provenance(run, data),
+        **record,
         "config": to_dict(stored.config),
         "metrics": image_metrics(data.test_labels, scores),
         "reports": stored.reports_,

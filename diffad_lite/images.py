@@ -33,8 +33,10 @@ def read_image(path: Path) -> np.ndarray:
         FileNotFoundError: no such file.
         ValueError: not an image, or a truncated one.
     """
-    modified, size = path.stat().st_mtime_ns, path.stat().st_size
-    return _read(str(path)) if size > CACHED_BYTES else _read_cached(str(path), modified)
+    stat = path.stat()
+    if stat.st_size > CACHED_BYTES:
+        return _read(str(path))
+    return _read_cached(str(path), stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4096)

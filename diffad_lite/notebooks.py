@@ -4,11 +4,9 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from diffad_lite.config import unknown_name
-
-PROFILES = ("ci", "lite", "paper")
+from diffad_lite.config import Profile, unknown_name
 
 
 def resolve_profile(profile: str) -> str:
@@ -20,8 +18,8 @@ def resolve_profile(profile: str) -> str:
         ValueError: unknown profile.
     """
     profile = os.environ.get("DIFFAD_PROFILE") or profile
-    if profile not in PROFILES:
-        raise unknown_name("profile", profile, PROFILES)
+    if profile not in get_args(Profile):
+        raise unknown_name("profile", profile, get_args(Profile))
     return profile
 
 

@@ -28,7 +28,7 @@ import yaml
 
 from diffad_lite.config import override, read_json, to_dict, unknown_name
 from diffad_lite.experiments import Run, evaluate, run_hash, train
-from diffad_lite.methods import load_pretrained
+from diffad_lite.methods import MethodConfig
 
 DATA_KEYS = ("dataset", "category", "root", "image_size", "resize")
 KEYS = ("profile", "methods", "seeds", "data", "plants", "variants", "settings")
@@ -116,23 +116,26 @@ def sweep(grid: Mapping[str, Any], out: str | Path, *, progress: bool = True) ->
 def _run_one(grid: Mapping[str, Any], run: Run, folder: Path, progress: bool) -> None:
     """Train one run, unless that is done, and make the scorings that are missing."""
     checkpoint = folder / "checkpoint"
-    train(run, run.load_data(), folder, progress=progress)
+    trained = train(run, run.load_data(), folder, progress=progress).config
     for scoring in scorings(grid, run):
         name = "-".join(filter(None, (scoring.variant, scoring.plant)))
-        if is_done(scoring, folder / name / "result.json", checkpoint):
+        if is_done(scoring, folder / name / "result.json", trained):
             print(f"  {name}: done before", flush=True)
             continue
         result = evaluate(scoring, folder / name, checkpoint=checkpoint, progress=progress)
         print(f"  {name}: image AUROC {result['image_auroc']:.3f}", flush=True)
 
 
-def is_done(run: Run, path: Path, checkpoint: Path) -> bool:
-    """Whether ``path`` is the result of this very run; a broken file is named and redone."""
+def is_done(run: Run, path: Path, trained: MethodConfig) -> bool:
+    """Whether ``path`` is the result of this very run; a broken file is named and redone.
+
+    ``trained`` is the configuration of the checkpoint, to which the run's settings apply.
+    """
     if not path.exists():
         return False
     try:
         result = read_json(path, "result")
-        config = override(load_pretrained(checkpoint).config, run.settings)
+        config = override(trained, run.settings)
         wanted = replace(run, category=result["category"])
         return result["config_hash"] == run_hash(wanted, to_dict(config))
     except (ValueError, KeyError, TypeError) as error:

@@ -273,15 +273,7 @@ def test_images_of_other_sizes_run_through_a_convolutional_method(channels, tmp_
     assert_same(AnoDDPM.from_pretrained(tmp_path / "m").predict(x), prediction)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "anoddpm",
-        "brightness",
-        "mean_image",
-        "pca",
-    ],
-)
+@each_method
 def test_images_of_another_size_than_the_calibration_are_refused(name):
     with pytest.raises(ValueError, match=r"\(48, 40\).*\(16, 16\).*resize the images"):
         fitted(name).predict(pictures(2, size=(48, 40)))
@@ -297,15 +289,7 @@ def test_without_calibration_by_position_any_size_can_be_scored(name):
         assert torch.isfinite(prediction.image_score).all()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "anoddpm",
-        "brightness",
-        "mean_image",
-        "pca",
-    ],
-)
+@each_method
 def test_a_model_that_could_be_fitted_can_be_loaded(name, tmp_path):
     try:
         method = fit(name, size=(24, 24))  # the Config says 16

@@ -15,10 +15,11 @@ from typing import Any, Self, Unpack
 import torch
 from torch import Tensor, nn
 
+from diffad_lite.config import Profile
 from diffad_lite.gaussian import GaussianDiffusion, Step, noise_generators, randn
 from diffad_lite.images import image_keys
 from diffad_lite.methods.base import Method
-from diffad_lite.methods.profiles import MethodConfig, Profile
+from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.networks import UNet
 from diffad_lite.readers import FLIP_AXES
 from diffad_lite.schedules import BetaSchedule, NoiseSchedule

@@ -12,8 +12,9 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
+from diffad_lite.config import Profile
 from diffad_lite.methods.base import Method
-from diffad_lite.methods.profiles import MethodConfig, Profile
+from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.training import FitOptions, TrainReport
 
 

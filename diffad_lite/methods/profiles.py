@@ -1,11 +1,9 @@
 """What every method is configured by, and the profiles that scale it."""
 
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Self, get_args
 
-from diffad_lite.config import unknown_name
-
-Profile = Literal["ci", "lite", "paper"]
+from diffad_lite.config import Profile, unknown_name
 
 
 @dataclass(frozen=True)
