@@ -13,12 +13,16 @@ from diffad_lite.config import read_json, write_atomically
 from diffad_lite.metrics import bootstrap_auroc
 
 Result = dict[str, Any]
+Key = tuple[str, str, int]  # method, variant, image size
 MARKS = "<!-- {}: rendered by 'make tables' -->", "<!-- end -->"
 METHOD_NAMES = {
     "brightness": "brightness (control)",
     "mean_image": "mean image",
     "pca": "PCA residual",
-    "anoddpm": "AnoDDPM",
+    "padim": "PaDiM",
+    "bank": "patch bank",
+    "anoddpm": "AnoDDPM, Gaussian noise",
+    "anoddpm_simplex": "AnoDDPM, simplex noise",
 }
 VARIANT_NAMES = {"raw": "raw maps", "default": "calibrated"}
 
@@ -56,21 +60,25 @@ def collect(runs: str | Path, results: str | Path) -> int:
     return len(found)
 
 
-def grouped(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
-    """Runs that differ in their seed only, by (method, variant), in the order of the names."""
+def grouped(results: Iterable[Result]) -> dict[Key, list[Result]]:
+    """Runs that differ in their seed only, by (method, variant, image size), in order.
+
+    Raises:
+        ValueError: runs of one group differ in profile or resizing, or share a seed.
+    """
     groups = defaultdict(list)
     for result in results:
-        groups[result["method"], result["variant"]].append(result)
+        groups[result["method"], result["variant"], result["image_size"]].append(result)
     methods, variants = list(METHOD_NAMES), list(VARIANT_NAMES)
 
-    def place(key: tuple[str, str]) -> tuple:
-        method, variant = key
+    def place(key: Key) -> tuple:
+        method, variant, image_size = key
         known = variants.index(variant) if variant in variants else len(variants)
         rank = methods.index(method) if method in methods else len(methods)
-        return rank, method, known, len(variant), variant  # t5 before t10
+        return rank, method, image_size, known, len(variant), variant  # t5 before t10
 
     for group in groups.values():
-        others = {(r["profile"], r["image_size"], r["resize"]) for r in group}
+        others = {(r["profile"], r["resize"]) for r in group}
         if len(others) > 1 or len({r["seed"] for r in group}) < len(group):
             folders = ", ".join(str(r["folder"]) for r in group)
             raise ValueError(f"these results differ in more than their seed, part them: {folders}")
@@ -89,9 +97,11 @@ def select(results: Iterable[Result], **wanted: Any) -> list[Result]:
     return [r for r in results if all(r[key] == value for key, value in wanted.items())]
 
 
-def label_of(method: str, variant: str) -> str:
-    """How a table names a method and its variant."""
-    return f"{METHOD_NAMES.get(method, method)}, {VARIANT_NAMES.get(variant, variant)}"
+def label_of(key: Key) -> str:
+    """How a table names a group; the size is named where it is not the lite profile's."""
+    method, variant, image_size = key
+    name = METHOD_NAMES.get(method, method) + ("" if image_size == 64 else f", {image_size} px")
+    return f"{name}, {VARIANT_NAMES.get(variant, variant)}"
 
 
 def image_table(results: Iterable[Result]) -> str:
@@ -101,10 +111,10 @@ def image_table(results: Iterable[Result]) -> str:
         "training | ms / image | evaluations |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (method, variant), group in grouped(results).items():
+    for key, group in grouped(results).items():
         auroc, low, high = auroc_over_seeds(group)
         cells = [
-            label_of(method, variant),
+            label_of(key),
             ", ".join(str(r["seed"]) for r in group),
             f"{auroc:.3f} [{low:.3f}, {high:.3f}]",
             f"{mean(group, 'image_ap'):.3f}",
@@ -125,10 +135,10 @@ def pixel_table(results: Iterable[Result]) -> str:
     head = ["method", "seeds", "image AUROC", "pixel AUROC", "pixel AP", "AUPRO"]
     head += [f"AUPRO {kind}" for kind in kinds]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-    for (method, variant), group in grouped(results).items():
-        cells = [label_of(method, variant), ", ".join(str(r["seed"]) for r in group)]
-        keys = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
-        cells += [f"{mean(group, key):.3f}" for key in keys]
+    for key, group in grouped(results).items():
+        cells = [label_of(key), ", ".join(str(r["seed"]) for r in group)]
+        metrics = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
+        cells += [f"{mean(group, metric):.3f}" for metric in metrics]
         cells += [f"{np.mean([r['per_defect'][k]['aupro'] for r in group]):.3f}" for k in kinds]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -139,15 +149,37 @@ def mean(group: Sequence[Mapping[str, Any]], key: str) -> float:
     return float(np.mean([result[key] for result in group]))
 
 
+def overview_table(results: Iterable[Result]) -> str:
+    """Image AUROC with intervals on every data set as Markdown, default settings only."""
+    chosen = select(results, variant="default", plant=None)
+    columns = {}
+    for dataset, category in sorted({(r["dataset"], r["category"]) for r in chosen}):
+        own = select(chosen, dataset=dataset, category=category)
+        columns[category or dataset] = grouped(own)
+    lines = ["| method | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for key in dict.fromkeys(key for groups in columns.values() for key in groups):
+        cells = [label_of(key).removesuffix(f", {VARIANT_NAMES['default']}")]
+        for groups in columns.values():
+            if key in groups:
+                auroc, low, high = auroc_over_seeds(groups[key])
+                cells.append(f"{auroc:.3f} [{low:.3f}, {high:.3f}]")
+            else:
+                cells.append("-")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def tables(results: Sequence[Result]) -> dict[str, str]:
     """Every table of the course: name -> Markdown."""
-    found = {}
+    found = {"overview": overview_table(results)}
     data = sorted({(r["dataset"], r["category"]) for r in results})
     for dataset, category in data:
         chosen = select(results, dataset=dataset, category=category)
         key = f"{dataset}-{category}"
         if real := select(chosen, plant=None):
             found[f"{key}"] = image_table(real)
+            if all(r["aupro"] is not None for r in real):
+                found[f"{key}-pixels"] = pixel_table(real)
         for plant in sorted({r["plant"] for r in chosen} - {None}):
             planted = select(chosen, plant=plant)
             found[f"{key}-{plant}"] = pixel_table(planted)

@@ -7,17 +7,21 @@ A grid is a YAML file (or the same as a dictionary)::
     seeds: [0, 1, 2]
     data:
       - {dataset: elpv, category: mono}
+      - {dataset: folder, root: $MVTEC_ROOT, category: bottle, seeds: [0], plants: [null]}
     plants: [null, cells]            # scored with the same training
     variants:                        # inference settings, scored with the same training
       raw: {calibrate: false}
       default: {}
 
-One training serves all plants and variants of its (method, data, seed). A scoring is skipped
-when its ``result.json`` carries the hash of the same run and configuration.
+An entry of ``data`` may have its own ``methods``, ``seeds`` and ``plants``, and environment
+variables in its ``root``. One training serves all plants and variants of its (method, data,
+seed). A scoring is skipped when its ``result.json`` carries the hash of the same run and
+configuration.
 """
 
 import itertools
 import json
+import os
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -30,7 +34,9 @@ from diffad_lite.config import override, read_json, to_dict, unknown_name
 from diffad_lite.experiments import Run, evaluate, run_hash, train
 from diffad_lite.methods import MethodConfig
 
+Grid = Mapping[str, Any]
 DATA_KEYS = ("dataset", "category", "root", "image_size", "resize")
+OWN_KEYS = ("methods", "seeds", "plants")  # of an entry of data, in the place of the grid's
 KEYS = ("profile", "methods", "seeds", "data", "plants", "variants", "settings")
 
 
@@ -59,21 +65,32 @@ def read_grid(path: str | Path) -> dict[str, Any]:
         if not isinstance(entry, dict) or "dataset" not in entry:
             raise ValueError(f"{path}: each entry of data is like {{dataset: elpv}}, got {entry!r}")
         for key in entry:
-            if key not in DATA_KEYS:
-                raise unknown_name(f"key of data in {path}", str(key), DATA_KEYS)
+            if key not in (*DATA_KEYS, *OWN_KEYS):
+                raise unknown_name(f"key of data in {path}", str(key), (*DATA_KEYS, *OWN_KEYS))
     return grid
 
 
-def trainings(grid: Mapping[str, Any]) -> Iterator[Run]:
-    """The runs that are trained, in order: data, then methods, then seeds."""
-    seeds = grid.get("seeds") or [0]
+def trainings(grid: Grid) -> Iterator[tuple[Run, Grid]]:
+    """The runs that are trained, in order: data, then methods, then seeds; each with its grid.
+
+    Raises:
+        ValueError: a root names an environment variable that is not set.
+    """
     settings = {k: json.dumps(v) for k, v in (grid.get("settings") or {}).items()}
-    for data, method, seed in itertools.product(grid["data"], grid["methods"], seeds):
-        profile = grid.get("profile", "lite")
-        yield Run(method=method, profile=profile, seed=seed, settings=settings, **data)
+    profile = grid.get("profile", "lite")
+    for entry in grid["data"]:
+        own = {**grid, **{key: entry[key] for key in OWN_KEYS if key in entry}}
+        data = {key: value for key, value in entry.items() if key in DATA_KEYS}
+        if "root" in data:
+            data["root"] = os.path.expandvars(data["root"])
+            if "$" in data["root"]:
+                raise ValueError(f"set the environment variable in the grid's root {data['root']}")
+        for method, seed in itertools.product(own["methods"], own.get("seeds") or [0]):
+            run = Run(method=method, profile=profile, seed=seed, settings=settings, **data)
+            yield run, own
 
 
-def scorings(grid: Mapping[str, Any], run: Run) -> Iterator[Run]:
+def scorings(grid: Grid, run: Run) -> Iterator[Run]:
     """What one training is scored on: every plant with every variant."""
     variants = grid.get("variants") or {"default": {}}
     plants = grid.get("plants") or [None]
@@ -91,7 +108,7 @@ def folder_of(run: Run, out: Path) -> Path:
     return out / run.method / data / f"s{run.seed}"
 
 
-def sweep(grid: Mapping[str, Any], out: str | Path, *, progress: bool = True) -> list[str]:
+def sweep(grid: Grid, out: str | Path, *, progress: bool = True) -> list[str]:
     """Run a grid; finished scorings are skipped, an interrupted training goes on.
 
     Returns:
@@ -99,11 +116,11 @@ def sweep(grid: Mapping[str, Any], out: str | Path, *, progress: bool = True) ->
     """
     out, failures = Path(out), []
     runs = list(trainings(grid))
-    for i, run in enumerate(runs, 1):
+    for i, (run, own) in enumerate(runs, 1):
         folder = folder_of(run, out)
         print(f"[{i}/{len(runs)}] {folder.relative_to(out)}", flush=True)
         try:
-            _run_one(grid, run, folder, progress)
+            _run_one(own, run, folder, progress)
             (folder / "error.txt").unlink(missing_ok=True)
         except Exception as error:
             folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +130,7 @@ def sweep(grid: Mapping[str, Any], out: str | Path, *, progress: bool = True) ->
     return failures
 
 
-def _run_one(grid: Mapping[str, Any], run: Run, folder: Path, progress: bool) -> None:
+def _run_one(grid: Grid, run: Run, folder: Path, progress: bool) -> None:
     """Train one run, unless that is done, and make the scorings that are missing."""
     checkpoint = folder / "checkpoint"
     trained = train(run, run.load_data(), folder, progress=progress).config

@@ -1,6 +1,6 @@
 """The methods, one file each; ``get_method(name)`` finds them."""
 
-from diffad_lite.methods import anoddpm, baselines
+from diffad_lite.methods import anoddpm, baselines, patches
 from diffad_lite.methods.base import (
     METHODS,
     Method,
@@ -19,4 +19,5 @@ __all__ = [
     "baselines",
     "get_method",
     "load_pretrained",
+    "patches",
 ]

