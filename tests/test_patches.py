@@ -37,12 +37,12 @@ def normal_patches(method, images: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def padim() -> PaDiM:
-    return fit("padim", smooth_sigma=0.0, calibrate=False)
+    return fit("padim", smooth_sigma=0.0)
 
 
 @pytest.fixture(scope="module")
 def bank() -> Bank:
-    return fit("bank", smooth_sigma=0.0, calibrate=False, neighbourhood=1, bank_size=200)
+    return fit("bank", smooth_sigma=0.0, bank_size=200)
 
 
 def test_padim_is_the_mahalanobis_distance_at_each_position(padim):
@@ -72,16 +72,6 @@ def test_bank_is_the_distance_to_the_nearest(bank):
     np.testing.assert_allclose(bank._distance(patches), expected[:, 0], rtol=1e-3, atol=1e-2)
     # A patch of the bank is at no distance, but for float32's rounding.
     assert bank._distance(stored[:5]).max() < 0.02 * expected.mean()
-
-
-def test_bank_averages_neighbouring_patches():
-    alone = fit("bank", neighbourhood=1, bank_size=20)
-    mean = fit("bank", neighbourhood=3, bank_size=20)
-    x = pictures(1, 3)
-    patches = normal_patches(alone, x)[0].unflatten(0, (8, 8))
-    averaged = normal_patches(mean, x)[0].unflatten(0, (8, 8))
-    torch.testing.assert_close(averaged[3, 4], patches[2:5, 3:6].mean((0, 1)))
-    torch.testing.assert_close(averaged[0, 0], patches[:2, :2].mean((0, 1)))
 
 
 def test_a_bank_larger_than_its_images_is_filled_by_repetition():

@@ -174,6 +174,7 @@ class AnoDDPMSimplexConfig(AnoDDPMConfig):
         persistence: amplitude of an octave relative to the one before.
     """
 
+    noise_level: int = 15  # chosen on development defects, as AnoDDPM's
     wavelength: int = 16
     octaves: int = 4
     persistence: float = 0.8

@@ -4,6 +4,9 @@
 PatchCore (Roth et al. 2022), keeps patches of normal images from everywhere and measures the
 distance to the nearest. Nothing is trained, unless ``backbone="denoiser"`` asks for a noise
 predictor whose features take the place of ImageNet's.
+
+Maps are not calibrated by position: on development defects that did not help either method, and
+neither did PatchCore's mean over neighbouring patches, which is left out.
 """
 
 import time
@@ -41,6 +44,7 @@ class PatchConfig(MethodConfig):
         prior: the noise predictor behind ``denoiser``; features are taken at its noise level.
     """
 
+    calibrate: bool = False
     backbone: str = LITE0
     layers: tuple[str, ...] = ("2", "4", "7")
     input_size: int = 224
@@ -185,12 +189,10 @@ class BankConfig(PatchConfig):
     Attributes:
         bank_size: patches that are kept.
         pool_size: patches, picked at random, among which the bank is chosen.
-        neighbourhood: side, in cells, of the mean over neighbouring patches; 1 = none.
     """
 
     bank_size: int = 4000
     pool_size: int = 40_000
-    neighbourhood: int = 3
 
 
 class Bank(PatchMethod):
@@ -202,13 +204,6 @@ class Bank(PatchMethod):
 
     def _statistics(self, dims: int) -> Buffers:
         return Buffers(bank=torch.zeros(self.config.bank_size, dims))
-
-    def _patches(self, images: Tensor, generators: list[torch.Generator]) -> Tensor:
-        patches = super()._patches(images, generators)
-        side, width = self.config.grid, self.config.neighbourhood
-        maps = patches.transpose(1, 2).unflatten(2, (side, side))
-        maps = F.avg_pool2d(maps, width, stride=1, padding=width // 2, count_include_pad=False)
-        return maps.flatten(2).transpose(1, 2)
 
     def _summarise(self, patches: Tensor, generator: torch.Generator) -> Buffers:
         pool = patches.flatten(0, 1)
