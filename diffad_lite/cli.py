@@ -1,10 +1,14 @@
 """The command ``diffad``: parses arguments and calls; torch is imported only when work starts."""
 
 import argparse
+import errno
 import json
+import math
 import shlex
 import sys
+import warnings
 from pathlib import Path
+from typing import NoReturn
 
 EPILOG = """examples:
   diffad doctor
@@ -17,19 +21,47 @@ EPILOG = """examples:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; bad input is one line on stderr and exit code 2."""
     arguments = build_parser().parse_args(argv)
+    warnings.showwarning = lambda message, *where: _say(f"warning: {message}")
     try:
         return arguments.command(arguments)
-    except (ValueError, FileNotFoundError, NotADirectoryError, FloatingPointError) as error:
-        print(f"diffad: {error}", file=sys.stderr)
+    except OSError as error:
+        _say(_explain(error))
+        return 2
+    except (ValueError, FloatingPointError) as error:
+        _say(error)
         return 2
     except KeyboardInterrupt:
-        print("diffad: interrupted; the same command goes on from here", file=sys.stderr)
+        _say("interrupted; the same command goes on from here")
         return 130
+
+
+def _say(what: object) -> None:
+    """One line on stderr, whatever line breaks a library or a file name has put into it."""
+    print("diffad:", " ".join(str(what).splitlines()), file=sys.stderr)
+
+
+def _explain(error: OSError) -> str:
+    """What the operating system refused, where, and the fix; our own errors say it already."""
+    if error.errno is None:
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}the disk is full; free some space and call the same command again"
+    if isinstance(error, PermissionError):
+        return f"{where}permission denied; change its permissions, or choose another path"
+    return f"{where}{(error.strerror or str(error)).lower()}; check this path"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"diffad: {message}; see '{self.prog} --help'\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All sub-commands and their options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="diffad",
         description="Diffusion-based image anomaly detection.",
         epilog=EPILOG,
@@ -68,7 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("documents", nargs="*", type=Path, help="Markdown files to refresh")
     report.set_defaults(command=_report)
 
-    notebooks = commands.add_parser("notebooks", help="execute the notebook series into copies")
+    words = "execute the notebook series into copies; when interrupted, the same call goes on"
+    more = ". A series that has come to its end is executed anew, and so is one that was changed."
+    notebooks = commands.add_parser("notebooks", help=words, description=words + more)
     notebooks.add_argument("--profile", default="lite", help="ci, lite or paper")
     notebooks.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
     notebooks.add_argument("--only", action="append", default=[], metavar="NN")
@@ -119,7 +153,10 @@ def _run_of(arguments: argparse.Namespace):
 
 
 def _budget(arguments: argparse.Namespace) -> float | None:
-    return None if arguments.max_minutes is None else 60 * arguments.max_minutes
+    minutes = arguments.max_minutes
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise ValueError(f"--max-minutes takes a number above 0, got {minutes}; or leave it out")
+    return None if minutes is None else 60 * minutes
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -129,6 +166,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     checkpoint = arguments.checkpoint
     if checkpoint == "bundled":
         checkpoint = bundled_checkpoint(run.method, run.dataset, run.category)
+        if not checkpoint.is_dir():
+            there = ", ".join(sorted(p.name for p in checkpoint.parent.iterdir() if p.is_dir()))
+            raise ValueError(
+                f"no weights are bundled for {checkpoint.name}, only for: {there}; "
+                "leave --checkpoint out to train"
+            )
     result = evaluate(
         run,
         arguments.out,
@@ -179,7 +222,7 @@ def _datasets(arguments: argparse.Namespace) -> int:
         arguments.dataset,
         arguments.category,
         root=arguments.root,
-        image_size=arguments.image_size or 64,
+        image_size=64 if arguments.image_size is None else arguments.image_size,
         resize=arguments.resize,
         plant=arguments.plant,
     )
@@ -199,7 +242,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     failures = sweep(read_grid(arguments.grid), arguments.out)
     for line in failures:
-        print(f"diffad: {line}", file=sys.stderr)
+        _say(line)
     return 1 if failures else 0
 
 
@@ -226,7 +269,7 @@ def _notebooks(arguments: argparse.Namespace) -> int:
         arguments.folder, arguments.out, parameters=parameters, only=arguments.only
     )
     for line in failures:
-        print(f"diffad: {line}", file=sys.stderr)
+        _say(line)
     return 1 if failures else 0
 
 

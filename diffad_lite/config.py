@@ -4,12 +4,17 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
+import re
 import tempfile
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+
+from safetensors import SafetensorError
 
 Config = TypeVar("Config")
 Profile = typing.Literal["ci", "lite", "paper"]
@@ -40,12 +45,18 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     for key, value in values.items():
         if key not in known:
             raise unknown_name(f"{cls.__qualname__} field", key, known)
-        kwargs[key] = _convert(value, types[key], f"{cls.__qualname__}.{key}")
+        kwargs[key] = convert(value, types[key], f"{cls.__qualname__}.{key}")
     return cls(**kwargs)
 
 
-def _convert(value: Any, kind: Any, where: str) -> Any:
-    """Fit a JSON value to a field's type: nested dataclass, tuple, literal, optional, scalar."""
+def convert(value: Any, kind: Any, where: str) -> Any:
+    """Fit a JSON value to a type: dataclass, tuple, mapping, literal, optional, scalar, any.
+
+    Raises:
+        ValueError: it does not fit; the message begins with ``where``.
+    """
+    if kind is Any:
+        return value
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} has fields of its own, got {value!r}")
@@ -54,7 +65,14 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where} must be a list, got {value!r}")
-        return tuple(_convert(v, args[0], where) for v in value)
+        return tuple(convert(v, args[0], where) for v in value)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a mapping, got {value!r}")
+        for name, inner in value.items():
+            convert(name, args[0], f"a name in {where}")
+            convert(inner, args[1], f"{where}.{name}")
+        return value
     if origin is typing.Literal:
         if value in args:
             return value
@@ -63,12 +81,27 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
         if value is None:
             return None
         kind = next(a for a in args if a is not type(None))
-        return _convert(value, kind, where)
+        return convert(value, kind, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and type(value) is not kind:
         raise ValueError(f"{where} must be of type {kind.__name__}, got {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{where} must be a finite number, got {value}")
     return value
+
+
+def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
+    """Check that the named fields of a dataclass lie in their ranges, both ends included.
+
+    Raises:
+        ValueError: one does not.
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(config, name)
+        if not low <= value <= high:
+            wanted = f"at least {low}" if high == math.inf else f"in {low}..{high}"
+            raise ValueError(f"{type(config).__qualname__}.{name} must be {wanted}, got {value}")
 
 
 def override(config: Config, assignments: Mapping[str, str]) -> Config:
@@ -126,17 +159,52 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then rename it into place.
 
     A reader, or a process that is killed half-way, never leaves or meets half a file.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written; its ``filename`` is ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    check_writable(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f".{path.name}."
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            write(temporary)
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of the operating system inside name ``path``, not a temporary file or nothing."""
     try:
-        write(temporary)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except FileNotFoundError:  # it names what was to be read
+        raise
+    except (OSError, SafetensorError) as error:
+        stated = re.search(r"os error (\d+)", str(error))  # as safetensors words it
+        number = int(stated[1]) if stated else getattr(error, "errno", None)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be written below ``folder``, which need not exist; creates nothing.
+
+    Raises:
+        NotADirectoryError: it, or a part of its path, is a file.
+        PermissionError: it, or the folder in which it would be made, cannot be written.
+    """
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, not a folder; choose another output folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{there} cannot be written; choose another output folder")
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -145,11 +213,18 @@ def write_json(path: Path, values: Any) -> None:
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
-def read_json(path: Path, what: str) -> Any:
-    """Read JSON; a missing or broken file raises an error that names ``what`` it should be."""
+def read_json(path: Path, what: str, fix: str = "") -> Any:
+    """Read JSON; a missing or broken file raises an error that names ``what`` it should be.
+
+    Args:
+        path: of the file.
+        what: it should be.
+        fix: what a reader of the error can do.
+    """
+    fix = f"; {fix}" if fix else ""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"no {what} at {path}") from None
+        raise FileNotFoundError(f"no {what} at {path}{fix}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a readable {what}: {error}") from None
+        raise ValueError(f"{path} is not a readable {what}: {error}{fix}") from None

@@ -117,7 +117,7 @@ def load_dataset(
         ValueError: unknown name, category, resize or plant; no normal images; mixed channels.
         FileNotFoundError: ``root`` does not exist.
     """
-    _check_arguments(name, plant, resize, image_size)
+    check_arguments(name, plant, resize, image_size)
     source = READERS[name](category, Path(root) if root is not None else None)
     train, calibration, test = _split(source, split_seed)
     fingerprint = _fingerprint(train, calibration)
@@ -163,7 +163,8 @@ def load_dataset(
     )
 
 
-def _check_arguments(name: str, plant: str | None, resize: str, image_size: int) -> None:
+def check_arguments(name: str, plant: str | None, resize: str, image_size: int) -> None:
+    """What :func:`load_dataset` checks of its arguments before it reads anything."""
     if name not in READERS:
         raise unknown_name("data set", name, READERS)
     if plant is not None and plant not in KINDS:
@@ -171,7 +172,7 @@ def _check_arguments(name: str, plant: str | None, resize: str, image_size: int)
     if resize not in get_args(Resize):
         raise unknown_name("resize", resize, get_args(Resize))
     if image_size < 8:
-        raise ValueError(f"image_size must be at least 8 pixels, got {image_size}")
+        raise ValueError(f"image_size must be at least 8 pixels, got {image_size}; 64 is usual")
 
 
 def data_dir() -> Path:
@@ -293,6 +294,6 @@ def _mask(value: Any, kind: str, size: tuple[int, int], name: str) -> np.ndarray
     if mask.shape != size:
         raise ValueError(
             f"the mask of {name} is {mask.shape[1]}x{mask.shape[0]} pixels, its image "
-            f"{size[1]}x{size[0]}; export masks at the size of their images"
+            f"{size[1]}x{size[0]}; export masks at the size of their images ({value})"
         )
     return mask if mask.any() else None  # an empty mask on an anomalous image says nothing

@@ -6,81 +6,21 @@ A run folder holds ``state/`` (training to go on with), ``checkpoint/``, ``resul
 
 import hashlib
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffad_lite.config import config_hash, override, read_json, to_dict, write_json
-from diffad_lite.datasets import AnomalyData, data_dir, load_dataset
+from diffad_lite.config import check_writable, override, read_json, to_dict, write_json
+from diffad_lite.datasets import AnomalyData, data_dir
 from diffad_lite.doctor import machine_record
-from diffad_lite.methods import Method, MethodConfig, get_method, load_pretrained
+from diffad_lite.methods import Method, get_method, load_pretrained
+from diffad_lite.methods.pretrained import read_record
 from diffad_lite.metrics import image_metrics
 from diffad_lite.readers import DEFAULT_CATEGORIES, LICENCES
+from diffad_lite.runs import Run, fields_of, run_hash
 from diffad_lite.scoring import export_maps, quality, write_figure, write_scores
-
-CI_TEST_IMAGES = 32
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is run. Two runs with equal fields and code give the same numbers.
-
-    Attributes:
-        method: name in the registry.
-        dataset: see :func:`~diffad_lite.datasets.load_dataset`, as the next five.
-        category: None is the data set's default.
-        root: folder of the images.
-        image_size: side in pixels; None is 256 for the paper profile and 64 for the others.
-        resize: ``squash`` or ``pad``.
-        plant: family of planted defects, or None for the real test set.
-        profile: ``ci``, ``lite`` or ``paper``.
-        seed: of training.
-        variant: a name for ``settings`` in tables.
-        settings: configuration fields to override, dotted name -> JSON text.
-    """
-
-    method: str
-    dataset: str = "elpv"
-    category: str | None = None
-    root: str | None = None
-    image_size: int | None = None
-    resize: str = "squash"
-    plant: str | None = None
-    profile: str = "lite"
-    seed: int = 0
-    variant: str = "default"
-    settings: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.image_size is None:
-            object.__setattr__(self, "image_size", 256 if self.profile == "paper" else 64)
-
-    def load_data(self) -> AnomalyData:
-        """The data of this run; the ci profile scores few images."""
-        data = load_dataset(
-            self.dataset,
-            self.category,
-            root=self.root,
-            image_size=self.image_size,
-            resize=self.resize,
-            plant=self.plant,
-        )
-        return data.subset(CI_TEST_IMAGES) if self.profile == "ci" else data
-
-    def configure(self, data: AnomalyData) -> MethodConfig:
-        """The method's configuration: of the profile, with this run's settings."""
-        config = get_method(self.method).Config.for_profile(
-            self.profile,
-            channels=data.info["channels"],
-            image_size=self.image_size,
-            dataset=self.dataset,
-            category=data.info["category"],
-        )
-        return override(config, self.settings)
-
 
 # ------------------------------------------------------------------------------ train or load
 
@@ -89,11 +29,12 @@ def train(
     run: Run, data: AnomalyData, out: Path, *, budget: float | None = None, progress: bool = True
 ) -> Method:
     """Train into ``out/state`` and ``out/checkpoint``; a second call goes on or loads."""
+    check_writable(out / "state")
     config = run.configure(data)
     identity = {"config": to_dict(config), **_provenance(run, data), "budget": budget}
     checkpoint = out / "checkpoint"
     if (checkpoint / "config.json").exists():
-        stored = read_json(checkpoint / "config.json", "checkpoint's config.json")
+        stored = read_record(checkpoint)
         if {key: stored.get(key) for key in identity} == identity:
             return load_checkpoint(checkpoint, run, data)
         raise ValueError(
@@ -122,7 +63,7 @@ def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
         ValueError: it is of another method, seed or profile than ``run``, or was fitted on other
             images, so that test images of ``data`` may have been training images.
     """
-    stored = read_json(Path(folder) / "config.json", "checkpoint's config.json")
+    stored = read_record(Path(folder))
     provenance = _provenance(run, data)
     if stored.get("fingerprint") != provenance.pop("fingerprint"):
         raise ValueError(
@@ -132,7 +73,10 @@ def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
         )
     for key, wanted in provenance.items():
         if stored.get(key) != wanted:
-            raise ValueError(f"{folder} was trained with {key} {stored.get(key)!r}, not {wanted!r}")
+            raise ValueError(
+                f"{folder} was trained with {key} {stored.get(key)!r}, not {wanted!r}; "
+                f"give the same {key}, or choose another checkpoint"
+            )
     cls = get_method(run.method)
     method = cls.from_pretrained(folder)
     config = override(method.config, run.settings)
@@ -231,6 +175,7 @@ def evaluate(
         ValueError: no anomalous test images, or anything that loading and training raise.
     """
     out = Path(out)
+    check_writable(out)
     data = run.load_data()
     if data.test_labels.min() == data.test_labels.max():
         raise ValueError(
@@ -266,22 +211,12 @@ def evaluate(
     return result
 
 
-def run_hash(run: Run, config: Mapping[str, Any]) -> str:
-    """Identifies what was run: the run and the full configuration that it came to."""
-    return config_hash(_fields(run) | {"config": config})
-
-
-def _fields(run: Run) -> dict[str, Any]:
-    """A run's fields without where its files lie, and what the configuration says already."""
-    return {k: v for k, v in to_dict(run).items() if k not in ("root", "settings")}
-
-
 def _identity(
     run: Run, data: AnomalyData, method: Method, checkpoint: str | Path | None
 ) -> dict[str, Any]:
     run = replace(run, category=data.info["category"])
     config = to_dict(method.config)
-    return _fields(run) | {
+    return fields_of(run) | {
         "split_seed": data.info["split_seed"],
         "data_fingerprint": data.info["fingerprint"],
         "config": config,

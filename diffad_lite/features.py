@@ -21,6 +21,7 @@ from diffad_lite.gaussian import GaussianDiffusion
 from diffad_lite.networks import UNet
 
 LITE0 = "efficientnet_lite0"
+CPU_CHUNK = 2  # images; with more, a CPU spends its time on fresh memory for large activations
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -95,6 +96,11 @@ class ImageNetFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, C, H, W) in [-1, 1] -> maps, one a layer; grey is repeated, a 4th channel unseen."""
+        chunk = CPU_CHUNK if images.device.type == "cpu" else len(images)
+        parts = [self._maps(part) for part in images.split(chunk)]
+        return [torch.cat(maps) for maps in zip(*parts, strict=True)]
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
         images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
         size = (self.input_size, self.input_size)
         images = F.interpolate(images, size, mode="bilinear", antialias=True)

@@ -31,8 +31,11 @@ def read_image(path: Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: no such file.
+        PermissionError: it may not be read.
         ValueError: not an image, or a truncated one.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"no image at {path}, or it is a broken link; repair or remove it")
     stat = path.stat()
     if stat.st_size > CACHED_BYTES:
         return _read(str(path))
@@ -48,6 +51,7 @@ def _read(path: str) -> np.ndarray:
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
+            image.info.pop("transparency", None)  # Pillow warns of it on conversion
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no agreed range; save 8 or 16 bit")
             if image.mode.startswith("I"):  # 16 bit grey: 0..65535 -> 0..255
@@ -56,8 +60,12 @@ def _read(path: str) -> np.ndarray:
             else:
                 is_grey = image.mode in ("1", "L", "LA")
                 pixels = np.asarray(image.convert("L" if is_grey else "RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"cannot read {path} as an image ({error}); repair or remove it") from None
+    except PermissionError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        why = "of no known format" if unknown else getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read {path} as an image ({why}); repair or remove it") from None
     pixels = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
     pixels.setflags(write=False)  # the cache hands out the same array again
     return pixels

@@ -1,12 +1,24 @@
 """Run the notebook series with papermill, into copies; and what a notebook's set-up cell calls."""
 
+import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from diffad_lite.config import Profile, unknown_name
+from diffad_lite.config import (
+    Profile,
+    check_writable,
+    config_hash,
+    read_json,
+    unknown_name,
+    write_atomically,
+    write_json,
+)
+
+UNFINISHED = ".unfinished.json"  # beside the executed copies, until all notebooks have run
 
 
 def resolve_profile(profile: str) -> str:
@@ -44,6 +56,11 @@ def run_notebooks(
 ) -> list[str]:
     """Execute notebooks into ``out``, leaving the originals as they are.
 
+    A copy appears in ``out`` when its notebook has come to an end, be it by an error. After an
+    interruption the same call goes on with what was not finished, unless a notebook, a parameter
+    or the package has changed. A call that came to its end leaves nothing to go on with: the next
+    one executes everything anew.
+
     Args:
         folder: of the notebooks.
         out: where the executed copies go.
@@ -52,29 +69,102 @@ def run_notebooks(
 
     Returns:
         one line for each notebook that failed.
-    """
-    import papermill
 
+    Raises:
+        FileNotFoundError: no notebooks.
+        ValueError: a parameter that no notebook has, an unknown profile, a broken notebook.
+        OSError: ``out`` cannot be written, or the disk is full.
+    """
     paths = find_notebooks(folder, only)
-    known = {path: papermill.inspect_notebook(path) for path in paths}
+    known = {path: _parameter_names(path) for path in paths}
     everywhere = {name for names in known.values() for name in names}
     for name in parameters:
         if name not in everywhere:
             raise unknown_name("parameter", name, everywhere)
-    out.mkdir(parents=True, exist_ok=True)
-    os.environ["DIFFAD_STATIC"] = "1"  # nobody is there to move a slider
-    failures = []
+    if (profile := parameters.get("profile", "lite")) not in get_args(Profile):
+        raise unknown_name("profile", str(profile), get_args(Profile))
+    check_writable(out)
+    record, key, failures = out / UNFINISHED, _series_key(paths, parameters), []
+    done = _finished_before(record, key)
     for path in paths:
-        chosen = {name: value for name, value in parameters.items() if name in known[path]}
+        if path.name in done and (out / path.name).exists():
+            print(f"{path.name}: finished before the interruption", flush=True)
+            continue
         print(f"{path.name} ...", flush=True)
         started = time.monotonic()
-        try:
-            papermill.execute_notebook(
-                path, out / path.name, chosen, cwd=folder, progress_bar=True, log_output=False
-            )
-        except papermill.PapermillExecutionError as error:
-            failures.append(f"{path.name}: {error.ename}: {error.evalue}")
-            print(f"{path.name} failed: {error.ename}: {error.evalue}", flush=True)
+        chosen = {name: value for name, value in parameters.items() if name in known[path]}
+        with _unattended():
+            failure = _execute(path, out / path.name, chosen)
+        if failure:
+            failures.append(f"{path.name}: {failure}")
+            print(f"{path.name} failed: {failure}", flush=True)
             continue
         print(f"{path.name} took {time.monotonic() - started:.0f} s: {out / path.name}", flush=True)
+        done.append(path.name)
+        write_json(record, {"key": key, "done": done})
+    record.unlink(missing_ok=True)
     return failures
+
+
+@contextmanager
+def _unattended() -> Iterator[None]:
+    """Kernels started inside know that nobody is there to move a slider."""
+    before = os.environ.get("DIFFAD_STATIC")
+    os.environ["DIFFAD_STATIC"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("DIFFAD_STATIC")
+        if before is not None:
+            os.environ["DIFFAD_STATIC"] = before
+
+
+def _execute(path: Path, target: Path, parameters: Mapping[str, Any]) -> str | None:
+    """Execute one notebook; what failed, if anything did. ``target`` is never half executed."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    failures = []
+
+    def execute(temporary: Path) -> None:
+        try:
+            papermill.execute_notebook(
+                path, temporary, parameters, cwd=path.parent, progress_bar=True, log_output=False
+            )
+        except papermill.PapermillExecutionError as error:  # the copy shows it
+            failures.append(f"{error.ename}: {error.evalue}")
+
+    for left in target.parent.glob(f".{target.name}.*"):
+        left.unlink()  # of a call that was killed
+    try:
+        write_atomically(target, execute)
+    except DeadKernelError as error:
+        failures.append(f"{error}; perhaps the memory did not suffice")
+    return failures[0] if failures else None
+
+
+def _parameter_names(path: Path) -> list[str]:
+    """What papermill may set in a notebook."""
+    import nbformat
+    import papermill
+
+    try:
+        return list(papermill.inspect_notebook(path))
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a notebook ({reason}); restore or remove it") from None
+
+
+def _series_key(paths: Sequence[Path], parameters: Mapping[str, Any]) -> str:
+    """Identifies what is executed: notebooks, parameters, and the code of this package."""
+    files = [*paths, *sorted(Path(__file__).parent.rglob("*.py"))]
+    digests = {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return config_hash({"parameters": dict(parameters), "files": digests})
+
+
+def _finished_before(record: Path, key: str) -> list[str]:
+    """The notebooks that an interrupted call of this very series has finished."""
+    if not record.exists():
+        return []
+    values = read_json(record, "record of an interrupted run", "delete it")
+    return values["done"] if values["key"] == key else []

@@ -79,7 +79,10 @@ def plant_on(
     pairs = []
     for image, name, kind in zip(images, seed_names, kinds, strict=True):
         seed = int.from_bytes(hashlib.sha256(f"{name}\n{kind}".encode()).digest()[:8], "big")
-        pairs.append(plant_defect(image, kind, seed=seed, severity=severity))
+        try:
+            pairs.append(plant_defect(image, kind, seed=seed, severity=severity))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     return [planted for planted, _ in pairs], [mask for _, mask in pairs], kinds
 
 

@@ -56,10 +56,10 @@ def _outline(ax: Axes, mask: np.ndarray | None, shape: Sequence[int], colour: st
     """The rim of a mask over a picture of another size (h, w); nothing where no mask is known."""
     if mask is None or not mask.any():
         return
-    # Pixel centres of the mask in the picture's coordinates.
-    (h, w), (H, W) = shape, mask.shape
-    x, y = (np.arange(W) + 0.5) * w / W - 0.5, (np.arange(H) + 0.5) * h / H - 0.5
-    ax.contour(x, y, mask, [0.5], colors=colour or COLOURS[4], linewidths=1)
+    # Pixel centres of the mask, and its edges, in the picture's coordinates; 0 outside.
+    centres = [(np.arange(N) + 0.5) * n / N - 0.5 for n, N in zip(shape, mask.shape, strict=True)]
+    y, x = (np.r_[-0.5, c, n - 0.5] for c, n in zip(centres, shape, strict=True))
+    ax.contour(x, y, np.pad(mask, 1), [0.5], colors=colour or COLOURS[4], linewidths=1)
 
 
 def _caption(fig: Figure, caption: str) -> None:

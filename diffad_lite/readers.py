@@ -85,7 +85,8 @@ def read_folder(category: str | None, root: Path | None) -> Source:
     if root is None:
         raise ValueError("data set 'folder' needs root=, the folder of your images (--root DIR)")
     if not root.is_dir():
-        raise FileNotFoundError(f"the folder {root} does not exist")
+        fault = "is a file" if root.exists() else "does not exist"
+        raise FileNotFoundError(f"the folder {root} {fault}; --root takes a folder of images")
     base = root / category if category else root
     if not base.is_dir():
         folders = [p.name for p in root.iterdir() if p.is_dir()]
@@ -94,7 +95,8 @@ def read_folder(category: str | None, root: Path | None) -> Source:
         return _loose_folder(base, category or base.name)
     normals = _named(base / "train" / "good", "train/")
     if not normals:
-        raise ValueError(f"{base / 'train' / 'good'} holds no images ({_suffixes()})")
+        good = base / "train" / "good"
+        raise ValueError(f"{good} holds no images ({_suffixes()}); put normal images there")
     source = Source(category or base.name, normals, (0.2, 0.0))
     for name in CALIBRATION_FOLDERS:
         if not source.calibration and (base / name / "good").is_dir():
@@ -116,8 +118,8 @@ def _loose_folder(base: Path, category: str) -> Source:
     if not normals:
         inside = ", ".join(sorted(p.name for p in base.iterdir())[:8]) or "nothing"
         raise ValueError(
-            f"{base} has neither train/good (MVTec layout) nor images in it ({_suffixes()}); "
-            f"it holds: {inside}"
+            f"{base} has neither train/good (MVTec layout) nor images in it ({_suffixes()}); put "
+            f"normal images there, or give another folder; it holds: {inside}"
         )
     return Source(category, normals, (0.2, 0.2))
 

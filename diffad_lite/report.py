@@ -24,7 +24,7 @@ METHOD_NAMES = {
     "anoddpm": "AnoDDPM, Gaussian noise",
     "anoddpm_simplex": "AnoDDPM, simplex noise",
 }
-VARIANT_NAMES = {"raw": "raw maps", "default": "calibrated"}
+VARIANTS = ("raw", "default", "calibrated")  # first in tables, in this order
 
 
 def read_results(folder: str | Path) -> list[Result]:
@@ -37,7 +37,13 @@ def read_results(folder: str | Path) -> list[Result]:
     paths = sorted(Path(folder).rglob("result.json"))
     if not paths:
         raise FileNotFoundError(f"no result.json below {folder}; run 'diffad evaluate' first")
-    return [read_json(path, "result") | {"folder": path.parent} for path in paths]
+    results = []
+    for path in paths:
+        result = read_json(path, "result")
+        if not isinstance(result, dict) or "image_auroc" not in result:
+            raise ValueError(f"{path} is no record of a run; delete it, or run 'diffad evaluate'")
+        results.append(result | {"folder": path.parent})
+    return results
 
 
 def read_scores(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +75,7 @@ def grouped(results: Iterable[Result]) -> dict[Key, list[Result]]:
     groups = defaultdict(list)
     for result in results:
         groups[result["method"], result["variant"], result["image_size"]].append(result)
-    methods, variants = list(METHOD_NAMES), list(VARIANT_NAMES)
+    methods, variants = list(METHOD_NAMES), list(VARIANTS)
 
     def place(key: Key) -> tuple:
         method, variant, image_size = key
@@ -97,11 +103,17 @@ def select(results: Iterable[Result], **wanted: Any) -> list[Result]:
     return [r for r in results if all(r[key] == value for key, value in wanted.items())]
 
 
-def label_of(key: Key) -> str:
+def label_of(group: Sequence[Result]) -> str:
     """How a table names a group; the size is named where it is not the lite profile's."""
-    method, variant, image_size = key
-    name = METHOD_NAMES.get(method, method) + ("" if image_size == 64 else f", {image_size} px")
-    return f"{name}, {VARIANT_NAMES.get(variant, variant)}"
+    first = group[0]
+    method, variant, size = first["method"], first["variant"], first["image_size"]
+    words = [METHOD_NAMES.get(method, method)]
+    words += [] if size == 64 else [f"{size} px"]
+    if variant in VARIANTS:
+        words.append("calibrated" if first["config"]["calibrate"] else "raw maps")
+    else:
+        words.append(variant)
+    return ", ".join(words)
 
 
 def image_table(results: Iterable[Result]) -> str:
@@ -111,10 +123,10 @@ def image_table(results: Iterable[Result]) -> str:
         "training | ms / image | evaluations |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for key, group in grouped(results).items():
+    for group in grouped(results).values():
         auroc, low, high = auroc_over_seeds(group)
         cells = [
-            label_of(key),
+            label_of(group),
             ", ".join(str(r["seed"]) for r in group),
             f"{auroc:.3f} [{low:.3f}, {high:.3f}]",
             f"{mean(group, 'image_ap'):.3f}",
@@ -135,8 +147,8 @@ def pixel_table(results: Iterable[Result]) -> str:
     head = ["method", "seeds", "image AUROC", "pixel AUROC", "pixel AP", "AUPRO"]
     head += [f"AUPRO {kind}" for kind in kinds]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
-    for key, group in grouped(results).items():
-        cells = [label_of(key), ", ".join(str(r["seed"]) for r in group)]
+    for group in grouped(results).values():
+        cells = [label_of(group), ", ".join(str(r["seed"]) for r in group)]
         metrics = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
         cells += [f"{mean(group, metric):.3f}" for metric in metrics]
         cells += [f"{np.mean([r['per_defect'][k]['aupro'] for r in group]):.3f}" for k in kinds]
@@ -158,20 +170,20 @@ def overview_table(results: Iterable[Result]) -> str:
         columns[category or dataset] = grouped(own)
     lines = ["| method | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for key in dict.fromkeys(key for groups in columns.values() for key in groups):
-        cells = [label_of(key).removesuffix(f", {VARIANT_NAMES['default']}")]
-        for groups in columns.values():
-            if key in groups:
-                auroc, low, high = auroc_over_seeds(groups[key])
-                cells.append(f"{auroc:.3f} [{low:.3f}, {high:.3f}]")
-            else:
-                cells.append("-")
+        found = [groups.get(key) for groups in columns.values()]
+        cells = [label_of(next(filter(None, found)))]
+        for group in found:
+            auroc, low, high = auroc_over_seeds(group) if group else (0.0, 0.0, 0.0)
+            cells.append(f"{auroc:.3f} [{low:.3f}, {high:.3f}]" if group else "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def tables(results: Sequence[Result]) -> dict[str, str]:
     """Every table of the course: name -> Markdown."""
-    found = {"overview": overview_table(results)}
+    found = {}
+    if any(r["variant"] == "default" and r["plant"] is None for r in results):
+        found["overview"] = overview_table(results)
     data = sorted({(r["dataset"], r["category"]) for r in results})
     for dataset, category in data:
         chosen = select(results, dataset=dataset, category=category)

@@ -13,12 +13,13 @@ A grid is a YAML file (or the same as a dictionary)::
       raw: {calibrate: false}
       default: {}
 
-An entry of ``data`` may have its own ``methods``, ``seeds`` and ``plants``, and environment
-variables in its ``root``. One training serves all plants and variants of its (method, data,
-seed). A scoring is skipped when its ``result.json`` carries the hash of the same run and
-configuration.
+An entry of ``data`` may have its own ``methods``, ``seeds``, ``plants`` and ``variants``, and
+environment variables in its ``root``. One training serves all plants and variants of its
+(method, data, seed). A scoring is skipped when its ``result.json`` carries the hash of the same
+run and configuration.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -30,14 +31,40 @@ from typing import Any
 
 import yaml
 
-from diffad_lite.config import override, read_json, to_dict, unknown_name
-from diffad_lite.experiments import Run, evaluate, run_hash, train
+from diffad_lite.config import (
+    check_writable,
+    convert,
+    override,
+    read_json,
+    to_dict,
+    unknown_name,
+    write_atomically,
+)
+from diffad_lite.datasets import check_arguments
+from diffad_lite.experiments import evaluate, train
 from diffad_lite.methods import MethodConfig
+from diffad_lite.runs import Run, run_hash
 
 Grid = Mapping[str, Any]
 DATA_KEYS = ("dataset", "category", "root", "image_size", "resize")
-OWN_KEYS = ("methods", "seeds", "plants")  # of an entry of data, in the place of the grid's
+# What an entry of data may set in the place of the grid.
+OWN_KEYS = ("methods", "seeds", "plants", "variants")
 KEYS = ("profile", "methods", "seeds", "data", "plants", "variants", "settings")
+# What stands under each key of a grid, or of an entry of its data.
+FORMS = {
+    "profile": str,
+    "methods": tuple[str, ...],
+    "seeds": tuple[int, ...],
+    "data": tuple[Any, ...],
+    "plants": tuple[str | None, ...],
+    "variants": dict[str, dict[str, Any] | None],
+    "settings": dict[str, Any],
+    "dataset": str,
+    "category": str,
+    "root": str,
+    "image_size": int,
+    "resize": str,
+}
 
 
 def read_grid(path: str | Path) -> dict[str, Any]:
@@ -45,14 +72,15 @@ def read_grid(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not YAML, an unknown key, or no methods or data.
+        ValueError: not YAML, an unknown key, a value of another form, or no methods or data.
     """
     try:
         grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"no grid at {path}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
+        raise FileNotFoundError(f"no grid at {path}; see data/grid.yaml for one") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        words = " ".join(str(error).split())
+        raise ValueError(f"{path} is not valid YAML: {words}; correct it there") from None
     if not isinstance(grid, dict):
         raise ValueError(f"{path} must be a mapping with the keys {', '.join(KEYS)}")
     for key in grid:
@@ -60,14 +88,23 @@ def read_grid(path: str | Path) -> dict[str, Any]:
             raise unknown_name(f"key in {path}", str(key), KEYS)
     for key in ("methods", "data"):
         if not grid.get(key):
-            raise ValueError(f"{path} names no {key}")
+            raise ValueError(f"{path} names no {key}; add them, as in data/grid.yaml")
+    _check_forms(grid, path)
     for entry in grid["data"]:
         if not isinstance(entry, dict) or "dataset" not in entry:
             raise ValueError(f"{path}: each entry of data is like {{dataset: elpv}}, got {entry!r}")
         for key in entry:
             if key not in (*DATA_KEYS, *OWN_KEYS):
                 raise unknown_name(f"key of data in {path}", str(key), (*DATA_KEYS, *OWN_KEYS))
+        _check_forms(entry, path)
     return grid
+
+
+def _check_forms(values: Grid, path: str | Path) -> None:
+    """Raise ValueError for what is not of its form; nothing (``seeds:``) is the default."""
+    for key, value in values.items():
+        if value is not None:
+            convert(value, FORMS[key], f"{path}: {key}")
 
 
 def trainings(grid: Grid) -> Iterator[tuple[Run, Grid]]:
@@ -77,10 +114,10 @@ def trainings(grid: Grid) -> Iterator[tuple[Run, Grid]]:
         ValueError: a root names an environment variable that is not set.
     """
     settings = {k: json.dumps(v) for k, v in (grid.get("settings") or {}).items()}
-    profile = grid.get("profile", "lite")
+    profile = grid.get("profile") or "lite"
     for entry in grid["data"]:
-        own = {**grid, **{key: entry[key] for key in OWN_KEYS if key in entry}}
-        data = {key: value for key, value in entry.items() if key in DATA_KEYS}
+        own = {**grid, **{key: entry[key] for key in OWN_KEYS if entry.get(key)}}
+        data = {key: entry[key] for key in DATA_KEYS if entry.get(key) is not None}
         if "root" in data:
             data["root"] = os.path.expandvars(data["root"])
             if "$" in data["root"]:
@@ -113,8 +150,13 @@ def sweep(grid: Grid, out: str | Path, *, progress: bool = True) -> list[str]:
 
     Returns:
         one line for each failure; each also stands in ``error.txt`` of its folder.
+
+    Raises:
+        ValueError: a run that cannot be, such as a negative seed.
+        OSError: ``out`` cannot be written, or the disk is full.
     """
     out, failures = Path(out), []
+    check_writable(out)
     runs = list(trainings(grid))
     for i, (run, own) in enumerate(runs, 1):
         folder = folder_of(run, out)
@@ -123,8 +165,12 @@ def sweep(grid: Grid, out: str | Path, *, progress: bool = True) -> list[str]:
             _run_one(own, run, folder, progress)
             (folder / "error.txt").unlink(missing_ok=True)
         except Exception as error:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise  # the disk is full for the other runs as well
+            text = traceback.format_exc()
+            write_atomically(
+                folder / "error.txt", lambda p, text=text: p.write_text(text, encoding="utf-8")
+            )
             failures.append(f"{folder}: {type(error).__name__}: {error}")
             print(f"  failed: {error}", flush=True)
     return failures
@@ -132,9 +178,14 @@ def sweep(grid: Grid, out: str | Path, *, progress: bool = True) -> list[str]:
 
 def _run_one(grid: Grid, run: Run, folder: Path, progress: bool) -> None:
     """Train one run, unless that is done, and make the scorings that are missing."""
-    checkpoint = folder / "checkpoint"
-    trained = train(run, run.load_data(), folder, progress=progress).config
-    for scoring in scorings(grid, run):
+    checkpoint, data = folder / "checkpoint", run.load_data()
+    planned = list(scorings(grid, run))
+    for scoring in planned:  # a misspelt setting fails before the training, not after it
+        override(run.configure(data), scoring.settings)
+        check_arguments(run.dataset, scoring.plant, run.resize, run.image_size)
+    trained = train(run, data, folder, progress=progress).config
+    del data  # each scoring loads its own
+    for scoring in planned:
         name = "-".join(filter(None, (scoring.variant, scoring.plant)))
         if is_done(scoring, folder / name / "result.json", trained):
             print(f"  {name}: done before", flush=True)

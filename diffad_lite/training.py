@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-from diffad_lite.config import config_hash, to_dict, write_atomically
+from diffad_lite.config import check_ranges, config_hash, to_dict, write_atomically
+from diffad_lite.interrupts import DeferredInterrupt
 
 LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
-SAVE_EVERY_SECONDS = 30.0  # what an interruption can lose
+SAVE_EVERY_SECONDS = 30.0  # what a killed process can lose; Ctrl-C loses nothing
 TIMED_STEPS = 20  # a time budget is turned into a number of steps after so many
 
 
@@ -46,6 +47,14 @@ class TrainConfig:
     ema_decay: float = 0.999
     grad_clip: float = 1.0
     flip_axes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values that cannot train."""
+        check_ranges(self, steps=(1, 10**9), batch_size=(1, 10**6), ema_decay=(0, 1))
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "grad_clip"):
+            check_ranges(self, **{name: (0, math.inf)})
+        if not set(self.flip_axes) <= {-1, -2}:
+            raise ValueError(f"TrainConfig.flip_axes holds -1 and -2 only, got {self.flip_axes}")
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,8 @@ def train_network(
     """Train ``network`` in place; afterwards it holds the averaged (EMA) weights.
 
     All randomness comes from one CPU generator seeded by ``seed``, so an interrupted run that is
-    called again with the same arguments goes on exactly where it stopped.
+    called again with the same arguments goes on exactly where it stopped; Ctrl-C finishes the
+    step at hand and saves it first.
 
     Args:
         network: on the device where it is to be trained.
@@ -144,9 +154,9 @@ def train_network(
     before, half_step, half_time = run.seconds, run.step, run.seconds
     network.train()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), DeferredInterrupt() as interrupt:
             torch.set_rng_state(run.global_rng)
-            while run.step < run.total:
+            while run.step < run.total and not interrupt.asked:
                 index = torch.randint(len(images), (config.batch_size,), generator=run.generator)
                 batch = random_flips(images[index], config.flip_axes, run.generator).to(device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -247,7 +257,7 @@ class _Run:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.path} is broken ({error}); delete it to start anew") from None
         if metadata.get("identity") != self.identity:
             raise ValueError(

@@ -14,7 +14,7 @@ from PIL import Image
 from diffad_lite.cli import main
 from diffad_lite.experiments import Run, evaluate, load_checkpoint
 from diffad_lite.report import collect, read_results, render, tables
-from diffad_lite.sweep import read_grid, sweep
+from diffad_lite.sweep import read_grid, scorings, sweep, trainings
 
 SMOKE = ("--profile", "ci", "--image-size", "32", "--quiet")
 FIELDS = set(
@@ -203,6 +203,42 @@ def test_a_bad_grid_says_what_is_wrong(text, message, tmp_path):
         read_grid(tmp_path / "grid.yaml")
 
 
+def test_an_entry_of_data_may_have_its_own_methods_seeds_and_plants(monkeypatch):
+    own = {"root": "$PLATES/a", "category": "b", "methods": ["pca"], "seeds": [5], "plants": [None]}
+    grid = {
+        "methods": ["brightness", "pca"],
+        "seeds": [0, 1],
+        "data": [{"dataset": "shapes"}, {"dataset": "folder", **own}],
+        "plants": ["cells"],
+    }
+    with pytest.raises(ValueError, match=r"set the environment variable .* \$PLATES/a"):
+        list(trainings(grid))
+    monkeypatch.setenv("PLATES", "images")
+    runs = list(trainings(grid))
+    assert len(runs) == 5
+    (run, last) = runs[-1]
+    assert (run.method, run.seed, run.root, run.category) == ("pca", 5, "images/a", "b")
+    assert [scoring.plant for scoring in scorings(last, run)] == [None]
+    assert [scoring.plant for scoring in scorings(runs[0][1], runs[0][0])] == ["cells"]
+
+
+def test_sizes_of_images_stand_in_rows_of_their_own(tmp_path):
+    for size in (16, 64):
+        for dataset in ("shapes", "digits") if size == 16 else ("shapes",):
+            category = {"digits": "3"}.get(dataset)
+            run = Run("brightness", dataset, category, profile="ci", image_size=size)
+            evaluate(run, tmp_path / f"{dataset}{size}", progress=False)
+    rendered = tables(read_results(tmp_path))
+    first = [line.split(" | ")[0] for line in rendered["shapes-disc"].splitlines()[2:]]
+    assert first == [
+        "| brightness (control), 16 px, calibrated",
+        "| brightness (control), calibrated",
+    ]
+    rows = rendered["overview"].splitlines()[2:]
+    assert [row.endswith("| - |") for row in rows] == [False, False]
+    assert rows[1].split(" | ")[1] == "-"  # 64 pixels: shapes only
+
+
 def test_report_renders_marked_tables_and_then_changes_nothing(tmp_path):
     (tmp_path / "grid.yaml").write_text(GRID)
     sweep(read_grid(tmp_path / "grid.yaml"), tmp_path / "runs")
@@ -215,9 +251,13 @@ def test_report_renders_marked_tables_and_then_changes_nothing(tmp_path):
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "stale words" not in text
-    assert "| PCA residual, raw maps | 0, 1 |" in text
+    assert "| PCA residual, 16 px, raw maps | 0, 1 |" in text
     assert render(results, [page]) == []
-    assert set(tables(read_results(results))) == {"shapes-disc", "shapes-disc-cells"}
+    rendered = tables(read_results(results))
+    names = {"overview", "shapes-disc", "shapes-disc-pixels", "shapes-disc-cells"}
+    assert set(rendered) == names
+    assert rendered["overview"].splitlines()[0] == "| method | disc |"
+    assert len(rendered["overview"].splitlines()) == 4  # two methods, default settings
     page.write_text(head.replace("shapes-disc", "shapes-cube") + "<!-- end -->\n")
     with pytest.raises(ValueError, match="shapes-cube"):
         render(results, [page])

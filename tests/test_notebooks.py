@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import linecache
 from collections.abc import Callable, Iterator
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,7 +16,8 @@ import pytest
 import torch
 from IPython.display import display
 
-from diffad_lite.gaussian import GaussianDiffusion
+from diffad_lite.gaussian import GaussianDiffusion, noise_generators
+from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
 from diffad_lite.schedules import NoiseSchedule
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -229,6 +231,25 @@ def gaussian_inputs(*arguments):
     return inputs
 
 
+def trajectory_inputs():
+    """An untrained model whose last layer answers, in one step and in three; two images."""
+    images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    rows = []
+    for steps in (1, 3):
+        config = AnoDDPMConfig.for_profile("ci", channels=1, image_size=16)
+        method = AnoDDPM(replace(config, noise_level=40, steps=steps))
+        for parameter in method.network.parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        ours, theirs = (noise_generators("ab", 0) for _ in range(2))
+        rows.append(((method, images, ours), (method, images, theirs)))
+    return rows
+
+
+def cross_fit_inputs():
+    maps = np.random.default_rng(0).normal(1, 0.2, (11, 4, 5)).astype(np.float32)
+    return [same(maps), same(maps, 3)]
+
+
 TIMES, STRIDES = (0, 300, 999), ((999, 980), (300, 299), (19, -1))
 # Target -> a function that returns comparisons: what the lesson's function is called with, and
 # what the package's (a method's first argument is its object). An argument with a state, such
@@ -241,6 +262,8 @@ INPUTS: dict[str, Callable[[], list[tuple[tuple, tuple]]]] = {
     GAUSSIAN + "posterior": gaussian_inputs(*[("x", "y", t, s) for t, s in STRIDES]),
     GAUSSIAN + "ddpm_step": gaussian_inputs(*[("x", t, s, "y", "x") for t, s in STRIDES]),
     GAUSSIAN + "ddim_step": gaussian_inputs(*[("x", t, s, "y") for t, s in STRIDES]),
+    "diffad_lite.methods.anoddpm:AnoDDPM.trajectory": trajectory_inputs,
+    "diffad_lite.metrics:MapCalibration.cross_fit": cross_fit_inputs,
 }
 AT_HAND = """\
 import math
@@ -260,7 +283,9 @@ def resolve(target):
 
 
 def arrays(value):
-    """A result as a flat list of arrays: tensors, numbers, sequences and generators of them."""
+    """A result as a flat list of arrays: numbers, tensors; sequences, dataclasses, generators."""
+    if is_dataclass(value):
+        value = [part for part in vars(value).values() if part is not None]
     if isinstance(value, (tuple, list, Iterator)):
         return [array for part in value for array in arrays(part)]
     if isinstance(value, torch.Tensor):

@@ -54,7 +54,7 @@ def test_padim_is_the_mahalanobis_distance_at_each_position(padim):
         covariance = exact.covariance_ * 20 / 19 + 0.01 * np.eye(x.shape[1])
         centred = test[0, position, picked].double().numpy() - x.mean(0)
         expected = np.sqrt(centred @ np.linalg.inv(covariance) @ centred)
-        assert padim._distance(test[0])[position] == pytest.approx(expected, rel=1e-3)
+        assert padim._distance(test)[0, position] == pytest.approx(expected, rel=1e-3)
 
 
 def test_padim_keeps_as_many_features_as_asked_for():
@@ -67,11 +67,11 @@ def test_padim_keeps_as_many_features_as_asked_for():
 
 def test_bank_is_the_distance_to_the_nearest(bank):
     stored = bank.network["statistics"].bank
-    patches = normal_patches(bank, pictures(1, 5))[0]
-    expected, _ = NearestNeighbors(n_neighbors=1).fit(stored.numpy()).kneighbors(patches.numpy())
-    np.testing.assert_allclose(bank._distance(patches), expected[:, 0], rtol=1e-3, atol=1e-2)
+    patches = normal_patches(bank, pictures(1, 5))
+    expected, _ = NearestNeighbors(n_neighbors=1).fit(stored.numpy()).kneighbors(patches[0].numpy())
+    np.testing.assert_allclose(bank._distance(patches)[0], expected[:, 0], rtol=1e-3, atol=1e-2)
     # A patch of the bank is at no distance, but for float32's rounding.
-    assert bank._distance(stored[:5]).max() < 0.02 * expected.mean()
+    assert bank._distance(stored[None, :5]).max() < 0.02 * expected.mean()
 
 
 def test_a_bank_larger_than_its_images_is_filled_by_repetition():

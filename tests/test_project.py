@@ -25,7 +25,7 @@ FLOORS = [
     {"notebooks", "explore", "sweep", "report"},
     {"experiments"},
     {"scoring"},
-    {"plots", "doctor"},
+    {"plots", "doctor", "runs"},
     {"methods"},
     {"training", "features"},
     {"datasets"},
@@ -34,7 +34,7 @@ FLOORS = [
     {"networks", "simplex"},
     {"gaussian"},
     {"schedules"},
-    {"config"},
+    {"config", "interrupts"},
 ]
 
 

@@ -16,7 +16,7 @@ from typing import Any, Self, Unpack
 import torch
 from torch import Tensor, nn
 
-from diffad_lite.config import Profile
+from diffad_lite.config import Profile, check_ranges
 from diffad_lite.gaussian import GaussianDiffusion, Generators, Step, noise_generators, randn
 from diffad_lite.images import image_keys
 from diffad_lite.methods.base import Method
@@ -58,6 +58,12 @@ class AnoDDPMConfig(MethodConfig):
     n_noises: int = 4
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for levels and counts that cannot be."""
+        check_ranges(self, num_timesteps=(1, math.inf), n_noises=(1, math.inf))
+        check_ranges(self, noise_level=(0, self.num_timesteps - 1))
+        check_ranges(self, steps=(1, self.noise_level + 1))
+
     @classmethod
     def for_profile(cls, profile: Profile, *, dataset: str | None = None, **shape: Any) -> Self:
         """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
@@ -70,9 +76,9 @@ class AnoDDPMConfig(MethodConfig):
             return replace(base, train=TrainConfig(flip_axes=flips))
         # Public code (Julian-Wyatt/AnoDDPM), test_args/args28.json and UNet.py: 256 px, base 128,
         # multipliers (1, 1, 2, 2, 4, 4), two blocks, attention at 16 and 8 px, linear betas,
-        # T = 1000, AdamW 1e-4, batch 1, 3000 epochs of 100 images, EMA 0.9999. Ours differs: the
-        # learning rate decays, and an image is noised to t = 249 (detection.py varies the level).
-        # Noise is simplex in that file: AnoDDPMSimplex.
+        # T = 1000, AdamW 1e-4, batch 1, 3000 epochs of 100 images, EMA 0.9999; detection.py,
+        # anomalous_metric_calculation: 200 steps. Ours differs: the learning rate decays, and the
+        # way back is DDIM. Noise is simplex in that file: AnoDDPMSimplex.
         train = TrainConfig(
             steps=300_000, batch_size=1, learning_rate=1e-4, ema_decay=0.9999, flip_axes=flips
         )
@@ -83,8 +89,8 @@ class AnoDDPMConfig(MethodConfig):
             blocks_per_level=2,
             attention_levels=(4, 5),
             unshuffle=1,
-            noise_level=249,
-            steps=250,
+            noise_level=199,
+            steps=200,
             n_noises=1,
             train=train,
         )
@@ -178,6 +184,11 @@ class AnoDDPMSimplexConfig(AnoDDPMConfig):
     wavelength: int = 16
     octaves: int = 4
     persistence: float = 0.8
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for noise that cannot be drawn."""
+        super().__post_init__()
+        check_ranges(self, wavelength=(1, math.inf), octaves=(1, 16), persistence=(0, 1))
 
     @classmethod
     def for_profile(cls, profile: Profile, *, image_size: int, **shape: Any) -> Self:

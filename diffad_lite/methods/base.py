@@ -5,6 +5,7 @@ to raw maps). Seeds, batching, calibration by position, scores, thresholds and f
 once for all.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from diffad_lite.config import read_json, unknown_name
+from diffad_lite.config import check_ranges, unknown_name
 from diffad_lite.gaussian import noise_generators
 from diffad_lite.images import image_keys
 from diffad_lite.methods import pretrained
@@ -50,6 +51,8 @@ class Method(ABC):
             METHODS[cls.name] = cls
 
     def __init__(self, config: MethodConfig) -> None:
+        ranges = {"smooth_sigma": (0, math.inf), "top_fraction": (1e-6, 1)}
+        check_ranges(config, **ranges, quantile=(0.001, 0.999))  # before a training, not after it
         self.config = config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # fit() draws the initial weights anew from its own seed
@@ -282,5 +285,5 @@ def get_method(name: str) -> type[Method]:
 
 def load_pretrained(folder: str | Path, **changes: Any) -> Method:
     """Load a checkpoint of any method; see :meth:`Method.from_pretrained`."""
-    values = read_json(Path(folder) / "config.json", "checkpoint's config.json")
-    return get_method(str(values.get("method"))).from_pretrained(folder, **changes)
+    name = pretrained.read_record(Path(folder))["method"]
+    return get_method(name).from_pretrained(folder, **changes)

@@ -5,6 +5,7 @@
 first principal components of the normal images can draw.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, Unpack
 
@@ -12,7 +13,7 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from diffad_lite.config import Profile
+from diffad_lite.config import Profile, check_ranges
 from diffad_lite.methods.base import Method
 from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.training import FitOptions, TrainReport
@@ -47,6 +48,10 @@ class PCAConfig(MethodConfig):
 
     n_components: int = 80
     standardise: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a number of components below 1."""
+        check_ranges(self, n_components=(1, math.inf))
 
 
 class Buffers(nn.Module):

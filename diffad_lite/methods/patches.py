@@ -9,6 +9,7 @@ Maps are not calibrated by position: on development defects that did not help ei
 neither did PatchCore's mean over neighbouring patches, which is left out.
 """
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, Unpack
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffad_lite.config import Profile
+from diffad_lite.config import Profile, check_ranges
 from diffad_lite.features import LITE0, DenoiserFeatures, ImageNetFeatures, on_grid
 from diffad_lite.gaussian import noise_generators
 from diffad_lite.images import image_keys
@@ -50,6 +51,10 @@ class PatchConfig(MethodConfig):
     input_size: int = 224
     grid: int = 28
     prior: AnoDDPMConfig = field(default_factory=AnoDDPMConfig)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for sizes that cannot be."""
+        check_ranges(self, input_size=(32, math.inf), grid=(1, math.inf))
 
     @classmethod
     def for_profile(cls, profile: Profile, *, image_size: int, **shape: Any) -> Self:
@@ -89,7 +94,7 @@ class PatchMethod(Method):
         raise NotImplementedError
 
     def _distance(self, patches: Tensor) -> Tensor:
-        """How far the patches (grid * grid, D) of one image are from normal, (grid * grid,)."""
+        """How far patches (B, grid * grid, D) are from normal, (B, grid * grid)."""
         raise NotImplementedError
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
@@ -121,8 +126,7 @@ class PatchMethod(Method):
         self, images: Tensor, generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         patches = self._patches(images, generators)
-        distances = torch.stack([self._distance(own) for own in patches])  # (B, grid * grid)
-        maps = distances.view(-1, 1, self.config.grid, self.config.grid)
+        maps = self._distance(patches).view(-1, 1, self.config.grid, self.config.grid)
         maps = F.interpolate(maps, images.shape[-2:], mode="bilinear")
         return maps[:, 0], None, {}
 
@@ -136,6 +140,11 @@ class PaDiMConfig(PatchConfig):
     """
 
     n_dims: int = 550
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for no features at all."""
+        super().__post_init__()
+        check_ranges(self, n_dims=(1, math.inf))
 
     @classmethod
     def for_profile(cls, profile: Profile, **shape: Any) -> Self:
@@ -178,8 +187,8 @@ class PaDiM(PatchMethod):
 
     def _distance(self, patches: Tensor) -> Tensor:
         s = self.network["statistics"]
-        centred = patches[:, s.picked] - s.mean  # (P, D)
-        return (s.whitening @ centred[..., None]).squeeze(-1).norm(dim=-1)
+        centred = patches[..., s.picked] - s.mean  # (B, P, D)
+        return torch.einsum("pde,bpe->bpd", s.whitening, centred).norm(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -193,6 +202,11 @@ class BankConfig(PatchConfig):
 
     bank_size: int = 4000
     pool_size: int = 40_000
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an empty bank."""
+        super().__post_init__()
+        check_ranges(self, bank_size=(1, math.inf), pool_size=(1, math.inf))
 
 
 class Bank(PatchMethod):
@@ -214,7 +228,8 @@ class Bank(PatchMethod):
         return Buffers(bank=torch.cat([bank, bank[:1].expand(missing, -1)])).to(self.device)
 
     def _distance(self, patches: Tensor) -> Tensor:
-        return torch.cdist(patches, self.network["statistics"].bank).amin(1)
+        bank = self.network["statistics"].bank
+        return torch.stack([torch.cdist(own, bank).amin(1) for own in patches])
 
 
 def farthest_points(points: Tensor, n: int) -> Tensor:

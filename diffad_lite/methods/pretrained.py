@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffad_lite.config import changed_fields, from_dict, read_json, to_dict, write_json
+from diffad_lite.config import changed_fields, from_dict, read_json, to_dict, write_json, writing
 from diffad_lite.metrics import MapCalibration, conformal_threshold
 from diffad_lite.training import default_device
 
@@ -31,10 +31,10 @@ def claim(folder: Path, method: Method, seed: int, budget: float | None) -> None
     """
     config = {k: v for k, v in to_dict(method.config).items() if k not in method.inference_fields}
     training = {"method": method.name, "seed": seed, "budget": budget, "config": config}
-    path = folder / "training.json"
+    path, fix = folder / "training.json", f"delete {folder} to start anew"
     if not path.exists():
         write_json(path, training)
-    elif read_json(path, "record of a training") != training:
+    elif read_json(path, "record of a training", fix) != training:
         raise ValueError(
             f"{folder} holds a training of another method, configuration or seed, or with another "
             "time budget; choose another output folder, or delete that one to start anew"
@@ -58,7 +58,8 @@ def save(method: Method, folder: Path, dtype: torch.dtype, record: Mapping[str, 
     aside = temporary.with_suffix(".old")
     try:
         temporary.chmod(0o755)
-        save_file(tensors, temporary / "model.safetensors")
+        with writing(folder / "model.safetensors"):
+            save_file(tensors, temporary / "model.safetensors")
         (temporary / "model.safetensors").chmod(0o644)  # safetensors makes it private
         write_json(temporary / "config.json", values | record)
         if folder.exists():  # a folder cannot replace another: move the old one aside
@@ -69,14 +70,41 @@ def save(method: Method, folder: Path, dtype: torch.dtype, record: Mapping[str, 
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a checkpoint, of which ``method`` and ``config`` are there.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: it is broken, or something else.
+    """
+    path, what, fix = folder / "config.json", "checkpoint's config.json", _fix(folder)
+    if not path.exists():  # also where the folder is a file
+        raise FileNotFoundError(f"no {what} at {path}; give the folder 'checkpoint' of a run")
+    values = read_json(path, what, fix)
+    reports = values.get("reports", {}) if isinstance(values, dict) else None
+    whole = (
+        isinstance(reports, dict)
+        and all(isinstance(r, dict) and {"steps", "seconds"} <= r.keys() for r in reports.values())
+        and isinstance(values.get("method"), str)
+        and isinstance(values.get("config"), dict)
+    )
+    if not whole:
+        raise ValueError(f"{path} lacks 'method' or 'config', or has them wrong; {fix}")
+    return values
+
+
 def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:
     """Rebuild a method from its folder; see :meth:`Method.from_pretrained`."""
-    values = read_json(folder / "config.json", "checkpoint's config.json")
-    if values.get("method") != cls.name:
+    values = read_record(folder)
+    if values["method"] != cls.name:
         raise ValueError(
-            f"{folder} is a checkpoint of {values.get('method')!r}, not of {cls.name!r}"
+            f"{folder} is a checkpoint of {values['method']!r}, not of {cls.name!r}; "
+            f"choose another one, or --method {values['method']}"
         )
-    stored = from_dict(cls.Config, values["config"])
+    try:
+        stored = from_dict(cls.Config, values["config"])
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}; {_fix(folder)}") from None
     config = from_dict(cls.Config, values["config"] | dict(changes))
     changed = changed_fields(stored, config)
     if fixed := sorted(changed - cls.inference_fields):
@@ -91,7 +119,10 @@ def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:
         method.network.load_state_dict(weights)
     except RuntimeError as error:
         summary = str(error).splitlines()[1].strip()[:200]
-        raise ValueError(f"{folder} does not fit its configuration: {summary} ...") from None
+        fault = f"{folder} does not fit its configuration: {summary} ..."
+        raise ValueError(f"{fault}; {_fix(folder)}") from None
+    if ("map_mean" in tensors) != ("map_std" in tensors):
+        raise ValueError(f"{folder} holds one half of the map statistics; {_fix(folder)}")
     if not changed and "map_mean" in tensors:
         mean, std = tensors["map_mean"].numpy(), tensors["map_std"].numpy()
         method.map_calibration_ = MapCalibration(mean, std)
@@ -107,6 +138,11 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no weights at {path}") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path} is broken or truncated ({error})") from None
+        raise FileNotFoundError(f"no weights at {path}; {_fix(path.parent)}") from None
+    except (SafetensorError, OSError) as error:
+        fault = f"{path} is broken or truncated ({error})"
+        raise ValueError(f"{fault}; {_fix(path.parent)}") from None
+
+
+def _fix(folder: Path) -> str:
+    return f"delete {folder} and train anew"

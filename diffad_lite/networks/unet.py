@@ -111,7 +111,8 @@ class UNet(nn.Module):
         dropout: probability inside the residual blocks.
 
     Raises:
-        ValueError: channels other than 1, 3 or 4, or an attention level that does not exist.
+        ValueError: channels other than 1, 3 or 4, a width or number of blocks below 1, or an
+            attention level that does not exist.
     """
 
     def __init__(
@@ -129,6 +130,11 @@ class UNet(nn.Module):
         super().__init__()
         if in_channels not in (1, 3, 4):
             raise ValueError(f"expected images of 1, 3 or 4 channels, got {in_channels}")
+        sizes = {"base_channels": base_channels, "channel_mults": min(channel_mults, default=0)}
+        sizes |= {"blocks_per_level": blocks_per_level, "unshuffle": unshuffle}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if not set(attention_levels) <= set(range(len(channel_mults))):
             raise ValueError(
                 f"attention_levels {attention_levels} do not all exist among the "

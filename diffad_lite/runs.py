@@ -1,0 +1,83 @@
+"""What is run: the fields of one run, its data, its configuration, and their hash."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffad_lite.config import check_ranges, config_hash, override, to_dict
+from diffad_lite.datasets import AnomalyData, load_dataset
+from diffad_lite.methods import MethodConfig, get_method
+
+CI_TEST_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run. Two runs with equal fields and code give the same numbers.
+
+    Attributes:
+        method: name in the registry.
+        dataset: see :func:`~diffad_lite.datasets.load_dataset`, as the next five.
+        category: None is the data set's default.
+        root: folder of the images.
+        image_size: side in pixels; None is 256 for the paper profile and 64 for the others.
+        resize: ``squash`` or ``pad``.
+        plant: family of planted defects, or None for the real test set.
+        profile: ``ci``, ``lite`` or ``paper``.
+        seed: of training.
+        variant: a name for ``settings`` in tables.
+        settings: configuration fields to override, dotted name -> JSON text.
+    """
+
+    method: str
+    dataset: str = "elpv"
+    category: str | None = None
+    root: str | None = None
+    image_size: int | None = None
+    resize: str = "squash"
+    plant: str | None = None
+    profile: str = "lite"
+    seed: int = 0
+    variant: str = "default"
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Fill in the image size; raise ValueError for a seed or variant that cannot be."""
+        if self.image_size is None:
+            object.__setattr__(self, "image_size", 256 if self.profile == "paper" else 64)
+        check_ranges(self, seed=(0, 2**32 - 1))  # what scikit-learn takes
+        if not self.variant or "/" in self.variant or "\\" in self.variant:
+            raise ValueError(f"variant must be a name without slashes, got {self.variant!r}")
+
+    def load_data(self) -> AnomalyData:
+        """The data of this run; the ci profile scores few images."""
+        data = load_dataset(
+            self.dataset,
+            self.category,
+            root=self.root,
+            image_size=self.image_size,
+            resize=self.resize,
+            plant=self.plant,
+        )
+        return data.subset(CI_TEST_IMAGES) if self.profile == "ci" else data
+
+    def configure(self, data: AnomalyData) -> MethodConfig:
+        """The method's configuration: of the profile, with this run's settings."""
+        config = get_method(self.method).Config.for_profile(
+            self.profile,
+            channels=data.info["channels"],
+            image_size=self.image_size,
+            dataset=self.dataset,
+            category=data.info["category"],
+        )
+        return override(config, self.settings)
+
+
+def run_hash(run: Run, config: Mapping[str, Any]) -> str:
+    """Identifies what was run: the run and the full configuration that it came to."""
+    return config_hash(fields_of(run) | {"config": config})
+
+
+def fields_of(run: Run) -> dict[str, Any]:
+    """A run's fields without where its files lie, and what the configuration says already."""
+    return {k: v for k, v in to_dict(run).items() if k not in ("root", "settings")}
