@@ -11,7 +11,7 @@
 # | Memory | under 2 GB |
 # | Downloads | none |
 # | Previous | [00](00_start_here.ipynb) |
-# | Next | 02, "From sampling to anomaly detection" (comes next) |
+# | Next | [02 · From sampling to anomaly detection](02_sampling_to_detection.ipynb) |
 
 # %% [markdown]
 # ## You will be able to
