@@ -28,6 +28,12 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"unknown {what} {name!r}; {hint}known: {', '.join(known)}")
 
 
+def check_profile(profile: str) -> None:
+    """Raise ValueError for a profile that does not exist."""
+    if profile not in typing.get_args(Profile):
+        raise unknown_name("profile", str(profile), typing.get_args(Profile))
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as nested dictionaries of JSON types (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

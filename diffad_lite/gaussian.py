@@ -24,11 +24,20 @@ def randn(like: Tensor, generators: Generators) -> Tensor:
     With one generator for each image, the noise of an image does not depend on which other
     images share its batch; with a single one it does.
     """
+    return draw(torch.randn, like.shape, generators).to(like)
+
+
+def draw(sampler: Callable[..., Tensor], shape: Sequence[int], generators: Generators) -> Tensor:
+    """Random numbers (B, ...) by ``torch.randn`` or ``torch.rand``; see :func:`randn`.
+
+    Raises:
+        ValueError: several generators, but not one for each of the batch.
+    """
     if isinstance(generators, torch.Generator):
-        return torch.randn(like.shape, generator=generators).to(like)
-    if len(generators) != len(like):
-        raise ValueError(f"{len(generators)} generators for a batch of {len(like)} images")
-    return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like)
+        return sampler(shape, generator=generators)
+    if len(generators) != shape[0]:
+        raise ValueError(f"{len(generators)} generators for a batch of {shape[0]} images")
+    return torch.stack([sampler(shape[1:], generator=g) for g in generators])
 
 
 def noise_generators(keys: Sequence[str], seed: int) -> list[torch.Generator]:

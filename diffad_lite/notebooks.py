@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from diffad_lite.config import (
-    Profile,
+    check_profile,
     check_writable,
     config_hash,
     read_json,
@@ -30,8 +30,7 @@ def resolve_profile(profile: str) -> str:
         ValueError: unknown profile.
     """
     profile = os.environ.get("DIFFAD_PROFILE") or profile
-    if profile not in get_args(Profile):
-        raise unknown_name("profile", profile, get_args(Profile))
+    check_profile(profile)
     return profile
 
 
@@ -81,8 +80,7 @@ def run_notebooks(
     for name in parameters:
         if name not in everywhere:
             raise unknown_name("parameter", name, everywhere)
-    if (profile := parameters.get("profile", "lite")) not in get_args(Profile):
-        raise unknown_name("profile", str(profile), get_args(Profile))
+    check_profile(parameters.get("profile", "lite"))
     check_writable(out)
     record, key, failures = out / UNFINISHED, _series_key(paths, parameters), []
     done = _finished_before(record, key)

@@ -98,6 +98,12 @@ def auroc_over_seeds(group: Sequence[Result]) -> tuple[float, float, float]:
     return float(np.mean([r["image_auroc"] for r in group])), low, high
 
 
+def auroc_cell(group: Sequence[Result]) -> str:
+    """Mean image AUROC and its interval, as tables write them."""
+    auroc, low, high = auroc_over_seeds(group)
+    return f"{auroc:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def select(results: Iterable[Result], **wanted: Any) -> list[Result]:
     """The results whose fields have these values."""
     return [r for r in results if all(r[key] == value for key, value in wanted.items())]
@@ -124,11 +130,10 @@ def image_table(results: Iterable[Result]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for group in grouped(results).values():
-        auroc, low, high = auroc_over_seeds(group)
         cells = [
             label_of(group),
             ", ".join(str(r["seed"]) for r in group),
-            f"{auroc:.3f} [{low:.3f}, {high:.3f}]",
+            auroc_cell(group),
             f"{mean(group, 'image_ap'):.3f}",
             f"{mean(group, 'f1_at_normal_threshold'):.3f}",
             f"{100 * mean(group, 'false_alarms_at_normal_threshold'):.0f} %",
@@ -172,9 +177,7 @@ def overview_table(results: Iterable[Result]) -> str:
     for key in dict.fromkeys(key for groups in columns.values() for key in groups):
         found = [groups.get(key) for groups in columns.values()]
         cells = [label_of(next(filter(None, found)))]
-        for group in found:
-            auroc, low, high = auroc_over_seeds(group) if group else (0.0, 0.0, 0.0)
-            cells.append(f"{auroc:.3f} [{low:.3f}, {high:.3f}]" if group else "-")
+        cells += [auroc_cell(group) if group else "-" for group in found]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

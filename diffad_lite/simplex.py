@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffad_lite.gaussian import Generators
+from diffad_lite.gaussian import Generators, draw
 
 # The plane is covered by equilateral triangles. SKEW maps their corners to integer coordinates,
 # UNSKEW maps these back.
@@ -36,7 +36,7 @@ def simplex_noise(
     total = torch.zeros(B * C, H, W)
     for octave in range(octaves):
         corners = math.ceil(math.sqrt(3) * (max(H, W) * 2**octave / wavelength + 1)) + 2
-        uniform = _uniform(B, C * (corners**2 + 2), generators).view(B * C, -1)
+        uniform = draw(torch.rand, (B, C * (corners**2 + 2)), generators).view(B * C, -1)
         angles, offset = uniform.split([corners**2, 2], dim=1)
         angles = 2 * math.pi * angles.reshape(B * C, corners, corners)
         total += persistence**octave * _octave(angles, offset, H, W, wavelength / 2**octave)
@@ -66,12 +66,3 @@ def _octave(angles: Tensor, offset: Tensor, H: int, W: int, wavelength: float) -
         falloff = (0.5 - dy_c**2 - dx_c**2).clamp_min(0) ** 4
         total += falloff * (angle.sin() * dy_c + angle.cos() * dx_c)
     return total
-
-
-def _uniform(batch: int, n: int, generators: Generators) -> Tensor:
-    """Uniform numbers (batch, n), each row from its own generator where there are several."""
-    if isinstance(generators, torch.Generator):
-        return torch.rand(batch, n, generator=generators)
-    if len(generators) != batch:
-        raise ValueError(f"{len(generators)} generators for a batch of {batch} images")
-    return torch.stack([torch.rand(n, generator=g) for g in generators])

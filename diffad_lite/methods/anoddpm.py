@@ -60,6 +60,7 @@ class AnoDDPMConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         """Raise ValueError for levels and counts that cannot be."""
+        super().__post_init__()
         check_ranges(self, num_timesteps=(1, math.inf), n_noises=(1, math.inf))
         check_ranges(self, noise_level=(0, self.num_timesteps - 1))
         check_ranges(self, steps=(1, self.noise_level + 1))

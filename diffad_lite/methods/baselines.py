@@ -51,6 +51,7 @@ class PCAConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number of components below 1."""
+        super().__post_init__()
         check_ranges(self, n_components=(1, math.inf))
 
 

@@ -54,6 +54,7 @@ class PatchConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         """Raise ValueError for sizes that cannot be."""
+        super().__post_init__()
         check_ranges(self, input_size=(32, math.inf), grid=(1, math.inf))
 
     @classmethod
@@ -73,15 +74,16 @@ class PatchMethod(Method):
 
     def _build(self) -> nn.Module:
         c = self.config
+        image = torch.zeros(1, c.channels, c.image_size, c.image_size)
         if c.backbone == DENOISER:
             self.prior = AnoDDPM(c.prior)
             self.prior.network = self.prior._build()  # drawn from the seed of fit
             level = c.prior.noise_level
             features = DenoiserFeatures(self.prior.network, self.prior.diffusion, level)
+            maps = features(image, image)
         else:
             features = ImageNetFeatures(c.backbone, c.layers, c.input_size)
-        image = torch.zeros(1, c.channels, c.image_size, c.image_size)
-        maps = features(image, image) if c.backbone == DENOISER else features(image)
+            maps = features(image)
         statistics = self._statistics(sum(m.shape[1] for m in maps))
         return nn.ModuleDict({"features": features, "statistics": statistics})
 

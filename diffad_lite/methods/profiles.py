@@ -1,9 +1,10 @@
 """What every method is configured by, and the profiles that scale it."""
 
+import math
 from dataclasses import dataclass
-from typing import Self, get_args
+from typing import Self
 
-from diffad_lite.config import Profile, unknown_name
+from diffad_lite.config import Profile, check_profile, check_ranges
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class MethodConfig:
     calibrate: bool = True
     top_fraction: float = 0.01
     quantile: float = 0.95
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values that cannot be, before a training, not after it."""
+        ranges = {"smooth_sigma": (0, math.inf), "top_fraction": (1e-6, 1)}
+        check_ranges(self, **ranges, quantile=(0.001, 0.999))
 
     @classmethod
     def for_profile(
@@ -48,6 +54,5 @@ class MethodConfig:
         Raises:
             ValueError: unknown profile.
         """
-        if profile not in get_args(Profile):
-            raise unknown_name("profile", profile, get_args(Profile))
+        check_profile(profile)
         return cls(channels=channels, image_size=image_size)
