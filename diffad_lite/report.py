@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from diffad_lite.config import read_json, write_atomically
-from diffad_lite.metrics import bootstrap_auroc
+from diffad_lite.metrics import bootstrap_auroc, paired_bootstrap_auroc, verdict
 
 Result = dict[str, Any]
-Key = tuple[str, str, int]  # method, variant, image size
+Key = tuple[str, str, int, str]  # method, variant, image size, training
 MARKS = "<!-- {}: rendered by 'make tables' -->", "<!-- end -->"
 METHOD_NAMES = {
     "brightness": "brightness (control)",
@@ -23,6 +23,7 @@ METHOD_NAMES = {
     "bank": "patch bank",
     "anoddpm": "AnoDDPM, Gaussian noise",
     "anoddpm_simplex": "AnoDDPM, simplex noise",
+    "diffusionad": "DiffusionAD",
 }
 VARIANTS = ("raw", "default", "calibrated")  # first in tables, in this order
 
@@ -42,7 +43,7 @@ def read_results(folder: str | Path) -> list[Result]:
         result = read_json(path, "result")
         if not isinstance(result, dict) or "image_auroc" not in result:
             raise ValueError(f"{path} is no record of a run; delete it, or run 'diffad evaluate'")
-        results.append(result | {"folder": path.parent})
+        results.append({"training": ""} | result | {"folder": path.parent})
     return results
 
 
@@ -67,21 +68,23 @@ def collect(runs: str | Path, results: str | Path) -> int:
 
 
 def grouped(results: Iterable[Result]) -> dict[Key, list[Result]]:
-    """Runs that differ in their seed only, by (method, variant, image size), in order.
+    """Runs that differ in their seed only, by (method, variant, image size, training), in order.
 
     Raises:
         ValueError: runs of one group differ in profile or resizing, or share a seed.
     """
     groups = defaultdict(list)
     for result in results:
-        groups[result["method"], result["variant"], result["image_size"]].append(result)
+        key = tuple(result[k] for k in ("method", "variant", "image_size", "training"))
+        groups[key].append(result)
     methods, variants = list(METHOD_NAMES), list(VARIANTS)
 
     def place(key: Key) -> tuple:
-        method, variant, image_size = key
+        method, variant, image_size, training = key
         known = variants.index(variant) if variant in variants else len(variants)
         rank = methods.index(method) if method in methods else len(methods)
-        return rank, method, image_size, known, len(variant), variant  # t5 before t10
+        # t5 before t10, full before what is taken away from it
+        return rank, method, image_size, known, len(variant), variant, training
 
     for group in groups.values():
         others = {(r["profile"], r["resize"]) for r in group}
@@ -161,6 +164,39 @@ def pixel_table(results: Iterable[Result]) -> str:
     return "\n".join(lines)
 
 
+def ablation_table(results: Iterable[Result]) -> str:
+    """Runs of one method as Markdown, each compared with the default one on the same images."""
+    groups = grouped(results)
+    lines = [
+        "| what is changed | seeds | steps | image AUROC [95 %] | lost by it [95 %] | verdict |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (method, variant, size, training), group in groups.items():
+        name = (training or "full") + ("" if variant == "default" else f", {variant}")
+        seeds = ", ".join(str(r["seed"]) for r in group)
+        cells = [name, seeds, f"{mean(group, 'train_steps'):.0f}", auroc_cell(group)]
+        full = groups.get((method, "default", size, ""))
+        if full and full is not group:
+            less, low, high = difference_of(full, group)
+            cells += [f"{less:+.3f} [{low:+.3f}, {high:+.3f}]", verdict(low, high)]
+        else:
+            cells += ["-", "-"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def is_default(result: Result) -> bool:
+    """Whether it is of the profile's own training and settings."""
+    return not result["training"] and result["variant"] == "default"
+
+
+def difference_of(a: Sequence[Result], b: Sequence[Result]) -> tuple[float, float, float]:
+    """Image AUROC of runs ``a`` minus that of runs ``b``, with its paired bootstrap interval."""
+    labels = read_scores(a[0]["folder"])[0]
+    scores = [np.stack([read_scores(r["folder"])[1] for r in group]) for group in (a, b)]
+    return paired_bootstrap_auroc(labels, *scores)
+
+
 def mean(group: Sequence[Mapping[str, Any]], key: str) -> float:
     """Mean of a field over runs."""
     return float(np.mean([result[key] for result in group]))
@@ -168,7 +204,7 @@ def mean(group: Sequence[Mapping[str, Any]], key: str) -> float:
 
 def overview_table(results: Iterable[Result]) -> str:
     """Image AUROC with intervals on every data set as Markdown, default settings only."""
-    chosen = select(results, variant="default", plant=None)
+    chosen = select(results, variant="default", plant=None, training="")
     columns = {}
     for dataset, category in sorted({(r["dataset"], r["category"]) for r in chosen}):
         own = select(chosen, dataset=dataset, category=category)
@@ -189,8 +225,14 @@ def tables(results: Sequence[Result]) -> dict[str, str]:
         found["overview"] = overview_table(results)
     data = sorted({(r["dataset"], r["category"]) for r in results})
     for dataset, category in data:
-        chosen = select(results, dataset=dataset, category=category)
+        chosen = select(results, dataset=dataset, category=category, training="")
         key = f"{dataset}-{category}"
+        every = select(results, dataset=dataset, category=category, plant=None)
+        for method in sorted({r["method"] for r in every if r["training"]}):
+            own = select(every, method=method)
+            seeds = {r["seed"] for r in own if r["training"]}
+            own = [r for r in own if r["seed"] in seeds and (r["training"] or is_default(r))]
+            found[f"{key}-{method}-ablation"] = ablation_table(own)
         if real := select(chosen, plant=None):
             found[f"{key}"] = image_table(real)
             if all(r["aupro"] is not None for r in real):

@@ -26,6 +26,8 @@ class Run:
         profile: ``ci``, ``lite`` or ``paper``.
         seed: of training.
         variant: a name for ``settings`` in tables.
+        training: a name for settings that were trained, not only scored, otherwise; empty for
+            the profile's own.
         settings: configuration fields to override, dotted name -> JSON text.
     """
 
@@ -39,6 +41,7 @@ class Run:
     profile: str = "lite"
     seed: int = 0
     variant: str = "default"
+    training: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -46,8 +49,10 @@ class Run:
         if self.image_size is None:
             object.__setattr__(self, "image_size", 256 if self.profile == "paper" else 64)
         check_ranges(self, seed=(0, 2**32 - 1))  # what scikit-learn takes
-        if not self.variant or "/" in self.variant or "\\" in self.variant:
-            raise ValueError(f"variant must be a name without slashes, got {self.variant!r}")
+        for name in ("variant", "training"):
+            value = getattr(self, name)
+            if "/" in value or "\\" in value or not (value or name == "training"):
+                raise ValueError(f"{name} must be a name without slashes, got {value!r}")
 
     def load_data(self) -> AnomalyData:
         """The data of this run; the ci profile scores few images."""
@@ -80,4 +85,5 @@ def run_hash(run: Run, config: Mapping[str, Any]) -> str:
 
 def fields_of(run: Run) -> dict[str, Any]:
     """A run's fields without where its files lie, and what the configuration says already."""
-    return {k: v for k, v in to_dict(run).items() if k not in ("root", "settings")}
+    left_out = {"root", "settings"} | (set() if run.training else {"training"})
+    return {k: v for k, v in to_dict(run).items() if k not in left_out}

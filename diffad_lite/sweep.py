@@ -12,17 +12,22 @@ A grid is a YAML file (or the same as a dictionary)::
     variants:                        # inference settings, scored with the same training
       raw: {calibrate: false}
       default: {}
+    trainings:                       # settings that are trained each for itself, as for ablations
+      full: {}
+      detached: {detach: true}
 
-An entry of ``data`` may have its own ``methods``, ``seeds``, ``plants`` and ``variants``, and
-environment variables in its ``root``. One training serves all plants and variants of its
-(method, data, seed). A scoring is skipped when its ``result.json`` carries the hash of the same
-run and configuration.
+An entry of ``data`` may have its own ``methods``, ``seeds``, ``plants``, ``variants`` and
+``trainings``, and environment variables in its ``root``. One training serves all plants and
+variants of its (method, data, seed). A scoring is skipped when its ``result.json`` carries the hash
+of the same run and configuration. Methods that begin with AnoDDPM's own training take it over from
+the AnoDDPM of the same data and seed in the same folder; the time it took is counted as theirs.
 """
 
 import errno
 import itertools
 import json
 import os
+import shutil
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -43,13 +48,15 @@ from diffad_lite.config import (
 from diffad_lite.datasets import check_arguments
 from diffad_lite.experiments import evaluate, train
 from diffad_lite.methods import MethodConfig
+from diffad_lite.methods.anoddpm import AnoDDPM
+from diffad_lite.methods.pretrained import training_record
 from diffad_lite.runs import Run, run_hash
 
 Grid = Mapping[str, Any]
 DATA_KEYS = ("dataset", "category", "root", "image_size", "resize")
 # What an entry of data may set in the place of the grid.
-OWN_KEYS = ("methods", "seeds", "plants", "variants")
-KEYS = ("profile", "methods", "seeds", "data", "plants", "variants", "settings")
+OWN_KEYS = ("methods", "seeds", "plants", "variants", "trainings")
+KEYS = ("profile", "data", "settings", *OWN_KEYS)
 # What stands under each key of a grid, or of an entry of its data.
 FORMS = {
     "profile": str,
@@ -58,6 +65,7 @@ FORMS = {
     "data": tuple[Any, ...],
     "plants": tuple[str | None, ...],
     "variants": dict[str, dict[str, Any] | None],
+    "trainings": dict[str, dict[str, Any] | None],
     "settings": dict[str, Any],
     "dataset": str,
     "category": str,
@@ -113,7 +121,6 @@ def trainings(grid: Grid) -> Iterator[tuple[Run, Grid]]:
     Raises:
         ValueError: a root names an environment variable that is not set.
     """
-    settings = {k: json.dumps(v) for k, v in (grid.get("settings") or {}).items()}
     profile = grid.get("profile") or "lite"
     for entry in grid["data"]:
         own = {**grid, **{key: entry[key] for key in OWN_KEYS if entry.get(key)}}
@@ -122,9 +129,12 @@ def trainings(grid: Grid) -> Iterator[tuple[Run, Grid]]:
             data["root"] = os.path.expandvars(data["root"])
             if "$" in data["root"]:
                 raise ValueError(f"set the environment variable in the grid's root {data['root']}")
-        for method, seed in itertools.product(own["methods"], own.get("seeds") or [0]):
-            run = Run(method=method, profile=profile, seed=seed, settings=settings, **data)
-            yield run, own
+        named = own.get("trainings") or {"": {}}
+        choices = itertools.product(own["methods"], named.items(), own.get("seeds") or [0])
+        for method, (training, changes), seed in choices:
+            settings = _as_json((grid.get("settings") or {}) | (changes or {}))
+            more = {"seed": seed, "training": training, "settings": settings}
+            yield Run(method=method, profile=profile, **more, **data), own
 
 
 def scorings(grid: Grid, run: Run) -> Iterator[Run]:
@@ -132,17 +142,20 @@ def scorings(grid: Grid, run: Run) -> Iterator[Run]:
     variants = grid.get("variants") or {"default": {}}
     plants = grid.get("plants") or [None]
     for plant, (name, changes) in itertools.product(plants, variants.items()):
-        settings = {k: json.dumps(v) for k, v in (changes or {}).items()}
-        yield replace(run, plant=plant, variant=name, settings=settings)
+        yield replace(run, plant=plant, variant=name, settings=_as_json(changes or {}))
+
+
+def _as_json(settings: Mapping[str, Any]) -> dict[str, str]:
+    return {key: json.dumps(value) for key, value in settings.items()}
 
 
 def folder_of(run: Run, out: Path) -> Path:
-    """``out/<method>/<data>/s<seed>``, of one training."""
+    """``out/<method>/<data>[/<training>]/s<seed>``, of one training."""
     parts = [run.dataset, run.category]
     parts += [] if run.image_size == 64 else [f"{run.image_size}px"]
     parts += [] if run.resize == "squash" else [run.resize]
     data = "-".join(filter(None, parts))
-    return out / run.method / data / f"s{run.seed}"
+    return out / run.method / data / run.training / f"s{run.seed}"
 
 
 def sweep(grid: Grid, out: str | Path, *, progress: bool = True) -> list[str]:
@@ -162,7 +175,7 @@ def sweep(grid: Grid, out: str | Path, *, progress: bool = True) -> list[str]:
         folder = folder_of(run, out)
         print(f"[{i}/{len(runs)}] {folder.relative_to(out)}", flush=True)
         try:
-            _run_one(own, run, folder, progress)
+            _run_one(own, run, out, progress)
             (folder / "error.txt").unlink(missing_ok=True)
         except Exception as error:
             if getattr(error, "errno", None) == errno.ENOSPC:
@@ -176,13 +189,26 @@ def sweep(grid: Grid, out: str | Path, *, progress: bool = True) -> list[str]:
     return failures
 
 
-def _run_one(grid: Grid, run: Run, folder: Path, progress: bool) -> None:
+def take_over_prior(run: Run, first: MethodConfig | None, out: Path) -> None:
+    """Copy AnoDDPM's training of the same data and seed, if it is ``first`` of the run's stages."""
+    anoddpm = replace(run, method="anoddpm", training="")
+    source, target = (folder_of(r, out) / "state" for r in (anoddpm, run))
+    record, state = source / "training.json", source / "diffusion.state.safetensors"
+    if first is None or target.exists() or not (record.exists() and state.exists()):
+        return
+    wanted = training_record(AnoDDPM, first, run.seed, None)
+    if wanted | read_json(record, "record of a training") == wanted:
+        write_atomically(target / state.name, lambda p: shutil.copyfile(state, p))
+
+
+def _run_one(grid: Grid, run: Run, out: Path, progress: bool) -> None:
     """Train one run, unless that is done, and make the scorings that are missing."""
-    checkpoint, data = folder / "checkpoint", run.load_data()
+    folder, data = folder_of(run, out), run.load_data()
     planned = list(scorings(grid, run))
     for scoring in planned:  # a misspelt setting fails before the training, not after it
         override(run.configure(data), scoring.settings)
         check_arguments(run.dataset, scoring.plant, run.resize, run.image_size)
+    take_over_prior(run, run.configure(data).first_stage, out)
     trained = train(run, data, folder, progress=progress).config
     del data  # each scoring loads its own
     for scoring in planned:
@@ -190,7 +216,9 @@ def _run_one(grid: Grid, run: Run, folder: Path, progress: bool) -> None:
         if is_done(scoring, folder / name / "result.json", trained):
             print(f"  {name}: done before", flush=True)
             continue
-        result = evaluate(scoring, folder / name, checkpoint=checkpoint, progress=progress)
+        result = evaluate(
+            scoring, folder / name, checkpoint=folder / "checkpoint", progress=progress
+        )
         print(f"  {name}: image AUROC {result['image_auroc']:.3f}", flush=True)
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -122,6 +122,7 @@ def train_network(
     budget: float | None = None,
     workdir: Path | None = None,
     progress: bool = True,
+    rates: Mapping[str, float] | None = None,
 ) -> TrainReport:
     """Train ``network`` in place; afterwards it holds the averaged (EMA) weights.
 
@@ -141,12 +142,13 @@ def train_network(
             learning rate still decays to zero.
         workdir: folder for ``<stage>.state.safetensors``; None keeps nothing.
         progress: show a bar with the loss and the time left.
+        rates: factors on the learning rate, by the first part of a parameter's name.
 
     Raises:
         ValueError: a checkpoint in ``workdir`` is broken or belongs to another training.
         FloatingPointError: the loss is not finite.
     """
-    run = _Run(network, images, config, seed, stage, workdir)
+    run = _Run(network, images, config, seed, stage, workdir, rates or {})
     device = next(network.parameters()).device
     amp = supports_bf16(device)
     bar = tqdm(total=run.total, initial=run.step, desc=stage, unit="step", disable=not progress)
@@ -195,10 +197,15 @@ class _Run:
         seed: int,
         stage: str,
         workdir: Path | None,
+        rates: Mapping[str, float],
     ) -> None:
         self.network, self.config, self.total = network, config, config.steps
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in network.named_parameters():
+            groups.setdefault(rates.get(name.split(".")[0], 1.0), []).append(parameter)
         self.optimizer = torch.optim.AdamW(
-            network.parameters(), config.learning_rate, weight_decay=config.weight_decay
+            [{"params": group, "rate": rate} for rate, group in groups.items()],
+            weight_decay=config.weight_decay,
         )
         self.ema = AveragedModel(network, multi_avg_fn=_ema_update(config.ema_decay))
         self.generator = torch.Generator().manual_seed(seed)
@@ -226,7 +233,7 @@ class _Run:
             )
         factor = learning_rate_factor(self.step, self.total, self.config.warmup_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * factor
+            group["lr"] = self.config.learning_rate * factor * group["rate"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffad_lite import report
 from diffad_lite.cli import main
 from diffad_lite.experiments import Run, evaluate, load_checkpoint
-from diffad_lite.report import collect, read_results, render, tables
+from diffad_lite.metrics import verdict
+from diffad_lite.report import collect, read_results, render, select, tables
 from diffad_lite.sweep import read_grid, scorings, sweep, trainings
+from diffad_lite.training import train_network
 
 SMOKE = ("--profile", "ci", "--image-size", "32", "--quiet")
 FIELDS = set(
@@ -220,6 +223,65 @@ def test_an_entry_of_data_may_have_its_own_methods_seeds_and_plants(monkeypatch)
     assert (run.method, run.seed, run.root, run.category) == ("pca", 5, "images/a", "b")
     assert [scoring.plant for scoring in scorings(last, run)] == [None]
     assert [scoring.plant for scoring in scorings(runs[0][1], runs[0][0])] == ["cells"]
+
+
+SMALL = {"base_channels": 8, "channel_mults": [1, 2], "attention_levels": []}
+SHORT = {"train.steps": 3}
+
+
+def test_trainings_of_a_grid_are_made_and_tabled_apart(tmp_path):
+    """As an ablation is: the same data and seeds, other settings of training."""
+    grid = {
+        "profile": "ci",
+        "methods": ["pca"],
+        "seeds": [0, 1],
+        "data": [{"dataset": "shapes", "image_size": 16}],
+        "trainings": {"one": {"n_components": 1}, "full": {}},
+    }
+    assert sweep(grid, tmp_path) == []
+    folders = sorted(p.relative_to(tmp_path) for p in tmp_path.glob("*/*/*/s*"))
+    assert [f.parts[-2:] for f in folders] == [
+        (training, seed) for training in ("full", "one") for seed in ("s0", "s1")
+    ]
+    rendered = tables(read_results(tmp_path))
+    assert list(rendered) == ["shapes-disc-pca-trainings"]  # none of the main tables
+    rows = [line.split(" | ") for line in rendered["shapes-disc-pca-trainings"].splitlines()[2:]]
+    assert [row[0] for row in rows] == ["| full", "| one"]
+    assert rows[0][4:] == ["-", "- |"]
+    results = read_results(tmp_path)
+    full, one = (select(results, training=name) for name in ("full", "one"))
+    expected = report.mean(full, "image_auroc") - report.mean(one, "image_auroc")
+    assert rows[1][4].startswith(f"{expected:+.3f} [")
+    low, high = map(float, rows[1][4].split("[")[1].rstrip("]").split(", "))
+    assert low <= expected <= high
+    assert rows[1][5].rstrip(" |") == verdict(low, high)
+
+
+def test_a_method_goes_on_from_the_training_of_anoddpm(tmp_path, monkeypatch):
+    """The first stage is copied, not made again, where it is the same training, and only there."""
+    data = [{"dataset": "shapes", "image_size": 16}]
+    prior = SMALL | SHORT
+    base = {"profile": "ci", "data": data, "variants": {"default": {}}}
+    sweep(base | {"methods": ["anoddpm"], "settings": prior}, tmp_path)
+    made = []
+
+    def spy(network, *args, stage, **options):
+        made.append(stage if options["workdir"] is None else stage_of(options["workdir"], stage))
+        return train_network(network, *args, stage=stage, **options)
+
+    def stage_of(folder, stage):
+        return f"{stage} begun" if (folder / f"{stage}.state.safetensors").exists() else stage
+
+    for module in ("anoddpm", "diffusionad"):
+        monkeypatch.setattr(f"diffad_lite.methods.{module}.train_network", spy)
+    same = {f"prior.{key}": value for key, value in prior.items()} | SHORT
+    assert sweep(base | {"methods": ["diffusionad"], "settings": same}, tmp_path) == []
+    assert made == ["diffusion begun", "joint"]
+    made.clear()
+    other = {"other": {"prior.train.steps": 4}}
+    grid = base | {"methods": ["diffusionad"], "settings": same, "trainings": other}
+    assert sweep(grid, tmp_path) == []
+    assert made == ["diffusion", "joint"]
 
 
 def test_sizes_of_images_stand_in_rows_of_their_own(tmp_path):

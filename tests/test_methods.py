@@ -37,6 +37,9 @@ def tiny_config(name: str, channels: int = 1, size: int = SIZE):
     config = METHODS[name].Config.for_profile("ci", channels=channels, image_size=size)
     if hasattr(config, "train"):
         config = replace(config, train=replace(config.train, steps=2, batch_size=2))
+    if hasattr(config, "prior"):
+        short = replace(config.prior.train, steps=2, batch_size=2)
+        config = replace(config, prior=replace(config.prior, train=short))
     return replace(config, calibrate=True)
 
 

@@ -1,6 +1,6 @@
 """The methods, one file each; ``get_method(name)`` finds them."""
 
-from diffad_lite.methods import anoddpm, baselines, patches
+from diffad_lite.methods import anoddpm, baselines, diffusionad, patches
 from diffad_lite.methods.base import (
     METHODS,
     Method,
@@ -17,6 +17,7 @@ __all__ = [
     "Prediction",
     "anoddpm",
     "baselines",
+    "diffusionad",
     "get_method",
     "load_pretrained",
     "patches",

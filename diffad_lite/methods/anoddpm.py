@@ -105,7 +105,7 @@ class AnoDDPM(Method):
     config: AnoDDPMConfig
     inference_fields = Method.inference_fields | {"noise_level", "steps", "n_noises"}
 
-    def _build(self) -> nn.Module:
+    def _build(self, **unet: Any) -> nn.Module:
         c = self.config
         self.diffusion = GaussianDiffusion(NoiseSchedule.named(c.beta_schedule, c.num_timesteps))
         self.diffusion.schedule.timesteps(c.noise_level, c.steps)  # raises if out of range
@@ -116,6 +116,7 @@ class AnoDDPM(Method):
             blocks_per_level=c.blocks_per_level,
             attention_levels=c.attention_levels,
             unshuffle=c.unshuffle,
+            **unet,
         )
 
     def draw_noise(self, like: Tensor, generators: Generators) -> Tensor:

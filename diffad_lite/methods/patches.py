@@ -57,6 +57,11 @@ class PatchConfig(MethodConfig):
         super().__post_init__()
         check_ranges(self, input_size=(32, math.inf), grid=(1, math.inf))
 
+    @property
+    def first_stage(self) -> AnoDDPMConfig | None:
+        """The noise predictor behind ``denoiser``."""
+        return self.prior if self.backbone == DENOISER else None
+
     @classmethod
     def for_profile(cls, profile: Profile, *, image_size: int, **shape: Any) -> Self:
         """Maps are blurred as in PaDiM, 4 pixels of 224; ``ci`` sees smaller images."""

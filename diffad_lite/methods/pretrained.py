@@ -19,6 +19,7 @@ from diffad_lite.training import default_device
 
 if TYPE_CHECKING:
     from diffad_lite.methods.base import Method
+    from diffad_lite.methods.profiles import MethodConfig
 
 M = TypeVar("M", bound="Method")
 
@@ -29,8 +30,7 @@ def claim(folder: Path, method: Method, seed: int, budget: float | None) -> None
     Raises:
         ValueError: the folder belongs to another method, configuration, seed or time budget.
     """
-    config = {k: v for k, v in to_dict(method.config).items() if k not in method.inference_fields}
-    training = {"method": method.name, "seed": seed, "budget": budget, "config": config}
+    training = training_record(type(method), method.config, seed, budget)
     path, fix = folder / "training.json", f"delete {folder} to start anew"
     if not path.exists():
         write_json(path, training)
@@ -39,6 +39,14 @@ def claim(folder: Path, method: Method, seed: int, budget: float | None) -> None
             f"{folder} holds a training of another method, configuration or seed, or with another "
             "time budget; choose another output folder, or delete that one to start anew"
         )
+
+
+def training_record(
+    method: type[Method], config: MethodConfig, seed: int, budget: float | None
+) -> dict[str, Any]:
+    """What tells one training from another: settings of inference do not count."""
+    fixed = {k: v for k, v in to_dict(config).items() if k not in method.inference_fields}
+    return {"method": method.name, "seed": seed, "budget": budget, "config": fixed}
 
 
 def save(method: Method, folder: Path, dtype: torch.dtype, record: Mapping[str, Any]) -> None:

@@ -32,6 +32,11 @@ class MethodConfig:
         ranges = {"smooth_sigma": (0, math.inf), "top_fraction": (1e-6, 1)}
         check_ranges(self, **ranges, quantile=(0.001, 0.999))
 
+    @property
+    def first_stage(self) -> "MethodConfig | None":
+        """Configuration of AnoDDPM, if its whole training is the first stage of this method's."""
+        return None
+
     @classmethod
     def for_profile(
         cls,

@@ -1,5 +1,10 @@
 """The networks of the course."""
 
+from diffad_lite.networks.segmentation import (
+    SegmentationConfig,
+    SegmentationNet,
+    segmentation_loss,
+)
 from diffad_lite.networks.unet import UNet
 
-__all__ = ["UNet"]
+__all__ = ["SegmentationConfig", "SegmentationNet", "UNet", "segmentation_loss"]

@@ -5,6 +5,7 @@ at no loss of information, and attention at the coarse levels only.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -55,13 +56,33 @@ class Attention(nn.Module):
         return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
 
 
+def halve(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, H/2, W/2), the mean of each 2x2 block."""
+    return F.avg_pool2d(x, 2)
+
+
+def double(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, 2H, 2W), each pixel repeated."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
 class ResBlock(nn.Module):
-    """norm-SiLU-conv twice with the time embedding added between, plus a skip; then attention."""
+    """norm-SiLU-conv twice with the time embedding added between, plus a skip; then attention.
+
+    With ``resample`` (:func:`halve` or :func:`double`) both paths change their grid on the way.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, emb_dim: int, dropout: float, attends: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_dim: int,
+        dropout: float,
+        attends: bool = False,
+        resample: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.resample = resample or nn.Identity()
         self.norm1 = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, out_channels)
@@ -73,10 +94,11 @@ class ResBlock(nn.Module):
         self.attention = Attention(out_channels) if attends else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """``x`` (B, in, H, W), ``emb`` (B, emb_dim) -> (B, out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x))) + self.emb(F.silu(emb))[:, :, None, None]
+        """``x`` (B, in, H, W), ``emb`` (B, emb_dim) -> (B, out, H, W), or as resampled."""
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        h = h + self.emb(F.silu(emb))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.attention(self.skip(x) + h)
+        return self.attention(self.skip(self.resample(x)) + h)
 
 
 class Downsample(nn.Conv2d):
@@ -94,7 +116,7 @@ class Upsample(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W)."""
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return super().forward(double(x))
 
 
 class UNet(nn.Module):
@@ -109,6 +131,8 @@ class UNet(nn.Module):
         attention_levels: indices of the levels with self-attention; the middle always has it.
         unshuffle: side of the pixel blocks that the stem folds into channels (1 = none).
         dropout: probability inside the residual blocks.
+        residual_resampling: change the grid by residual blocks (as BigGAN, and the networks of
+            guided diffusion), not by single convolutions.
 
     Raises:
         ValueError: channels other than 1, 3 or 4, a width or number of blocks below 1, or an
@@ -126,6 +150,7 @@ class UNet(nn.Module):
         attention_levels: tuple[int, ...] = (),
         unshuffle: int = 1,
         dropout: float = 0.0,
+        residual_resampling: bool = False,
     ) -> None:
         super().__init__()
         if in_channels not in (1, 3, 4):
@@ -159,7 +184,11 @@ class UNet(nn.Module):
                 channels = width
                 skips.append(channels)
             if level < len(widths) - 1:
-                self.down.append(Downsample(channels))
+                self.down.append(
+                    ResBlock(channels, channels, emb_dim, dropout, resample=halve)
+                    if residual_resampling
+                    else Downsample(channels)
+                )
                 skips.append(channels)
         self.middle = nn.ModuleList(
             ResBlock(channels, channels, emb_dim, dropout, attends) for attends in (True, False)
@@ -170,7 +199,11 @@ class UNet(nn.Module):
                 self.up.append(ResBlock(in_width, width, emb_dim, dropout, attends))
                 channels = width
             if level > 0:
-                self.up.append(Upsample(channels))
+                self.up.append(
+                    ResBlock(channels, channels, emb_dim, dropout, resample=double)
+                    if residual_resampling
+                    else Upsample(channels)
+                )
 
         self.out_norm = group_norm(channels)
         out = nn.Conv2d(channels, out_channels * unshuffle**2, 3, padding=1)
@@ -207,6 +240,8 @@ class UNet(nn.Module):
         for layer in self.up:
             if isinstance(layer, Upsample):
                 h = layer(h)
+            elif layer.resample is double:
+                h = layer(h, emb)
             else:
                 h = layer(torch.cat([h, skips.pop()], dim=1), emb)
         h = self.out(F.silu(self.out_norm(h)))
