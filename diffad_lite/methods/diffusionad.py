@@ -76,7 +76,7 @@ class DiffusionADConfig(MethodConfig):
     synthesis: SynthesisConfig = field(default_factory=lambda: SynthesisConfig(ridges=1 / 3))
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=1600, batch_size=8, learning_rate=1e-3, ema_decay=0.995
+            steps=1400, batch_size=8, learning_rate=1e-3, ema_decay=0.995
         )
     )
     denoiser_rate: float = 1.0
