@@ -271,6 +271,22 @@ def test_the_first_stage_is_anoddpms_training_itself(tmp_path):
             assert torch.equal(a[key], b[key]), key
 
 
+def test_a_training_that_broke_in_the_second_stage_goes_on_from_there(tmp_path, monkeypatch):
+    whole = fit(tmp_path / "whole")
+
+    def broken(self, *args):
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionAD, "loss", broken)
+        with pytest.raises(RuntimeError, match="power cut"):
+            fit(tmp_path / "broken")
+    assert (tmp_path / "broken" / "diffusion.state.safetensors").exists()
+    again = fit(tmp_path / "broken")
+    for name, value in whole.network.state_dict().items():
+        assert torch.equal(value, again.network.state_dict()[name]), name
+
+
 def test_the_control_has_no_diffusion_at_all():
     made = fit(reconstruction="input")
     assert list(made.network) == ["segmentation"]

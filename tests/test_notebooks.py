@@ -18,6 +18,7 @@ from IPython.display import display
 
 from diffad_lite.gaussian import GaussianDiffusion, noise_generators
 from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
+from diffad_lite.methods.diffusionad import DiffusionAD, DiffusionADConfig
 from diffad_lite.schedules import NoiseSchedule
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -245,6 +246,14 @@ def trajectory_inputs():
     return rows
 
 
+def norm_guidance_inputs():
+    """Three images at three levels, and weights from none to far beyond the reference."""
+    method = DiffusionAD(DiffusionADConfig.for_profile("ci", channels=1, image_size=16))
+    x_t, noise_hat, norm = torch.randn(3, 3, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([25, 200, 600])
+    return [same(method, x_t, t, noise_hat, norm.clamp(-1, 1), w) for w in (0.0, 1.0, 30.0)]
+
+
 def cross_fit_inputs():
     maps = np.random.default_rng(0).normal(1, 0.2, (11, 4, 5)).astype(np.float32)
     return [same(maps), same(maps, 3)]
@@ -263,6 +272,7 @@ INPUTS: dict[str, Callable[[], list[tuple[tuple, tuple]]]] = {
     GAUSSIAN + "ddpm_step": gaussian_inputs(*[("x", t, s, "y", "x") for t, s in STRIDES]),
     GAUSSIAN + "ddim_step": gaussian_inputs(*[("x", t, s, "y") for t, s in STRIDES]),
     "diffad_lite.methods.anoddpm:AnoDDPM.trajectory": trajectory_inputs,
+    "diffad_lite.methods.diffusionad:DiffusionAD.norm_guidance": norm_guidance_inputs,
     "diffad_lite.metrics:MapCalibration.cross_fit": cross_fit_inputs,
 }
 AT_HAND = """\

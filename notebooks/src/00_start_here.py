@@ -267,7 +267,7 @@ explore(at_threshold, threshold=ladder)
 # | **00** Start here | what is this about? |
 # | [**01** DDPM basics](01_ddpm_basics.ipynb) | how do diffusion models learn and sample? |
 # | [**02** From sampling to anomaly detection](02_sampling_to_detection.ipynb) | how much noise, and is it better than PCA? |
-# | 03 DiffusionAD | one denoising step and a segmentation network |
+# | [**03** DiffusionAD](03_diffusionad.ipynb) | one denoising step and a segmentation network |
 # | 04 GLAD | an own noise level for every image |
 # | 05 MDPS | posterior sampling where the image is suspect |
 # | 06 Masked Bernoulli diffusion | flipping bits instead of adding noise |

@@ -11,7 +11,7 @@
 # | Memory | about 2 GB |
 # | Downloads | none |
 # | Previous | [01](01_ddpm_basics.ipynb) |
-# | Next | 03, "DiffusionAD" (comes next) |
+# | Next | [03](03_diffusionad.ipynb) |
 
 # %% [markdown]
 # ## You will be able to
