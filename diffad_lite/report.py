@@ -221,7 +221,7 @@ def overview_table(results: Iterable[Result]) -> str:
 def tables(results: Sequence[Result]) -> dict[str, str]:
     """Every table of the course: name -> Markdown."""
     found = {}
-    if any(r["variant"] == "default" and r["plant"] is None for r in results):
+    if any(is_default(r) and r["plant"] is None for r in results):
         found["overview"] = overview_table(results)
     data = sorted({(r["dataset"], r["category"]) for r in results})
     for dataset, category in data:

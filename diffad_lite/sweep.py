@@ -56,7 +56,7 @@ Grid = Mapping[str, Any]
 DATA_KEYS = ("dataset", "category", "root", "image_size", "resize")
 # What an entry of data may set in the place of the grid.
 OWN_KEYS = ("methods", "seeds", "plants", "variants", "trainings")
-KEYS = ("profile", "data", "settings", *OWN_KEYS)
+KEYS = ("profile", *OWN_KEYS, "data", "settings")
 # What stands under each key of a grid, or of an entry of its data.
 FORMS = {
     "profile": str,

@@ -2,9 +2,9 @@
 
 After DRAEM (Zavrtanik et al. 2021) and the official code of DiffusionAD. A normal image N gets a
 mask M, a foreign appearance A and an opacity b: ``(1 - M) N + M (b N + (1 - b) A)``. All that a
-detector trained on this knows of defects stands here. Nothing is drawn as the defects are that
-:mod:`diffad_lite.planting` keeps for measuring: no polylines, dark fills, round spots or mirrored
-patches.
+detector trained on this knows of defects stands here. None of it is drawn by the code of
+:mod:`diffad_lite.planting`, which measures: no polylines, dark fills, round spots or mirrored
+patches, though some kinds are related (ridges and cracks, dark tiles and dark areas).
 """
 
 import math
@@ -146,7 +146,10 @@ class Synthesis:
 
 
 def foreground_of(category: str | None) -> tuple[Foreground, float]:
-    """The official code's choice: where anomalies lie, and the share of ``own`` textures."""
+    """Where anomalies lie, and the share of ``own`` textures: the official code's choice.
+
+    Categories that it does not know, such as solar cells, get ``all`` and one half.
+    """
     if category in TEXTURES:
         return "part", 0.0
     return ("object" if category in OBJECTS else "all"), 0.5

@@ -109,7 +109,10 @@ def read_texture(path: Path, C: int, H: int, W: int) -> Tensor:
 
 
 def shuffle_strips(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Cut (C, H, W) into columns and permute them, then rows: the official code's own texture."""
+    """Cut (C, H, W) into columns and permute them, then rows.
+
+    After the official code, which shuffles even and odd strips separately.
+    """
     for axis in (2, 1):
         strips = list(image.tensor_split(STRIPS, dim=axis))
         order = torch.randperm(len(strips), generator=generator).tolist()
@@ -125,7 +128,7 @@ def change(image: Tensor, generator: torch.Generator) -> Tensor:
     return 2 * image[:, 0] - 1
 
 
-# The official code's, but for those that need colour; ``u`` is uniform in [0, 1).
+# The official code's, without sharpness, hue and saturation; ``u`` is uniform in [0, 1).
 CHANGES: tuple[Callable[[Tensor, float], Tensor], ...] = (
     lambda image, u: image**2 ** (2 * u - 1),  # gamma 1/2 .. 2
     lambda image, u: (0.8 + 0.4 * u) * image + 60 / 255 * (u - 0.5),  # brightness

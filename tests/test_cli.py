@@ -236,20 +236,19 @@ def test_trainings_of_a_grid_are_made_and_tabled_apart(tmp_path):
         "methods": ["pca"],
         "seeds": [0, 1],
         "data": [{"dataset": "shapes", "image_size": 16}],
-        "trainings": {"one": {"n_components": 1}, "full": {}},
+        "trainings": {"one": {"n_components": 1}, "": {}},
     }
     assert sweep(grid, tmp_path) == []
-    folders = sorted(p.relative_to(tmp_path) for p in tmp_path.glob("*/*/*/s*"))
-    assert [f.parts[-2:] for f in folders] == [
-        (training, seed) for training in ("full", "one") for seed in ("s0", "s1")
-    ]
+    folder = tmp_path / "pca" / "shapes-16px"
+    made = {p.parent.relative_to(folder).as_posix() for p in folder.rglob("checkpoint")}
+    assert made == {"one/s0", "one/s1", "s0", "s1"}
     rendered = tables(read_results(tmp_path))
-    assert list(rendered) == ["shapes-disc-pca-trainings"]  # none of the main tables
-    rows = [line.split(" | ") for line in rendered["shapes-disc-pca-trainings"].splitlines()[2:]]
+    assert {len(rendered[name].splitlines()) for name in ("overview", "shapes-disc")} == {3}
+    rows = [line.split(" | ") for line in rendered["shapes-disc-pca-ablation"].splitlines()[2:]]
     assert [row[0] for row in rows] == ["| full", "| one"]
     assert rows[0][4:] == ["-", "- |"]
     results = read_results(tmp_path)
-    full, one = (select(results, training=name) for name in ("full", "one"))
+    full, one = (select(results, training=name) for name in ("", "one"))
     expected = report.mean(full, "image_auroc") - report.mean(one, "image_auroc")
     assert rows[1][4].startswith(f"{expected:+.3f} [")
     low, high = map(float, rows[1][4].split("[")[1].rstrip("]").split(", "))

@@ -224,7 +224,7 @@ def test_the_untrained_denoiser_has_unit_noise_loss_at_each_scale():
     noises = [torch.randn(x.shape, generator=rng) for _ in range(2)]
     found = made.estimates(made.network["denoiser"], x, levels, noises, 1.0)
     loss = masked_noise_loss(found.noise_hat, noises, torch.zeros(64, dtype=torch.bool))
-    assert float(loss) == pytest.approx(2.0, rel=0.05)
+    assert loss.item() == pytest.approx(2.0, rel=0.05)
 
 
 def test_levels_of_training_stay_on_their_side_of_the_boundary():

@@ -7,7 +7,7 @@ matter. Read top to bottom: configuration, reconstruction, training, inference.
 
 After arXiv 2303.08730 and the official code (HuiZhang0812/DiffusionAD); where the two differ the
 code is followed. Levels differ from both: the code's images lie in [0, 1], these in [-1, 1], where
-the same t hides half as much, and at 64 pixels lower levels serve better still.
+the same t hides half as much; nevertheless, at 64 pixels, lower levels serve better.
 """
 
 import math
@@ -65,7 +65,7 @@ class DiffusionADConfig(MethodConfig):
     unit_range: bool = False
     scales: int = 2
     noise_level: int = 25
-    noise_level_big: int = 100
+    noise_level_big: int = 250
     boundary: int = 200
     highest: int = 500
     guidance: float = 1.0
@@ -204,10 +204,8 @@ class DiffusionAD(Method):
 
     def sampled_noise(self, x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that ``steps`` steps of DDIM imply, in the place of one evaluation's."""
-        noise_hat = []
-        for own, level in zip(
-            x_t.chunk(self.config.scales), t.chunk(self.config.scales), strict=True
-        ):
+        noise_hat, n = [], self.config.scales
+        for own, level in zip(x_t.chunk(n), t.chunk(n), strict=True):
             timesteps = self.diffusion.schedule.timesteps(int(level[0]), self.config.steps)
             *_, last = self.diffusion.ddim_sample(self.network["denoiser"], own, timesteps)
             noise_hat.append(self.diffusion.predict_noise(own, level, last.x))
@@ -241,14 +239,9 @@ class DiffusionAD(Method):
             reports |= self.prior._fit(train, **(options | {"budget": share}))
         if budget is not None:
             options["budget"] = budget - sum(report.seconds for report in reports.values())
+        rates = {"denoiser": c.denoiser_rate}
         reports["joint"] = train_network(
-            self.network,
-            self.loss,
-            train,
-            c.train,
-            stage="joint",
-            rates={"denoiser": c.denoiser_rate},
-            **options,
+            self.network, self.loss, train, c.train, stage="joint", rates=rates, **options
         )
         return reports
 

@@ -119,6 +119,19 @@ class Upsample(nn.Conv2d):
         return super().forward(double(x))
 
 
+def resampler(
+    resample: Callable[[Tensor], Tensor],
+    channels: int,
+    emb_dim: int,
+    dropout: float,
+    residual: bool,
+) -> nn.Module:
+    """What changes the grid by :func:`halve` or :func:`double`."""
+    if residual:
+        return ResBlock(channels, channels, emb_dim, dropout, resample=resample)
+    return Downsample(channels) if resample is halve else Upsample(channels)
+
+
 class UNet(nn.Module):
     """Noise predictor ``eps_theta(x_t, t)`` for images of any size and 1, 3 or 4 channels.
 
@@ -157,9 +170,8 @@ class UNet(nn.Module):
             raise ValueError(f"expected images of 1, 3 or 4 channels, got {in_channels}")
         sizes = {"base_channels": base_channels, "channel_mults": min(channel_mults, default=0)}
         sizes |= {"blocks_per_level": blocks_per_level, "unshuffle": unshuffle}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+        if wrong := {name: size for name, size in sizes.items() if size < 1}:
+            raise ValueError(f"{', '.join(wrong)} must be at least 1, got {min(wrong.values())}")
         if not set(attention_levels) <= set(range(len(channel_mults))):
             raise ValueError(
                 f"attention_levels {attention_levels} do not all exist among the "
@@ -184,11 +196,7 @@ class UNet(nn.Module):
                 channels = width
                 skips.append(channels)
             if level < len(widths) - 1:
-                self.down.append(
-                    ResBlock(channels, channels, emb_dim, dropout, resample=halve)
-                    if residual_resampling
-                    else Downsample(channels)
-                )
+                self.down.append(resampler(halve, channels, emb_dim, dropout, residual_resampling))
                 skips.append(channels)
         self.middle = nn.ModuleList(
             ResBlock(channels, channels, emb_dim, dropout, attends) for attends in (True, False)
@@ -199,11 +207,7 @@ class UNet(nn.Module):
                 self.up.append(ResBlock(in_width, width, emb_dim, dropout, attends))
                 channels = width
             if level > 0:
-                self.up.append(
-                    ResBlock(channels, channels, emb_dim, dropout, resample=double)
-                    if residual_resampling
-                    else Upsample(channels)
-                )
+                self.up.append(resampler(double, channels, emb_dim, dropout, residual_resampling))
 
         self.out_norm = group_norm(channels)
         out = nn.Conv2d(channels, out_channels * unshuffle**2, 3, padding=1)

@@ -173,12 +173,12 @@ fig, _ = plots.show_images(rows, titles, columns=7)
 #
 # 1. Noise the image to $t_s$ and to $t_b$, with independent noises.
 # 2. Ask the denoiser for the noise in both: $\hat\epsilon_s$, $\hat\epsilon_b$ (one batch).
-# 3. The estimate from the big level, clipped to the data's range, is the **norm reference** $n$:
+# 3. The estimate from the big level, clipped to $[-1, 1]$, is the **norm reference** $n$:
 #    blurred, but more normal.
 # 4. Take $n$ to the small level, *with the noise that was estimated there*:
 #    $\;n_t = a\,n + \sigma\,\hat\epsilon_s$.
 # 5. Correct the noise: $\;\tilde\epsilon = \hat\epsilon_s - w\,\sigma\,(n_t - x_t)$. Here $n_t - x_t$
-#    is the gradient of $-\frac12\|x_t - n_t\|^2$, so this is *classifier guidance* (Bayes' rule in
+#    is the gradient of $-\frac12\|x_t - n_t\|^2$ (in $x_t$, with $n_t$ held fixed), so this is *classifier guidance* (Bayes' rule in
 #    [01](01_ddpm_basics.ipynb)) with "be similar to the reference" in the place of a class.
 # 6. The one-step estimate with $\tilde\epsilon$, clipped, is the **guided** reconstruction.
 #
@@ -227,7 +227,7 @@ torch.testing.assert_close(guided.cpu(), parts.guided, **close)
 torch.testing.assert_close(maps.cpu(), found["anomaly_map"], **close)
 scores = top_k_mean(maps.cpu().numpy(), c.top_fraction)
 for name, score in zip(names, scores, strict=True):
-    print(f"{name:14} score {score:.3f}, the mean of the largest map values")
+    print(f"{name:14} score {score:.3f}, the mean of the largest 1 %")
 
 # %% [markdown]
 # ### What it does, in four lines
@@ -267,7 +267,8 @@ for t in sorted({c.noise_level, c.noise_level_big, 200}):
 # At the public code's level a third of the picture comes from the big level. At the low level that
 # suits our small cells (chosen on development defects, like everything else), $w = 1$ gives a share
 # that cannot be seen: there the guided picture *is* the small one, and the second evaluation is a
-# formality. A weight means nothing without its level; the share $m$ does. We use $m$ from here on.
+# formality. A weight means nothing without its level; the share $m$ has a meaning by itself. We use $m$ from
+# here on.
 
 # %%
 own_share = c.guidance * (1 - float(schedule.alphas_cumprod[c.noise_level]))
@@ -277,10 +278,10 @@ assert profile == "paper" or own_share < 0.05
 # %% [markdown]
 # ### On the segment
 #
-# If the small level leaves a share $S_s$ of a planted defect and the big one $S_b$ (the measure of
-# notebook 02), a mix must leave $(1-m)\,S_s + m\,S_b$: a straight line. Its error on healthy cells,
-# $E$, is a mean of absolute values, so it lies *on or below* the straight line between $E_s$ and
-# $E_b$: independent grain averages out. We mix a small level of 25 with a big one of 300, and compare
+# If the small level leaves a part $r_s$ of a planted defect and the big one $r_b$ (notebook 02's $S_t$;
+# here $S$ is the network), a mix must leave $(1-m)\,r_s + m\,r_b$: a straight line. Its error on healthy
+# cells, $E$, is a mean of absolute values, so it lies *on or below* the straight line between $E_s$ and
+# $E_b$ (the triangle inequality; below, where independent grain averages out). We mix a small level of 25 with a big one of 300, and compare
 # with the plain alternative: one level in between.
 #
 # **Predict**: at the same error on healthy cells, what leaves less of a dark area, a mix of two
@@ -312,13 +313,15 @@ def point(a, b, kind):
 levels, shares = (25, 50, 100, 200, 300), np.linspace(0, 1, 9)
 ladder = {t: pair_from(t, seed) for t in levels}
 far = pair_from(levels[-1], seed + 1)  # independent of the small level's noise
+again = {t: pair_from(t, seed + 1) for t in levels[:-1]} | {levels[-1]: far}
 mixes = []
 for m in shares:
     pair = zip(ladder[25], far, strict=True)
     mixes.append([(1 - m) * near + m * other for near, other in pair])
 
 # %%
-single = np.array([point(*ladder[t], "inactive") for t in levels])
+draws = [[point(*made[t], "inactive") for t in levels] for made in (ladder, again)]
+single = np.mean(draws, axis=0)
 mixed = np.array([point(*pair, "inactive") for pair in mixes])
 fig, _ = plots.show_curves(
     mixed[:, 0],
@@ -333,8 +336,9 @@ ax.plot(*single.T, "s--", color=plots.COLOURS[1], label=label)
 legend = ax.legend()
 
 # %% [markdown]
-# *Figure: price and gain of nine mixes (circles) and of five single levels (squares), mean over a
-# handful of inactive areas.* In numbers, and a check of both statements about the segment:
+# *Figure: price and gain of nine mixes (circles) and of five single levels (squares, mean of two draws of
+# the noise), over a handful of inactive areas.* In numbers, and a check of both statements about the
+# segment:
 
 # %%
 at_same_error = np.interp(mixed[1:-1, 0], *single.T)
@@ -344,14 +348,14 @@ straight = (1 - shares) * mixed[0, 1] + shares * mixed[-1, 1]
 np.testing.assert_allclose(mixed[:, 1], straight, atol=1e-3)
 chord = (1 - shares) * mixed[0, 0] + shares * mixed[-1, 0]
 assert (mixed[:, 0] <= chord + 1e-4).all()
-assert not as_described or cost.max() > 0
+assert not as_described or cost.mean() > 0
 
 # %% [markdown]
-# A single level in between does no worse than the mix: it leaves as little of the area at the same
-# error, or less, for one evaluation instead of two.
-# So at 64 pixels guidance is no way out of the dilemma of notebook 02. (The paper's argument is
-# about detail at 256 pixels and higher levels, where a one-step estimate is blurred. We did not test
-# it there.)
+# Over most of the range a single level in between leaves less of the area at the same error, for one
+# evaluation instead of two; near the small level the two cannot be told apart. (One kind of defect, a
+# handful of cells.) So here we see no way out of the dilemma of notebook 02. The paper's argument is
+# about detail at 256 pixels and higher levels, where a one-step estimate is blurred; that was not
+# tested.
 #
 # Does the share matter for *detection*? $S$ sees the guided picture. On the 64 cells and on the
 # planted ones, at the levels of the model:
@@ -402,8 +406,9 @@ low, high = metrics.bootstrap_auroc(labels, top_k_mean(unmixed, c.top_fraction))
 print(f"95 % interval, real, m = 0: {low:.3f} to {high:.3f}")
 
 # %% [markdown]
-# Compare the differences along a row with the interval. $S$ was trained with levels drawn at random,
-# and with them shares of all sizes up to the one at the highest small level; it is used to many.
+# The differences along a row are far smaller than the interval (a paired one would be narrower). In
+# training $S$ saw the shares that $w = 1$ gives at small levels drawn at random, up to a third or so;
+# larger ones are new to it, and still it does not mind.
 #
 # ## One step against many
 #
@@ -465,17 +470,20 @@ for steps, result in walked.items():
 last = max(walked)
 assert evaluations[1] == 3 and evaluations[last] == 2 * last + 1  # S is one of them
 print(f"{last} steps take {clock[last] / clock[1]:.1f} times as long as one")
-if as_described:
-    scores = [walked[steps].image_score for steps in (1, last)]
-    gain = np.diff([auroc(few.test_labels, score) for score in scores])
-    assert gain < 0.05, "many steps rank better"
+scores = [walked[steps].image_score.numpy() for steps in (last, 1)]
+gain = metrics.paired_bootstrap_auroc(few.test_labels, *scores)
+print(
+    f"image AUROC, {last} steps - one: {{:+.3f}} [{{:+.3f}}, {{:+.3f}}]".format(*gain)
+)
+assert not as_described or metrics.verdict(*gain[1:]) != "holds"
 
 # %% [markdown]
-# Evaluations include the one of $S$. The time does not grow as fast as the count, because $S$ costs
-# the same each time; with the steps of a full walk it would. Is anything gained by the steps? Not
-# for the ranking, within the interval above, and the error on healthy cells is no smaller. So far the
-# claim holds: **at low levels one step does what many do, for a fraction of the evaluations.** The factor of
-# seconds that *we* measure is the one printed, not 300, because nobody would walk 600 steps.
+# Evaluations include the one of $S$. The time does not grow quite as fast as the count, because $S$
+# costs the same each time. Is anything gained by the steps? The pictures are hardly sharper or rougher,
+# the error on healthy cells does not fall, and no gain in ranking can be seen. Mind that $S$ was trained
+# on one-step pictures only, which favours them. **At these low levels, and for this $S$, we see nothing
+# that more steps add.** The factor of seconds that *we* measure is the one printed, not 300, because
+# nobody would walk 600 steps.
 #
 # ### What one step shows: a mean
 #
@@ -512,6 +520,7 @@ for n in [2**k for k in range(int(np.log2(count)) + 1)]:
     print(f"{row}{roughness(mean):12.4f}")
 row = f"{rms(estimate - one):23.4f}{roughness(estimate):12.4f}"
 print(f"{'one step itself':>19}{'':23}{row}")
+print(f"{'the cell itself':>19}{'':46}{roughness(one):12.4f}")
 assert rms(mean - estimate) < 0.85 * rms(samples[:1] - estimate)
 assert rms(mean - one) < rms(samples[:1] - one)
 
@@ -524,14 +533,15 @@ fig, _ = plots.show_images(pictures, titles, columns=6)
 
 # %% [markdown]
 # *Figure: cut-out of a healthy cell, its noised version, the one-step estimate, two samples, the mean
-# of all samples.* The samples agree on wires and differ in faint texture. Their mean moves towards the
-# one-step picture, quickly at first, and then stops short of it: what is left is *grain* in the
-# one-step picture (see its roughness). An ideal network would leave none. Ours does not recognise all
-# of the noise in one look, and a walk, which looks many times, does. For the same reason the mean of
-# samples is nearer to the true cell than either.
+# of all samples.* The samples agree on wires and differ in faint texture. Were the one-step picture
+# exactly their mean, the distance would fall like $1/\sqrt n$ and go on falling. It falls quickly at
+# first, and then stops short. What is left looks like *grain* in the one-step picture, which is rougher
+# than any mean. A likely reason: a small network does not recognise all of the noise in one look, and a
+# walk, which looks many times, does. (One cell, one noise; and a walk of few steps is an approximation,
+# too.)
 #
-# So "one step is the mean" is the theory, and "one step is the mean plus grain" what a small network
-# does. For $S$ the grain is no harm: it saw such grain in training, and learned to overlook it.
+# So "one step is the mean" is the theory, and "the mean, and grain on top" what we see. $S$ saw such
+# grain in training, and could learn to overlook it.
 #
 # ## Synthetic anomalies
 #
@@ -541,8 +551,8 @@ fig, _ = plots.show_images(pictures, titles, columns=6)
 # - **where?** A mask $M$ from thresholded Perlin noise: *blobs* where the noise is high, or thin curved
 #   *ridges* where it crosses zero (ridges are our addition, cells have cracks);
 # - **what?** An appearance $A$: a foreign texture (waves, mosaics, clouds, another cell moved), or the
-#   cell's own columns and rows shuffled in strips; then three random changes (gamma, brightness,
-#   inversion, rotation ...);
+#   cell's own columns and rows shuffled in strips; with three random changes (gamma, brightness,
+#   inversion, rotation ...), before the shuffling;
 # - **how strongly?** An opacity $b$, drawn uniformly.
 #
 # $$x' = (1 - M)\,x + M\,\big(b\,x + (1-b)\,A\big) .$$
@@ -601,8 +611,9 @@ assert 0.3 < anomalous.float().mean() < 0.7
 # \;+\; \underbrace{\mathrm{SmoothL1}(\hat M, M) + 5\;\mathrm{Focal}(\hat M, M)}_{\text{masks}} .$$
 #
 # The *focal* loss (Lin et al. 2017) is a cross-entropy that forgets what is right already: each pixel
-# weighs $(1-p)^4$, where $p$ is the probability given to its true class. Nearly all pixels are normal
-# and easy; without it they would drown the rest.
+# weighs $(1-p)^4$, where $p$ is the probability given to its true class: $\mathrm{Focal}$ is the mean of
+# $-\frac12 (1-p)^4 \log p$. Nearly all pixels are normal and easy; without it they would drown the rest.
+# $\hat M$ is the map of $S$, and $\|\cdot\|^2$ here the mean over pixels.
 
 
 # %%
@@ -724,8 +735,10 @@ titles += [r"$|x - \hat x_0|$"] * 4 + ["$S$"] * 4
 fig, _ = plots.show_images(torch.cat(columns), titles, columns=4)
 
 # %% [markdown]
-# *Figure: two planted and two real defects; the plain map (white at 0.2); the map of $S$ (white at
-# 1).* The map of $S$ is quieter on healthy ground, and fuller where something is wrong. A *probability*
+# *Figure: two planted and two real defects; the plain map (white at 0.2); the map of $S$ (white at 1);
+# as the scales differ, compare contrast within a row.* In the first three columns $S$ follows the shape
+# more completely. In the fourth the plain map shows the dark corner more clearly. Over all planted cells
+# of this notebook $S$ has the higher AUPRO, not the higher AUROC (list above; one seed). A *probability*
 # is also easier to read than a residual: near 1 means "as sure as on the made-up defects of training",
 # which is not the same as sure.
 #
@@ -764,7 +777,8 @@ fig, _ = plots.show_images(torch.cat(columns), titles, columns=9)
 # %% [markdown]
 # *Figure: a defective real cell, and pairs of a second picture and the map that $S$ makes of it.*
 # With another cell's reconstruction healthy cells get high scores, too (see the list above): it does
-# compare. But with the image itself, where no comparison can show anything, it does not fall to
+# compare. With the mean cell, which fits no cell exactly, everything is suspicious, and the ranking is
+# gone. But with the image itself, where no comparison can show anything, it does not fall to
 # guessing. So it has *also* learned to recognise anomalies in the image alone. How much is each of the
 # two worth? A network that was trained with one thing and is fed another cannot tell.
 #
@@ -809,15 +823,18 @@ for name, group in {"full": full, "control": control}.items():
 assert metrics.verdict(*found[1:]) == "holds"  # the next cell says so
 
 # %% [markdown]
-# Both extremes are wrong. The control loses a few hundredths of AUROC, more than luck explains: **the
-# second picture is worth something.** But it does not lose much more. A network that has never seen a
-# reconstruction, only made-up anomalies, goes most of the way from plain brightness to the full
-# method, with one small network and a fraction of the training. **The synthesis does most of the work,
-# the comparison adds its part.** Without this control one would credit diffusion with all of it. (All
-# this at 64 pixels, with a small denoiser, on cells that resemble each other.)
+# Both extremes are wrong. The control loses a few hundredths of AUROC, more than the choice of images
+# explains: **the second picture is worth something.** But it does not lose much more: made-up anomalies
+# alone, with one small network and a fraction of the training, get most of the way. Nor is the other
+# half needed: AnoDDPM, a reconstruction without made-up anomalies, ranks as well as the full method
+# (next section). **Either half gets most of the way by itself; their sum is less than it looks.**
+# Without the control one would credit diffusion with all of it. (All this at 64 pixels, with a small
+# denoiser, on cells that resemble each other.)
 #
-# Read the other rows in the same way. Where the verdict is *inconclusive*, these images and seeds
-# cannot tell, and no story should be told.
+# And the question of the mask loss? *Detached* and *one-scale* each lose about half a hundredth, with
+# intervals that begin at nothing. Whatever word the verdict finds for each, the finding is the same: an
+# effect at most a little above zero. The intervals are over images; three seeds say little about luck
+# in training.
 #
 # ### Against the others
 #
@@ -840,14 +857,15 @@ Markdown(report.image_table(shown) + "\n\n" + "\n".join(lines))
 # %% [markdown]
 # *Tables: real mono cells, whole test set, default settings; below, paired differences and verdicts.*
 # As a *ranker of cells* DiffusionAD is behind PCA and PaDiM, and the images cannot part it from
-# AnoDDPM, whose training is the first half of its own. The judge, which was to replace the crude
-# residual, has not improved the ranking.
+# AnoDDPM, whose training is the first stage of its own (5000 of 6400 steps). No gain in ranking from the
+# judge, which was to replace the crude residual, can be shown.
 #
 # ## The synthesis gap
 #
 # A detector that learned from made-up defects knows what its makers thought of. Nothing in training
-# looks like the five planted kinds: no jagged polylines, no dark fills, no dashes, no round spots, no
-# patches turned by 180 degrees. How far does it carry?
+# is drawn by the code of the five planted kinds. Some have relatives there: flat dark tiles inside a
+# blob (inactive area), thin ridges (crack; we added them with cracks in mind), displaced pieces of cells
+# (turned patch). Spots and fingers have none. How far does it carry?
 #
 # **Predict**: which of the five kinds is hardest?
 
@@ -857,9 +875,10 @@ Markdown(report.pixel_table(shown))
 
 # %% [markdown]
 # *Table: planted cell defects, default settings, from `data/results`.* Here is what the judge is good
-# at. Its AUPRO is the highest of the four and its pixel AP by far, although none of these kinds was
-# ever shown to it. The inactive areas, AnoDDPM's weak side, are filled: it need not wait until a
-# reconstruction lacks them. It is the *image* AUROC in which it is behind.
+# at. Its AUPRO is the highest of the four and its pixel AP by far (means of three seeds, without
+# intervals). The inactive areas, AnoDDPM's weak side, are filled: it need not wait until a
+# reconstruction lacks them. By kind it leads on inactive areas and cracks only; on fingers and spots, which
+# have no relatives in training, it is the last of the four. And it is behind in *image* AUROC.
 
 # %%
 best = {}
@@ -870,6 +889,16 @@ for name in (*others, "diffusionad"):
     best[name] = ap, aupro, inside
     print(f"{name:12} pixel AP {ap:.3f}, AUPRO {aupro:.3f}, inactive {inside:.3f}")
 assert all(max(best, key=lambda k: best[k][i]) == "diffusionad" for i in range(3))
+
+
+# %%
+def kind_aupro(name, kind):
+    return np.mean([r["per_defect"][kind]["aupro"] for r in runs_of(name, "cells")])
+
+
+for kind, place in {"crack": max, "inactive": max, "finger": min, "spot": min}.items():
+    first = place(best, key=lambda name, k=kind: kind_aupro(name, k))
+    assert first == "diffusionad"  # as the text above says
 
 # %% [markdown]
 # Why is the best map not the best score? One reason can be looked at. The score is the mean of the
@@ -889,7 +918,12 @@ for name, (_, y) in tests.items():
     print(f"image AUROC, {name:9}" + "".join(f"{value:8.3f}" for value in row))
 
 # %% [markdown]
-# (A look, not a choice: the share would have to come from development defects.) The planted defects
+# (A look, not a choice: development defects, which are larger than spots, chose one per cent.) For
+# planted defects the share explains it. For real cells it does not, all shares are much alike; why PCA
+# and PaDiM rank them better remains open. The public code takes 50 of 256 x 256 pixels, which is 3 of
+# ours.
+#
+# The planted defects
 # so far are plain to see. The gap shows when they are not. Here are the same kinds at full strength, at
 # a half and at a third: the share of defects whose score is above the threshold, which comes from
 # calibration cells, and is meant to raise 5 % false alarms.
@@ -916,8 +950,9 @@ if as_described:
     assert hits[1.0]["spot"] < hits[1.0]["inactive"]
 
 # %% [markdown]
-# Small and thin kinds go first, as the score suggests: a spot raises few alarms even at full strength,
-# although the map marks it.
+# (About two dozen of each kind.) Small and thin kinds go first, as the score suggests: a spot raises
+# few alarms even at full strength, although the AUPRO of spots in the table says that the map marks
+# them.
 #
 # What is missed? Of the planted cells at a third of the strength, those with the lowest scores:
 
@@ -946,13 +981,15 @@ fig, _ = plots.show_detections(
 )
 
 # %% [markdown]
-# *Figure: defective real cells with the lowest scores.*
+# *Figure: defective real cells with the lowest scores.* In several the map does mark something (a spot, a
+# dark edge, a long scratch), too small or too faint for the mean of 41 pixels.
 #
-# ### Wrong without an edge
+# ### Wrong as a whole
 #
 # All anomalies of the synthesis have a place and an edge. What about cells that are wrong *as a
-# whole*: darker everywhere; wires moved by an eighth of the cell; turned by 90 degrees? As a check of
-# the test, one that training calls normal: upside down (training flips cells at random).
+# whole*: darker everywhere; rolled by an eighth of the cell, so that its rim lies inside; turned by 90
+# degrees? As a check of the test, one that training calls normal: upside down (training flips cells at
+# random).
 #
 # **Predict** for each whether it will raise an alarm.
 
@@ -962,15 +999,17 @@ whole_cell = {
     "upside down": clean.flip(2),
     "30 % darker": 0.7 * (clean + 1) - 1,
     "60 % darker": 0.4 * (clean + 1) - 1,
-    "wires moved": clean.roll(size // 8, dims=2),
+    "rolled by 1/8": clean.roll(size // 8, dims=2),
     "turned by 90": clean.rot90(1, dims=(2, 3)),
 }
 print(f"threshold {method.threshold_:.2f}")
 alarms = {}
+print(f"{'':14} mean score   alarms   brighter in the reconstruction by")
 for name, images in whole_cell.items():
-    scores = method.predict(images, seed=seed).image_score
-    alarms[name] = (scores > method.threshold_).float().mean().item()
-    print(f"{name:14} mean score {scores.mean():.2f}, alarms {alarms[name]:.2f}")
+    result = method.predict(images, seed=seed)
+    alarms[name] = (result.image_score > method.threshold_).float().mean().item()
+    row = f"{name:14}{result.image_score.mean():11.2f}{alarms[name]:9.2f}"
+    print(f"{row}{(result.reconstruction - images).mean():12.3f}")
 if as_described:
     assert alarms["turned by 90"] > 0.5 > alarms["30 % darker"]
 
@@ -979,11 +1018,13 @@ picks = [images[0] for images in whole_cell.values()]
 fig, _ = plots.show_images(picks, list(whole_cell), columns=len(picks))
 
 # %% [markdown]
-# *Figure: one healthy cell in these forms.* Wires in the wrong place are seen, although no training
-# anomaly moved a wire: the pattern does not belong there. A cell that is darker everywhere is waved
-# through. Nothing in it has an edge, and the reconstruction is as dark as the cell. On real cells that
-# matters: mean brightness alone ranks them with an AUROC of about three quarters (notebook 02). **A
-# synthetic anomaly is a statement about what you expect. Test what you did not expect.**
+# *Figure: one healthy cell in these forms.* Rolled and turned cells are seen: a dark rim inside, or
+# wires across, does not belong there. (Pieces of moved and turned cells did occur in training, inside
+# masks.) A cell that is darker everywhere is waved through. Nothing in it has an edge, and its
+# reconstruction is nearly as dark (last column: pixels are in $[-1, 1]$). Thirty per cent may even be
+# normal, since some training cells are as dark; sixty is not. On real cells that matters: mean
+# brightness alone ranks them with an AUROC of about three quarters (notebook 02). **A synthetic anomaly
+# is a statement about what you expect. Test what you did not expect.**
 #
 # ## The pixel-range trap
 #
@@ -1089,7 +1130,7 @@ explore(
 # | scales | one in the first two versions (2023), two with norm guidance from the third on | two | two; `scales=1` for the first version |
 # | images | | 256 pixels, in [0, 1]; clean estimates are clipped to [-1, 1] all the same | 64 pixels, in [-1, 1] |
 # | levels at test | 200 and 400 | 200 and 400, $w = 1$ | far lower, from development defects (see above) |
-# | levels in training | a boundary between small and big | 0 to 299 and 300 to 999 | see `boundary`, `highest` in the configuration |
+# | levels in training | a boundary between small and big | 0 to 299 and 300 to 999 | below and above `boundary` = 200, up to 499 |
 # | noise loss | with a factor 1/2 | without; the mean over no normal image is NaN | without; 0 where no image is normal |
 # | mask loss | a weight for the focal part | smooth L1 with weight 1, focal with 5 and exponent 4 | the same |
 # | gradients | | not detached | the same; `detach` as a control |
@@ -1113,13 +1154,13 @@ explore(
 # %% [markdown]
 # ## What did not work
 #
-# - **The paper's levels.** At 64 pixels they hide too much: notebook 02's ladder, and the pixel range
-#   on top.
-# - **Guidance.** At our small level $w = 1$ is a share too small to see; larger shares only move along
-#   a segment that a single level reaches as well.
+# - **The paper's levels.** At 64 pixels they hide too much (notebook 02's ladder), even though in
+#   $[-1, 1]$ the same $t$ hides only half as much as in the public code's range.
+# - **Guidance.** At our small level $w = 1$ is a share too small to see; larger shares move along a
+#   segment that a single level reached as well.
 # - **A judge as a ranker.** The best maps of the course so far do not make the best image scores: on
 #   real cells PCA and PaDiM rank better (the table above).
-# - **Changes without an edge.** Darker cells are waved through.
+# - **Changes without an edge.** Cells that are darker everywhere are waved through.
 # - **A threshold on a probability.** 0.5 is not a threshold: $S$ was trained with a defect on every
 #   second image. The one in use comes from calibration cells, as always.
 
@@ -1183,8 +1224,10 @@ same = torch.allclose(normal_noise_loss(other, b, is_anomalous), expected)
 assert same, "anomalous images changed it"
 a.requires_grad_()
 nothing = normal_noise_loss(a, b, torch.ones(4, dtype=torch.bool))
-(gradient,) = torch.autograd.grad(nothing, a)
-assert nothing == 0 and (gradient == 0).all(), "no normal image: 0, and no gradient"
+assert nothing == 0, "no normal image: 0"
+if nothing.requires_grad:
+    (gradient,) = torch.autograd.grad(nothing, a)
+    assert (gradient == 0).all(), "no normal image: no gradient"
 print("right, also without a normal image")
 
 # %% [markdown] tags=["explain"]
@@ -1248,11 +1291,15 @@ def cut_paste(images, boxes):
 # %% tags=["check"]
 side = size // 4
 boxes = [(2 + k % 5, 3, side, side // 2, side + k % 7, side + 2) for k in range(pairs)]
+before = clean.clone()
 pasted, where = cut_paste(clean, boxes)
-assert where.sum() == pairs * side * (side // 2), "masks: one pixel for each pasted one"
+assert torch.equal(clean, before), "the originals were changed"
 for k, (top, left, h, w, down, right) in enumerate(boxes):
-    expected = clean[k].clone()
-    patch = clean[k][:, top : top + h, left : left + w]
+    inside = torch.zeros_like(where[k])
+    inside[:, top + down : top + down + h, left + right : left + right + w] = 1
+    assert torch.equal(where[k], inside), f"mask {k} is not where it was pasted"
+    expected = before[k].clone()
+    patch = before[k][:, top : top + h, left : left + w]
     expected[:, top + down : top + down + h, left + right : left + right + w] = patch
     assert torch.equal(pasted[k], expected), f"image {k} is not as it should be"
 scores = [method.predict(images, seed=seed).image_score for images in (clean, pasted)]
@@ -1272,12 +1319,12 @@ print(f"right; the trained model ranks them with an image AUROC of {found:.3f}")
 # - DiffusionAD: two one-step estimates, norm guidance, and a segmentation network that judges image
 #   and reconstruction; both networks learn from one loss, on images with made-up defects.
 # - Norm guidance is a pixel-wise mix with the share $w\,(1-\bar\alpha_{t_s})$. At low levels it is
-#   nothing, and where it is something, one level in between does as well here.
-# - One step is the mean of all the answers, plus the grain of a small network. For a detector that is
-#   enough; walking is for pictures.
+#   nothing; where it is something, one level in between did as well in our one test.
+# - One step is, in theory, the mean of all the answers; ours carries grain on top. For this detector
+#   more steps added nothing that we could see.
 # - The mask loss reaches the denoiser through the reconstruction, unless it is detached.
-# - Controls decide. A network that never had anything to compare loses a little: here the synthesis
-#   does most of the work, and the reconstruction adds its part.
+# - Controls decide. Without a reconstruction the method loses a few hundredths of AUROC; without
+#   synthesis and judge (AnoDDPM) no loss can be shown. Neither half alone explains the result.
 # - A judge fills defects that a residual only outlines. A good map is not yet a good image score.
 # - What the synthesis cannot imagine, such as a darker cell, is not seen.
 # - Levels depend on the pixel range: in [0, 1] the same $t$ hides twice as much.
