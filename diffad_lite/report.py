@@ -186,8 +186,8 @@ def ablation_table(results: Iterable[Result]) -> str:
 
 
 def is_default(result: Result) -> bool:
-    """Whether it is of the profile's own training and settings."""
-    return not result["training"] and result["variant"] == "default"
+    """Whether it is of the profile's own training and settings, on the real test set."""
+    return (result["training"], result["variant"], result["plant"]) == ("", "default", None)
 
 
 def difference_of(a: Sequence[Result], b: Sequence[Result]) -> tuple[float, float, float]:
@@ -204,7 +204,7 @@ def mean(group: Sequence[Mapping[str, Any]], key: str) -> float:
 
 def overview_table(results: Iterable[Result]) -> str:
     """Image AUROC with intervals on every data set as Markdown, default settings only."""
-    chosen = select(results, variant="default", plant=None, training="")
+    chosen = [result for result in results if is_default(result)]
     columns = {}
     for dataset, category in sorted({(r["dataset"], r["category"]) for r in chosen}):
         own = select(chosen, dataset=dataset, category=category)
@@ -221,7 +221,7 @@ def overview_table(results: Iterable[Result]) -> str:
 def tables(results: Sequence[Result]) -> dict[str, str]:
     """Every table of the course: name -> Markdown."""
     found = {}
-    if any(is_default(r) and r["plant"] is None for r in results):
+    if any(map(is_default, results)):
         found["overview"] = overview_table(results)
     data = sorted({(r["dataset"], r["category"]) for r in results})
     for dataset, category in data:

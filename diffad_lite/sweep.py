@@ -3,7 +3,7 @@
 A grid is a YAML file (or the same as a dictionary)::
 
     profile: lite
-    methods: [pca, anoddpm]
+    methods: [pca]
     seeds: [0, 1, 2]
     data:
       - {dataset: elpv, category: mono}
@@ -13,8 +13,7 @@ A grid is a YAML file (or the same as a dictionary)::
       raw: {calibrate: false}
       default: {}
     trainings:                       # settings that are trained each for itself, as for ablations
-      full: {}
-      detached: {detach: true}
+      one-component: {n_components: 1}
 
 An entry of ``data`` may have its own ``methods``, ``seeds``, ``plants``, ``variants`` and
 ``trainings``, and environment variables in its ``root``. One training serves all plants and
