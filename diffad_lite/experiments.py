@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 
-from diffad_lite.config import check_writable, override, read_json, to_dict, write_json
+from diffad_lite.config import (
+    check_writable,
+    from_dict,
+    override,
+    read_json,
+    to_dict,
+    write_json,
+)
 from diffad_lite.datasets import AnomalyData, data_dir
 from diffad_lite.doctor import machine_record
 from diffad_lite.methods import Method, get_method, load_pretrained
@@ -31,11 +38,12 @@ def train(
     """Train into ``out/state`` and ``out/checkpoint``; a second call goes on or loads."""
     check_writable(out / "state")
     config = run.configure(data)
-    identity = {"config": to_dict(config), **_provenance(run, data), "budget": budget}
+    identity = {"method": run.method, **_provenance(run, data), "budget": budget}
     checkpoint = out / "checkpoint"
     if (checkpoint / "config.json").exists():
         stored = read_record(checkpoint)
-        if {key: stored.get(key) for key in identity} == identity:
+        same_run = {key: stored.get(key) for key in identity} == identity
+        if same_run and from_dict(type(config), stored["config"]) == config:
             return load_checkpoint(checkpoint, run, data)
         raise ValueError(
             f"{checkpoint} was trained with another configuration, seed, data or time budget; "

@@ -7,7 +7,7 @@ A feature network maps images (B, C, H, W) in [-1, 1] to a list of maps, coarse 
 time. Every network of torchvision can take its place; torchvision downloads its weights once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from urllib.error import URLError
 
 import torch
@@ -21,6 +21,7 @@ from diffad_lite.gaussian import GaussianDiffusion
 from diffad_lite.networks import UNet
 
 LITE0 = "efficientnet_lite0"
+DENOISER = "denoiser"  # in the place of a network's name: the method's own noise predictor
 CPU_CHUNK = 2  # images; with more, a CPU spends its time on fresh memory for large activations
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -176,3 +177,62 @@ class DenoiserFeatures(nn.Module):
             for handle in handles:
                 handle.remove()
         return [levels[side] for side in sorted(levels, reverse=True)]
+
+
+def feature_distance(a: Tensor, b: Tensor, radius: int | None) -> Tensor:
+    """Cosine distance of each cell of ``a`` to the most similar cell of ``b`` near it.
+
+    Args:
+        a: features (B, D, h, w).
+        b: likewise.
+        radius: cells that the match may lie away, in each direction; 0 is the same place, None
+            is anywhere, as in nearest-neighbour search over all patches.
+
+    Returns:
+        (B, h, w), in [0, 2].
+    """
+    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    if radius is None:
+        similarity = torch.einsum("bdp,bdq->bpq", a.flatten(2), b.flatten(2)).amax(2)
+        return 1 - similarity.view(len(a), *a.shape[-2:])
+    best = torch.full_like(a[:, 0], -1)
+    h, w = a.shape[-2:]
+    for dy in range(-radius, radius + 1):
+        for dx in range(-radius, radius + 1):
+            # The cells of a that have a neighbour (dy, dx) inside the grid, and these neighbours.
+            rows, columns = slice(max(0, -dy), h - max(0, dy)), slice(max(0, -dx), w - max(0, dx))
+            there = slice(max(0, dy), h - max(0, -dy)), slice(max(0, dx), w - max(0, -dx))
+            similarity = (a[..., rows, columns] * b[..., *there]).sum(1)
+            best[:, rows, columns] = torch.maximum(best[:, rows, columns], similarity)
+    return 1 - best
+
+
+def perceptual_distance(
+    extract: Callable[[Tensor], Sequence[Tensor]], a: Tensor, b: Tensor, radius: int | None
+) -> Tensor:
+    """Distance of the features of two images, summed over layers.
+
+    Args:
+        extract: images (2 B, C, H, W), those of ``a`` first -> maps, one a layer.
+        a: images (B, C, H, W).
+        b: likewise.
+        radius: see :func:`feature_distance`.
+
+    Returns:
+        (B, H, W).
+    """
+    total = torch.zeros_like(a[:, 0])
+    for layer in extract(torch.cat([a, b])):
+        own = feature_distance(*layer.chunk(2), radius)
+        total += F.interpolate(own[:, None], a.shape[-2:], mode="bilinear")[:, 0]
+    return total
+
+
+def peak_ratio(a: Tensor, b: Tensor) -> float:
+    """Mean of the largest value of maps ``a`` (B, H, W) over that of ``b``: brings b to a's scale.
+
+    The official codes of GLAD and MDPS take it of each batch; here it is taken of normal images
+    once, so that an image's map does not depend on its neighbours.
+    """
+    peaks = [maps.flatten(1).amax(1).mean() for maps in (a, b)]
+    return float(peaks[0] / peaks[1].clamp_min(1e-6))

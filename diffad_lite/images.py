@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 Resize = Literal["squash", "pad"]
+STANDARD_DEVIATION = 0.35  # of a standardised image, so that few pixels leave [-1, 1]
 CACHED_BYTES = 200_000  # larger files, such as photographs, are decoded anew each time
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
@@ -102,3 +103,23 @@ def to_uint8(images: Tensor) -> np.ndarray:
 def image_keys(images: Tensor) -> list[str]:
     """A name for each image made of its own pixels (as uint8), for seeding its noise."""
     return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in to_uint8(images)]
+
+
+def standardise(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) brought to mean 0 and one deviation each, and clipped to [-1, 1].
+
+    What then differs between two images is not how bright or how contrasty they are.
+    """
+    mean, deviation = _mean_and_deviation(images)
+    return ((images - mean) / deviation * STANDARD_DEVIATION).clamp(-1, 1)
+
+
+def undo_standardise(standardised: Tensor, images: Tensor) -> Tensor:
+    """Bring a picture made from ``standardise(images)`` back to the brightness of ``images``."""
+    mean, deviation = _mean_and_deviation(images)
+    return standardised / STANDARD_DEVIATION * deviation + mean
+
+
+def _mean_and_deviation(images: Tensor) -> tuple[Tensor, Tensor]:
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)
+    return mean, images.std(dim=(1, 2, 3), keepdim=True).clamp_min(0.02)  # of an empty image

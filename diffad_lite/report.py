@@ -24,6 +24,8 @@ METHOD_NAMES = {
     "anoddpm": "AnoDDPM, Gaussian noise",
     "anoddpm_simplex": "AnoDDPM, simplex noise",
     "diffusionad": "DiffusionAD",
+    "glad": "GLAD",
+    "mdps": "MDPS",
 }
 VARIANTS = ("raw", "default", "calibrated")  # first in tables, in this order
 
@@ -190,6 +192,11 @@ def is_default(result: Result) -> bool:
     return (result["training"], result["variant"], result["plant"]) == ("", "default", None)
 
 
+def is_ablation(result: Result) -> bool:
+    """Whether something was changed in it, in training or, by a variant of another name, later."""
+    return bool(result["training"]) or result["variant"] not in VARIANTS
+
+
 def difference_of(a: Sequence[Result], b: Sequence[Result]) -> tuple[float, float, float]:
     """Image AUROC of runs ``a`` minus that of runs ``b``, with its paired bootstrap interval."""
     labels = read_scores(a[0]["folder"])[0]
@@ -228,12 +235,12 @@ def tables(results: Sequence[Result]) -> dict[str, str]:
         chosen = select(results, dataset=dataset, category=category, training="")
         key = f"{dataset}-{category}"
         every = select(results, dataset=dataset, category=category, plant=None)
-        for method in sorted({r["method"] for r in every if r["training"]}):
+        for method in sorted({r["method"] for r in every if is_ablation(r)}):
             own = select(every, method=method)
-            seeds = {r["seed"] for r in own if r["training"]}
-            own = [r for r in own if r["seed"] in seeds and (r["training"] or is_default(r))]
+            seeds = {r["seed"] for r in own if is_ablation(r)}
+            own = [r for r in own if r["seed"] in seeds and (is_ablation(r) or is_default(r))]
             found[f"{key}-{method}-ablation"] = ablation_table(own)
-        if real := select(chosen, plant=None):
+        if real := [r for r in chosen if r["plant"] is None and not is_ablation(r)]:
             found[f"{key}"] = image_table(real)
             if all(r["aupro"] is not None for r in real):
                 found[f"{key}-pixels"] = pixel_table(real)

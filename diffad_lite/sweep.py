@@ -38,9 +38,9 @@ import yaml
 from diffad_lite.config import (
     check_writable,
     convert,
+    from_dict,
     override,
     read_json,
-    to_dict,
     unknown_name,
     write_atomically,
 )
@@ -48,7 +48,7 @@ from diffad_lite.datasets import check_arguments
 from diffad_lite.experiments import evaluate, train
 from diffad_lite.methods import MethodConfig
 from diffad_lite.methods.anoddpm import AnoDDPM
-from diffad_lite.methods.pretrained import training_record
+from diffad_lite.methods.pretrained import is_training
 from diffad_lite.runs import Run, run_hash
 
 Grid = Mapping[str, Any]
@@ -190,14 +190,19 @@ def sweep(grid: Grid, out: str | Path, *, progress: bool = True) -> list[str]:
 
 def take_over_prior(run: Run, first: MethodConfig | None, out: Path) -> None:
     """Copy AnoDDPM's training of the same data and seed, if it is ``first`` of the run's stages."""
-    anoddpm = replace(run, method="anoddpm", training="")
-    source, target = (folder_of(r, out) / "state" for r in (anoddpm, run))
-    record, state = source / "training.json", source / "diffusion.state.safetensors"
-    if first is None or target.exists() or not (record.exists() and state.exists()):
+    anoddpm = folder_of(replace(run, method="anoddpm", training=""), out)
+    target = folder_of(run, out) / "state"
+    if first is None or target.exists():
         return
-    wanted = training_record(AnoDDPM, first, run.seed, None)
-    if wanted | read_json(record, "record of a training") == wanted:
-        write_atomically(target / state.name, lambda p: shutil.copyfile(state, p))
+    seed = anoddpm.name
+    for source in sorted(anoddpm.parent.glob(f"**/{seed}/state/diffusion.state.safetensors")):
+        record = source.parent / "training.json"
+        if not record.exists():
+            continue
+        training = read_json(record, "record of a training")
+        if is_training(training, AnoDDPM, first, run.seed, None):
+            write_atomically(target / source.name, lambda p: shutil.copyfile(source, p))  # noqa: B023
+            return
 
 
 def _run_one(grid: Grid, run: Run, out: Path, progress: bool) -> None:
@@ -232,7 +237,8 @@ def is_done(run: Run, path: Path, trained: MethodConfig) -> bool:
         result = read_json(path, "result")
         config = override(trained, run.settings)
         wanted = replace(run, category=result["category"])
-        return result["config_hash"] == run_hash(wanted, to_dict(config))
+        same_run = result["config_hash"] == run_hash(wanted, result["config"])
+        return same_run and from_dict(type(config), result["config"]) == config
     except (ValueError, KeyError, TypeError) as error:
         print(f"  {path} is broken and is made again: {error}", flush=True)
         return False

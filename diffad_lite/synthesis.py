@@ -21,7 +21,7 @@ from diffad_lite.textures import change, foreign_textures, rand, shuffle_strips,
 
 Foreground = Literal["all", "part", "object"]
 TRIES = 50  # draws of a mask before an image is left normal
-RIDGE_WIDTHS = (0.03, 0.1)  # of |noise|; blobs are where noise > 0.5
+RIDGE_WIDTHS = (0.03, 0.1)  # of |noise|
 RIDGE_FINEST = 2  # finer ridges would be dust
 # The official code's two kinds of category: textures get foreign textures in a random part of the
 # image; objects get them on the object, half of them made of the object itself.
@@ -40,6 +40,7 @@ class SynthesisConfig:
     Attributes:
         share: of images that get one.
         ridges: share of masks that are thin and curved, the rest are blobs.
+        threshold: blobs are where the noise is above it.
         finest: the lattice of the noise has up to 2 ** finest cells a side.
         own: share of appearances made from the image itself, the rest are foreign textures.
         opacity: range of b, the weight of the normal image inside the mask.
@@ -50,6 +51,7 @@ class SynthesisConfig:
 
     share: float = 0.5
     ridges: float = 0.0
+    threshold: float = 0.5
     finest: int = 4
     own: float = 0.5
     opacity: tuple[float, ...] = (0.2, 0.8)
@@ -58,7 +60,8 @@ class SynthesisConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range."""
-        check_ranges(self, share=(0, 1), ridges=(0, 1), finest=(0, 8), own=(0, 1))
+        check_ranges(self, share=(0, 1), ridges=(0, 1), threshold=(0, 1))
+        check_ranges(self, finest=(0, 8), own=(0, 1))
         low, high = self.opacity if len(self.opacity) == 2 else (1.0, 0.0)
         if not 0 <= low <= high <= 1:
             raise ValueError(
@@ -114,7 +117,7 @@ class Synthesis:
 
     def shapes(self, n: int, H: int, W: int, generator: torch.Generator) -> Tensor:
         """Blobs and ridges (n, 1, H, W) of Perlin noise, not confined to a foreground."""
-        blobs = perlin_noise(n, H, W, self.config.finest, generator) > 0.5
+        blobs = perlin_noise(n, H, W, self.config.finest, generator) > self.config.threshold
         low, high = RIDGE_WIDTHS
         width = low + (high - low) * rand(generator, n, 1, 1)
         # A ridge runs through the whole image; the gate leaves pieces of it.

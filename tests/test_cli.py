@@ -16,6 +16,7 @@ from diffad_lite.cli import main
 from diffad_lite.experiments import Run, evaluate, load_checkpoint
 from diffad_lite.metrics import verdict
 from diffad_lite.report import collect, read_results, render, select, tables
+from diffad_lite.runs import run_hash
 from diffad_lite.sweep import read_grid, scorings, sweep, trainings
 from diffad_lite.training import train_network
 
@@ -271,16 +272,59 @@ def test_a_method_goes_on_from_the_training_of_anoddpm(tmp_path, monkeypatch):
     def stage_of(folder, stage):
         return f"{stage} begun" if (folder / f"{stage}.state.safetensors").exists() else stage
 
-    for module in ("anoddpm", "diffusionad"):
+    for module in ("anoddpm", "diffusionad", "glad"):
         monkeypatch.setattr(f"diffad_lite.methods.{module}.train_network", spy)
     same = {f"prior.{key}": value for key, value in prior.items()} | SHORT
     assert sweep(base | {"methods": ["diffusionad"], "settings": same}, tmp_path) == []
     assert made == ["diffusion begun", "joint"]
     made.clear()
+    made.clear()
+    trained = {"": {}, "seen": {"standardise": True}}  # AnoDDPM's own training of that name, too
+    sweep(base | {"methods": ["anoddpm"], "settings": prior, "trainings": trained}, tmp_path)
+    assert made == ["diffusion"]
+    made.clear()
+    grid = base | {"methods": ["glad"], "settings": same, "trainings": {"seen": {}}}
+    assert sweep(grid, tmp_path) == []
+    assert made == ["diffusion begun", "anomaly_oriented"]
+    made.clear()
     other = {"other": {"prior.train.steps": 4}}
     grid = base | {"methods": ["diffusionad"], "settings": same, "trainings": other}
     assert sweep(grid, tmp_path) == []
     assert made == ["diffusion", "joint"]
+
+
+def test_a_field_that_came_later_does_not_undo_what_was_made_before(tmp_path, capsys):
+    """A record without it is one with its default."""
+    grid = {"profile": "ci", "methods": ["anoddpm"], "settings": SMALL | SHORT}
+    grid["data"] = [{"dataset": "shapes", "image_size": 16}]
+    assert sweep(grid, tmp_path) == []
+    folder = tmp_path / "anoddpm" / "shapes-16px" / "s0"
+    for path in ("state/training.json", "checkpoint/config.json", "default/result.json"):
+        record = json.loads((folder / path).read_text())
+        del record["config"]["standardise"]
+        if "config_hash" in record:
+            run = Run("anoddpm", "shapes", "disc", image_size=16, profile="ci")
+            record["config_hash"] = run_hash(run, record["config"])
+        (folder / path).write_text(json.dumps(record))
+    before = (folder / "default" / "result.json").stat().st_mtime_ns
+    assert sweep(grid, tmp_path) == []
+    assert "done before" in capsys.readouterr().out
+    assert (folder / "default" / "result.json").stat().st_mtime_ns == before
+    changed = grid | {"settings": SMALL | SHORT | {"standardise": True}}
+    (failure,) = sweep(changed, tmp_path)
+    assert "another configuration" in failure
+
+
+def test_variants_of_another_name_are_ablations(tmp_path):
+    """They stand in a table of their own, not among the methods."""
+    grid = {"profile": "ci", "methods": ["pca"], "seeds": [0]}
+    grid["data"] = [{"dataset": "shapes", "image_size": 16}]
+    grid["variants"] = {"raw": {"calibrate": False}, "default": {}, "blurred": {"smooth_sigma": 3}}
+    assert sweep(grid, tmp_path) == []
+    rendered = tables(read_results(tmp_path))
+    assert len(rendered["shapes-disc"].splitlines()) == 2 + 2
+    rows = [line.split(" | ")[0] for line in rendered["shapes-disc-pca-ablation"].splitlines()[2:]]
+    assert rows == ["| full", "| full, blurred"]
 
 
 def test_sizes_of_images_stand_in_rows_of_their_own(tmp_path):

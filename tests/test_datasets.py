@@ -14,7 +14,16 @@ from torch import Tensor
 
 from diffad_lite import datasets, readers
 from diffad_lite.datasets import AnomalyData, load_dataset
-from diffad_lite.images import list_images, pad_box, read_image, resize_image, to_float, to_uint8
+from diffad_lite.images import (
+    list_images,
+    pad_box,
+    read_image,
+    resize_image,
+    standardise,
+    to_float,
+    to_uint8,
+    undo_standardise,
+)
 from diffad_lite.planting import KINDS
 
 HEIGHT, WIDTH = 24, 20
@@ -806,3 +815,22 @@ def test_subset_works_without_masks(elpv):
     small = elpv.subset(8)
     assert small.test_masks is None
     assert_consistent(small)
+
+
+def test_standardised_images_differ_in_neither_brightness_nor_contrast():
+    rng = torch.Generator().manual_seed(0)
+    images = 0.3 * torch.rand(4, 3, 16, 16, generator=rng)
+    changed = 0.5 * images - 0.2
+    seen = standardise(images)
+    torch.testing.assert_close(seen, standardise(changed), rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen.mean((1, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen.std((1, 2, 3)), torch.full((4,), 0.35), rtol=0, atol=1e-5)
+    torch.testing.assert_close(undo_standardise(seen, images), images, rtol=0, atol=1e-6)
+
+
+def test_standardising_keeps_the_range_and_empty_images():
+    images = torch.full((2, 1, 16, 16), -0.5)
+    assert torch.equal(standardise(images), torch.zeros(2, 1, 16, 16))
+    images[:, :, 0, 0] = 1  # far from all others
+    seen = standardise(images)
+    assert (seen.min() >= -1) & (seen.max() == 1)

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torchvision import models
 
-from diffad_lite.features import LITE0, DenoiserFeatures, ImageNetFeatures, on_grid
+from diffad_lite.features import (
+    LITE0,
+    DenoiserFeatures,
+    ImageNetFeatures,
+    feature_distance,
+    on_grid,
+    peak_ratio,
+    perceptual_distance,
+)
 from diffad_lite.gaussian import GaussianDiffusion
 from diffad_lite.networks import UNet
 from diffad_lite.schedules import NoiseSchedule
@@ -112,3 +120,62 @@ def test_denoiser_features_are_one_map_a_level():
     h = network.out(torch.nn.functional.silu(network.out_norm(maps[0])))
     torch.testing.assert_close(torch.pixel_shuffle(h, 2), expected)
     assert not any(block._forward_hooks for block in network.up)
+
+
+def brute_force(a, b, radius):
+    a, b = (v / v.norm(dim=1, keepdim=True) for v in (a, b))
+    B, _, h, w = a.shape
+    out = torch.zeros(B, h, w)
+    for n in range(B):
+        for i in range(h):
+            for j in range(w):
+                best = 2.0
+                for k in range(h):
+                    for m in range(w):
+                        if radius is None or max(abs(i - k), abs(j - m)) <= radius:
+                            best = min(best, 1 - float(a[n, :, i, j] @ b[n, :, k, m]))
+                out[n, i, j] = best
+    return out
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, None])
+@pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 2)])
+def test_feature_distance_equals_brute_force(radius, size):
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 6, *size, generator=rng) for _ in range(2))
+    found = feature_distance(a, b, radius)
+    torch.testing.assert_close(found, brute_force(a, b, radius), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        feature_distance(a, a, radius), torch.zeros(2, *size), atol=1e-5, rtol=0
+    )
+
+
+def test_a_match_anywhere_does_not_see_misplacement():
+    rng = torch.Generator().manual_seed(0)
+    a = torch.randn(1, 6, 4, 4, generator=rng)
+    moved = a.flatten(2)[..., torch.randperm(16, generator=rng)].view_as(a)
+    assert feature_distance(a, moved, None).max() < 1e-5
+    assert feature_distance(a, moved, 0).max() > 0.1
+
+
+def test_the_distance_of_images_is_summed_over_layers():
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 3, 8, 8, generator=rng) for _ in range(2))
+    layers = [a[..., ::2, ::2], a[..., ::2, ::2]]
+    other = [b[..., ::2, ::2], b[..., ::2, ::2]]
+
+    def extract(images):
+        assert torch.equal(images, torch.cat([a, b]))
+        return [torch.cat(pair) for pair in zip(layers, other, strict=True)]
+
+    found = perceptual_distance(extract, a, b, 0)
+    assert found.shape == (2, 8, 8)
+    one = feature_distance(layers[0], other[0], 0)
+    expected = torch.nn.functional.interpolate(one[:, None], (8, 8), mode="bilinear")[:, 0]
+    torch.testing.assert_close(found, 2 * expected)
+
+
+def test_peak_ratio_brings_one_kind_of_map_to_the_scale_of_the_other():
+    maps = torch.rand(5, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert peak_ratio(3 * maps, maps) == pytest.approx(3)
+    assert peak_ratio(maps, torch.zeros(5, 4, 4)) < 1e7  # of equal images: large, not infinite

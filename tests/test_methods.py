@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffad_lite.gaussian import noise_generators
-from diffad_lite.images import image_keys
+from diffad_lite.images import image_keys, undo_standardise
 from diffad_lite.methods import METHODS, Method, get_method, load_pretrained, pretrained
 from diffad_lite.methods import base as methods_base
 from diffad_lite.methods.anoddpm import AnoDDPM
@@ -371,11 +371,22 @@ def test_mean_image_reconstructs_the_mean():
     torch.testing.assert_close(reconstruction[1], pictures(12).mean(0))
 
 
+@pytest.mark.parametrize("name", ["mean_image", "anoddpm", "diffusionad", "glad", "mdps"])
+def test_standardised_methods_do_not_see_brightness_and_contrast(name):
+    """And their reconstructions have those of the picture."""
+    method = fit(name, config=replace(tiny_config(name), standardise=True, calibrate=False))
+    x, keys = pictures(3, seed=2), ["a", "b", "c"]
+    a, b = (method.predict(p, keys=keys) for p in (x, 0.5 * x - 0.1))
+    torch.testing.assert_close(a.anomaly_map, b.anomaly_map, rtol=0, atol=1e-3)
+    torch.testing.assert_close(0.5 * a.reconstruction - 0.1, b.reconstruction, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("standardise", [True, False])
 def test_pca_redraws_its_training_images_and_no_others(standardise):
     method = fit("pca", config=replace(tiny_config("pca"), standardise=standardise))
     train, other = pictures(12), pictures(3, seed=2)
-    torch.testing.assert_close(method.predict(train).reconstruction, train, rtol=0, atol=1e-4)
+    seen = undo_standardise(method.prepare(train), train) if standardise else train
+    torch.testing.assert_close(method.predict(train).reconstruction, seen, rtol=0, atol=1e-4)
     assert (method.predict(other).reconstruction - other).abs().mean() > 0.02
 
 

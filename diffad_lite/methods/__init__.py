@@ -1,6 +1,6 @@
 """The methods, one file each; ``get_method(name)`` finds them."""
 
-from diffad_lite.methods import anoddpm, baselines, diffusionad, patches
+from diffad_lite.methods import anoddpm, baselines, diffusionad, glad, mdps, patches
 from diffad_lite.methods.base import (
     METHODS,
     Method,
@@ -19,6 +19,8 @@ __all__ = [
     "baselines",
     "diffusionad",
     "get_method",
+    "glad",
     "load_pretrained",
+    "mdps",
     "patches",
 ]

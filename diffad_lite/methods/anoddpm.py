@@ -161,15 +161,29 @@ class AnoDDPM(Method):
 
         Returns:
             ``trajectory`` (list of :class:`~diffad_lite.gaussian.Step`), ``residual``
-            (B, C, H, W) signed, image minus reconstruction, and what every method returns.
+            (B, C, H, W) signed, image as prepared minus reconstruction, and what every method
+            returns.
         """
         common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
         keys = image_keys(images) if keys is None else keys
+        prepared = self.prepare(images)
         steps = [
             Step(s.t, s.x.cpu(), None if s.x0_hat is None else s.x0_hat.cpu())
-            for s in self.trajectory(images.to(self.device), noise_generators(keys, seed))
+            for s in self.trajectory(prepared.to(self.device), noise_generators(keys, seed))
         ]
-        return common | {"trajectory": steps, "residual": images - steps[-1].x}
+        return common | {"trajectory": steps, "residual": prepared - steps[-1].x}
+
+
+def prior_of(config: AnoDDPMConfig, **unet: Any) -> AnoDDPM:
+    """AnoDDPM as a part of another method; unlike its own, its weights follow the method's seed.
+
+    Args:
+        config: of the denoiser, its diffusion and its training.
+        unet: further options of :class:`~diffad_lite.networks.UNet`.
+    """
+    prior = AnoDDPM(config)
+    prior.network = prior._build(**unet)
+    return prior
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from diffad_lite.config import unknown_name
 from diffad_lite.gaussian import noise_generators
-from diffad_lite.images import image_keys
+from diffad_lite.images import image_keys, standardise, undo_standardise
 from diffad_lite.methods import pretrained
 from diffad_lite.methods.prediction import Prediction
 from diffad_lite.methods.profiles import MethodConfig
@@ -127,7 +127,7 @@ class Method(ABC):
         if folder is not None:
             pretrained.claim(folder, self, seed, budget)
         options = {"seed": seed, "budget": budget, "workdir": folder, "progress": progress}
-        reports = self._fit(train, **options)
+        reports = self._fit(self.prepare(train), **options)
         self.network.eval()
         self.reports_ = {
             stage: {"steps": report.steps, "seconds": report.seconds}
@@ -176,16 +176,24 @@ class Method(ABC):
             generators = noise_generators(keys[start : start + BATCH_SIZE], seed)
             # Without this, recent GPUs convolve float32 with ten bits of mantissa.
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                maps, reconstruction, extras = self._infer(batch.to(self.device), generators)
+                images_seen = self.prepare(batch).to(self.device)
+                maps, reconstruction, extras = self._infer(images_seen, generators)
             if self.config.smooth_sigma > 0:
                 maps = blur(maps, self.config.smooth_sigma)
             maps = maps.cpu()
             if self.map_calibration_ is not None:
                 maps = torch.from_numpy(self.map_calibration_.apply(maps.numpy()))
             extras = {name: value.cpu() for name, value in extras.items()}
-            reconstruction = None if reconstruction is None else reconstruction.cpu()
+            if reconstruction is not None:
+                reconstruction = reconstruction.cpu()
+                if self.config.standardise:
+                    reconstruction = undo_standardise(reconstruction, batch)
             parts.append(Prediction(self._score(batch, maps), maps, reconstruction, extras))
         return Prediction.cat(parts)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) as the networks see them."""
+        return standardise(images) if self.config.standardise else images
 
     def _score(self, images: Tensor, maps: Tensor) -> Tensor:
         """Image scores (B,) from images and their final maps: the mean of the largest values."""

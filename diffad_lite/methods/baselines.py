@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffad_lite.config import Profile, check_ranges
 from diffad_lite.methods.base import Method
+from diffad_lite.methods.prediction import Buffers
 from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.training import FitOptions, TrainReport
 
@@ -43,25 +44,15 @@ class PCAConfig(MethodConfig):
 
     Attributes:
         n_components: at most, as few normal images allow fewer.
-        standardise: subtract each image's mean and divide by its deviation first.
     """
 
-    n_components: int = 80
     standardise: bool = True
+    n_components: int = 80
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number of components below 1."""
         super().__post_init__()
         check_ranges(self, n_components=(1, math.inf))
-
-
-class Buffers(nn.Module):
-    """Named tensors that are saved with the model and have no gradient."""
-
-    def __init__(self, **tensors: Tensor) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
 
 
 class Brightness(Method):
@@ -129,7 +120,7 @@ class PCAResidual(Method):
         return Buffers(mean=torch.zeros(pixels), components=torch.zeros(c.n_components, pixels))
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
-        flat = self._standardise(train)[0].flatten(1)
+        flat = train.flatten(1)
         n_components = min(self.config.n_components, *flat.shape)
         pca = PCA(n_components, random_state=options["seed"]).fit(flat.numpy())
         components = torch.zeros(self.config.n_components, flat.shape[1])
@@ -137,20 +128,10 @@ class PCAResidual(Method):
         self.network = Buffers(mean=torch.from_numpy(pca.mean_).float(), components=components)
         return {}
 
-    def _standardise(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images with mean 0 and deviation 1, and what undoes it."""
-        if not self.config.standardise:
-            return images, torch.zeros(()), torch.ones(())
-        mean = images.mean(dim=(1, 2, 3), keepdim=True)
-        std = images.std(dim=(1, 2, 3), keepdim=True).clamp_min(1e-3)
-        return (images - mean) / std, mean, std
-
     def _infer(
         self, images: Tensor, generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        standardised, mean, std = self._standardise(images)
-        centred = standardised.flatten(1) - self.network.mean
+        centred = images.flatten(1) - self.network.mean
         weights = centred @ self.network.components.T  # (B, n_components)
-        flat = self.network.mean + weights @ self.network.components
-        projected = flat.view_as(images)
-        return (standardised - projected).abs().mean(1), projected * std + mean, {}
+        projected = (self.network.mean + weights @ self.network.components).view_as(images)
+        return (images - projected).abs().mean(1), projected, {}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from diffad_lite.config import Profile, check_ranges
 from diffad_lite.gaussian import Denoiser, noise_generators, randn
 from diffad_lite.images import image_keys
-from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
+from diffad_lite.methods.anoddpm import AnoDDPMConfig, prior_of
 from diffad_lite.methods.base import Method
 from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.networks import SegmentationConfig, SegmentationNet, segmentation_loss
@@ -93,7 +93,8 @@ class DiffusionADConfig(MethodConfig):
     @property
     def first_stage(self) -> AnoDDPMConfig | None:
         """The denoiser's training alone."""
-        return self.prior if self.pretrain and self.reconstruction == "guided" else None
+        used = self.pretrain and self.reconstruction == "guided"
+        return replace(self.prior, standardise=self.standardise) if used else None
 
     @classmethod
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
@@ -163,9 +164,8 @@ class DiffusionAD(Method):
         self.synthesis = Synthesis(c.synthesis)
         networks = {}
         if c.reconstruction == "guided":
-            self.prior = AnoDDPM(c.prior)
-            networks["denoiser"] = self.prior._build(residual_resampling=c.residual_resampling)
-            self.prior.network, self.diffusion = networks["denoiser"], self.prior.diffusion
+            self.prior = prior_of(c.prior, residual_resampling=c.residual_resampling)
+            networks["denoiser"], self.diffusion = self.prior.network, self.prior.diffusion
         networks["segmentation"] = SegmentationNet(2 * c.channels, c.segmentation)
         return nn.ModuleDict(networks)
 
@@ -284,7 +284,7 @@ class DiffusionAD(Method):
         if self.config.reconstruction == "guided":
             keys = image_keys(images) if keys is None else keys
             found = self.reconstruct(
-                self._in_range(images.to(self.device)), noise_generators(keys, seed)
+                self._in_range(self.prepare(images).to(self.device)), noise_generators(keys, seed)
             )
             parts = [[x.cpu() for x in part] for part in found[:3]]
             found = Estimates(*parts, found.guided.cpu())

@@ -24,7 +24,7 @@ from diffad_lite.gaussian import noise_generators
 from diffad_lite.images import image_keys
 from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
 from diffad_lite.methods.base import BATCH_SIZE, Method
-from diffad_lite.methods.baselines import Buffers
+from diffad_lite.methods.prediction import Buffers
 from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.training import FitOptions, TrainReport
 

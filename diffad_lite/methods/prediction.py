@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -36,3 +36,12 @@ class Prediction:
             reconstruction,
             {name: torch.cat([p.extras[name] for p in parts]) for name in first.extras},
         )
+
+
+class Buffers(nn.Module):
+    """Named tensors that are saved with the model and have no gradient."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)

@@ -30,11 +30,11 @@ def claim(folder: Path, method: Method, seed: int, budget: float | None) -> None
     Raises:
         ValueError: the folder belongs to another method, configuration, seed or time budget.
     """
-    training = training_record(type(method), method.config, seed, budget)
+    training = type(method), method.config, seed, budget
     path, fix = folder / "training.json", f"delete {folder} to start anew"
     if not path.exists():
-        write_json(path, training)
-    elif read_json(path, "record of a training", fix) != training:
+        write_json(path, training_record(*training))
+    elif not is_training(read_json(path, "record of a training", fix), *training):
         raise ValueError(
             f"{folder} holds a training of another method, configuration or seed, or with another "
             "time budget; choose another output folder, or delete that one to start anew"
@@ -49,13 +49,28 @@ def training_record(
     return {"method": method.name, "seed": seed, "budget": budget, "config": fixed}
 
 
+def is_training(
+    record: Any, method: type[Method], config: MethodConfig, seed: int, budget: float | None
+) -> bool:
+    """Whether a record is of this training; configuration fields that it lacks are defaults."""
+    try:
+        stored = from_dict(method.Config, record["config"])
+        filled = training_record(method, stored, record["seed"], record["budget"])
+        same_method = record["method"] == method.name
+    except (ValueError, KeyError, TypeError):
+        return False
+    return same_method and filled == training_record(method, config, seed, budget)
+
+
 def save(method: Method, folder: Path, dtype: torch.dtype, record: Mapping[str, Any]) -> None:
     """Write a checkpoint beside ``folder``, then move it there: complete, or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
-        f"network.{name}": value.detach().cpu().to(dtype).contiguous().clone()
+        # Single numbers are statistics, not weights; they stay as they are.
+        f"network.{name}": value.detach().cpu().to(dtype if value.numel() > 1 else value.dtype)
         for name, value in method.network.state_dict().items()
     }
+    tensors = {name: value.contiguous().clone() for name, value in tensors.items()}
     if method.map_calibration_ is not None:
         tensors["map_mean"] = torch.from_numpy(method.map_calibration_.mean)
         tensors["map_std"] = torch.from_numpy(method.map_calibration_.std)

@@ -14,6 +14,8 @@ class MethodConfig:
     Attributes:
         channels: of the images, 1, 3 or 4.
         image_size: side in pixels that the networks were designed for; other sizes also run.
+        standardise: bring each image to mean 0 and one deviation first; what an image's
+            brightness and contrast could tell is then lost.
         smooth_sigma: standard deviation, in pixels, of the Gaussian blur of the raw map; 0 = none.
         calibrate: whether maps are standardised by position (mean and deviation over normals).
         top_fraction: the image score is the mean of this fraction of the largest map values.
@@ -22,6 +24,7 @@ class MethodConfig:
 
     channels: int = 1
     image_size: int = 64
+    standardise: bool = False
     smooth_sigma: float = 1.0
     calibrate: bool = True
     top_fraction: float = 0.01

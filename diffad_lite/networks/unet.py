@@ -233,7 +233,7 @@ class UNet(nn.Module):
             )
         H, W = x.shape[-2:]
         x = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
-        emb = self.time_mlp(timestep_embedding(t, self.base_channels))  # (B, emb_dim)
+        emb = self.time_mlp(timestep_embedding(t, self.base_channels).to(x.dtype))  # (B, emb_dim)
         h = self.stem(F.pixel_unshuffle(x, self.unshuffle))
         skips = [h]
         for layer in self.down:

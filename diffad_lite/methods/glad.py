@@ -1,0 +1,253 @@
+"""GLAD (Yao et al. 2024): as many denoising steps as an image needs, and a denoiser that removes.
+
+Three parts. *Adaptive denoising steps* (global): start from a high level, watch how far the
+trajectory drifts from the noised input, and stop removing where it has drifted by ``delta``; an
+image that never drifts is taken back to its own noised self at a low level. *Anomaly-oriented
+training* (local): the denoiser learns to predict the noise as seen from the normal image, so that
+an anomaly counts as noise. *Spatial-adaptive fusion* (local): where nothing has drifted the input
+is kept. Read top to bottom: configuration, training, reconstruction, map.
+
+After arXiv 2406.07487 and the official code (hyao1/GLAD). That code works in the latent space of
+Stable Diffusion with features of DINO, which is not here; this is GLAD in pixel space.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple, Self, Unpack
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffad_lite.features import (
+    DENOISER,
+    DenoiserFeatures,
+    ImageNetFeatures,
+    peak_ratio,
+    perceptual_distance,
+)
+from diffad_lite.gaussian import noise_generators, randn
+from diffad_lite.images import image_keys
+from diffad_lite.methods.anoddpm import prior_of
+from diffad_lite.methods.base import BATCH_SIZE, Method
+from diffad_lite.methods.glad_config import GLADConfig
+from diffad_lite.methods.prediction import Buffers
+from diffad_lite.metrics import conformal_threshold
+from diffad_lite.synthesis import Synthesis
+from diffad_lite.training import FitOptions, TrainReport, train_network
+
+FEATURE_LEVEL = 25  # t at which the denoiser's own features are taken
+PRIOR_SHARE = 0.7  # of a time budget
+TOP_DRIFT = 0.01  # the drift of an image is the mean of this fraction of its largest values
+
+
+class Reconstruction(NamedTuple):
+    """How images were reconstructed.
+
+    Attributes:
+        x: the reconstruction (B, C, H, W).
+        t_star: level at which each image was let go (B,); -1 where it was never watched.
+        timesteps: the levels.
+        drifts: at each level the drift (B, H, W) of the images that were watched, else NaN.
+        states: at each level the state (B, C, H, W), after the decision.
+    """
+
+    x: Tensor
+    t_star: Tensor
+    timesteps: list[int]
+    drifts: list[Tensor]
+    states: list[Tensor]
+
+
+class GLAD(Method):
+    """Adaptive steps, anomaly-oriented training and spatially adaptive fusion, in pixel space."""
+
+    name = "glad"
+    Config = GLADConfig
+    config: GLADConfig
+    inference_fields = Method.inference_fields | {"noise_level", "steps", "adaptive", "min_level"}
+    inference_fields |= {"delta", "delta_quantile", "fusion", "radius", "pixel_weight"}
+
+    def _build(self) -> nn.Module:
+        c = self.config
+        self.synthesis = Synthesis(c.synthesis)
+        self.prior = prior_of(c.prior)
+        self.diffusion = self.prior.diffusion
+        networks = {"denoiser": self.prior.network}
+        for name in sorted({c.drift_features, c.map_features} - {DENOISER}):
+            networks[name] = ImageNetFeatures(name, c.layers, c.input_size)
+        networks["statistics"] = Buffers(
+            delta=torch.tensor(torch.inf), spread=torch.tensor(1.0), pixel_scale=torch.tensor(1.0)
+        )
+        return nn.ModuleDict(networks)
+
+    # Training: Ho et al. 2020, algorithm 1, and then the anomaly as a part of the noise.
+
+    def anomaly_oriented_loss(
+        self, network: nn.Module, normal: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """The noise that leads from a faded anomaly back to the normal image; a scalar.
+
+        ``eps + kappa r_t (x~ - x)`` with ``r_t = sqrt(abar_t / (1 - abar_t))``, for the normal
+        image x and the faded anomaly x~. With kappa = 1 that is the noise as seen from x.
+        """
+        c, d = self.config, self.diffusion
+        anomalous, _, _ = self.synthesis(normal, generator)
+        t = torch.randint(c.prior.num_timesteps, (len(normal),), generator=generator)
+        offset = self.fade(t).to(normal)[:, None, None, None] * (anomalous - normal)
+        noise, t = randn(normal, generator), t.to(normal.device)
+        x_t = d.add_noise(normal + offset, t, noise)
+        abar = d.schedule.level(t, normal)
+        target = noise + c.kappa * (abar / (1 - abar)).sqrt() * offset
+        return F.mse_loss(network(x_t, t).float(), target)
+
+    def fade(self, t: Tensor) -> Tensor:
+        """Strength of the anomaly in training at timesteps (B,), in [0, 1]."""
+        if self.config.fade == "linear":
+            return t / self.config.prior.num_timesteps
+        # DDIM with a perfect denoiser shrinks what is not normal by the ratio of these.
+        ratio = self.diffusion.schedule.snr.sqrt()
+        return (ratio[self.config.fade_level] / ratio[t]).clamp(max=1)
+
+    def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
+        c, budget = self.config, options["budget"]
+        _ = self.synthesis.files  # missing textures are an error now, not after the first stage
+        for network in self.network.values():
+            if isinstance(network, ImageNetFeatures):
+                network.load_weights()
+        share = None if budget is None or not c.anomaly_oriented else PRIOR_SHARE * budget
+        reports = self.prior._fit(train, **(options | {"budget": share or budget}))
+        if c.anomaly_oriented:
+            if budget is not None:
+                options["budget"] = budget - reports["diffusion"].seconds
+            reports["anomaly_oriented"] = train_network(
+                self.network["denoiser"],
+                self.anomaly_oriented_loss,
+                train,
+                c.train,
+                stage="anomaly_oriented",
+                **options,
+            )
+        return reports
+
+    # Inference: denoise while nothing drifts.
+
+    def distance(self, a: Tensor, b: Tensor, noise: Tensor, features: str) -> Tensor:
+        """Distance of the features of two images (B, C, H, W), (B, H, W); see the features."""
+        extract = self.network[features]
+        if features == DENOISER:  # it sees both through the same noise
+            extract = DenoiserFeatures(extract, self.diffusion, FEATURE_LEVEL)
+            extract = partial(extract, noise=torch.cat([noise, noise]))
+        return perceptual_distance(extract, a, b, self.config.radius)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
+        """DDIM from the noise level; each image is watched until it is let go."""
+        c, d = self.config, self.diffusion
+        timesteps = d.schedule.timesteps(c.noise_level, c.steps)
+        x_t = d.add_noise(images, timesteps[0], noise)
+        t_star = torch.full((len(images),), -1, device=images.device)
+        drifts, states = [], []
+        for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
+            levels = torch.full((len(images),), t, device=images.device)
+            noise_hat = self.network["denoiser"](x_t, levels)
+            drift = torch.full_like(images[:, 0], torch.nan)
+            if c.adaptive and (t_star < 0).any():
+                x_t, t_star, drift = self.watch(images, noise, x_t, noise_hat, t, t_star)
+            drifts.append(drift)
+            states.append(x_t)
+            x_t, _ = d.ddim_step(x_t, t, t_next, noise_hat)
+        return Reconstruction(x_t, t_star, timesteps, drifts, states)
+
+    def watch(
+        self,
+        images: Tensor,
+        noise: Tensor,
+        x_t: Tensor,
+        noise_hat: Tensor,
+        t: int,
+        t_star: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compare state and noised input, and let go of images that drifted, or came down.
+
+        Both are noised by the same ``noise`` and seen through the same ``noise_hat``, so that
+        they differ by ``(x_t_input - x_t) / sqrt(abar_t)``, whatever the network says.
+
+        Returns:
+            the states, ``t_star`` and the drift (B, H, W), NaN where it was not measured.
+        """
+        c, d, s = self.config, self.diffusion, self.network["statistics"]
+        watched = t_star < 0
+        x_input = d.add_noise(images, t, noise)
+        estimates = [d.clean_estimate(x, t, noise_hat)[watched] for x in (x_input, x_t)]
+        drift = torch.full_like(images[:, 0], torch.nan)
+        drift[watched] = self.distance(*estimates, noise[watched], c.drift_features)
+        delta = s.delta if c.delta is None else torch.as_tensor(c.delta).to(s.delta)
+        drifted = watched & (drift_score(drift) > delta)
+        down = watched & ~drifted & (t < c.min_level)
+        keep = torch.ones_like(images[:, :1])  # of the state; the rest is the noised input's
+        if c.fusion != "off":
+            beyond = drift if c.fusion == "literal" else (drift - delta) / s.spread
+            keep[drifted] = beyond[drifted, None].sigmoid()
+        keep[down] = 0
+        # Fusing the states is fusing the clean estimates, as noise_hat is the same.
+        x_t = torch.where(keep < 1, keep * x_t + (1 - keep) * x_input, x_t)
+        return x_t, torch.where(drifted | down, t, t_star), drift
+
+    def _infer(
+        self, images: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        noise = randn(images, generators)
+        found = self.reconstruct(images, noise)
+        maps = self.distance(images, found.x, noise, self.config.map_features)
+        pixels = (images - found.x).abs().mean(1)
+        scale = self.network["statistics"].pixel_scale
+        maps = maps + self.config.pixel_weight * scale * pixels
+        return maps, found.x, {"t_star": found.t_star.float()}
+
+    def explain(
+        self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """Also ``path``, the :class:`Reconstruction`, of images as prepared."""
+        common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
+        keys = image_keys(images) if keys is None else keys
+        noise = randn(images, noise_generators(keys, seed)).to(self.device)
+        found = self.reconstruct(self.prepare(images).to(self.device), noise)
+        drifts, states = ([x.cpu() for x in part] for part in (found.drifts, found.states))
+        own = {"x": found.x.cpu(), "t_star": found.t_star.cpu(), "drifts": drifts, "states": states}
+        return common | {"path": found._replace(**own)}
+
+    def calibrate(self, calibration: Tensor) -> Self:
+        """Set delta, the spread of drifts and the scale of pixels, then what every method sets."""
+        self._check(calibration, "calibration")
+        s = self.network["statistics"]
+        s.delta.fill_(torch.inf)  # so that every image is watched down to the lowest level
+        scores, drifts, features, pixels = [], [], [], []
+        for batch in calibration.split(BATCH_SIZE):
+            noise = randn(batch, noise_generators(image_keys(batch), 0)).to(self.device)
+            images = self.prepare(batch).to(self.device)
+            found = self.reconstruct(images, noise)
+            watched = [
+                d
+                for t, d in zip(found.timesteps, found.drifts, strict=True)
+                if t >= self.config.min_level
+            ]
+            scores.append(
+                torch.stack([drift_score(drift) for drift in watched]).nan_to_num().amax(0)
+            )
+            drifts.append(watched[-1])
+            features.append(self.distance(images, found.x, noise, self.config.map_features))
+            pixels.append((images - found.x).abs().mean(1))
+        delta = conformal_threshold(torch.cat(scores).cpu().numpy(), self.config.delta_quantile)
+        low, high = torch.cat(drifts).flatten().cpu().nanquantile(torch.tensor([0.25, 0.75]))
+        s.delta.fill_(delta)
+        s.spread.fill_(max(float(high - low), 1e-6))
+        s.pixel_scale.fill_(peak_ratio(torch.cat(features), torch.cat(pixels)))
+        return super().calibrate(calibration)
+
+
+def drift_score(drift: Tensor) -> Tensor:
+    """The mean of the largest values of drifts (B, H, W), NaN where they are NaN; (B,)."""
+    k = max(1, math.ceil(TOP_DRIFT * drift[0].numel()))
+    return drift.flatten(1).topk(k).values.mean(1)
