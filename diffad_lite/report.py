@@ -26,6 +26,7 @@ METHOD_NAMES = {
     "diffusionad": "DiffusionAD",
     "glad": "GLAD",
     "mdps": "MDPS",
+    "bernoulli": "masked Bernoulli",
 }
 VARIANTS = ("raw", "default", "calibrated")  # first in tables, in this order
 

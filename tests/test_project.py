@@ -31,7 +31,7 @@ FLOORS = [
     {"datasets"},
     {"readers", "planting", "textures"},
     {"images", "metrics"},
-    {"networks", "simplex"},
+    {"networks", "simplex", "bernoulli"},
     {"gaussian"},
     {"schedules"},
     {"config", "interrupts"},

@@ -1,6 +1,6 @@
 """The methods, one file each; ``get_method(name)`` finds them."""
 
-from diffad_lite.methods import anoddpm, baselines, diffusionad, glad, mdps, patches
+from diffad_lite.methods import anoddpm, baselines, bernoulli, diffusionad, glad, mdps, patches
 from diffad_lite.methods.base import (
     METHODS,
     Method,
@@ -17,6 +17,7 @@ __all__ = [
     "Prediction",
     "anoddpm",
     "baselines",
+    "bernoulli",
     "diffusionad",
     "get_method",
     "glad",

@@ -102,8 +102,8 @@ class GLADConfig(MethodConfig):
             return replace(base, train=prior.train, steps=4, map_features=DENOISER)
         if profile == "lite":
             return replace(base, train=replace(base.train, flip_axes=prior.train.flip_axes))
-        # Official code, main.py, dataset/, *.sh: AdamW 5e-6, weight decay 0.01, batch 32, 4000 steps
-        # a category, fade t / T, masks and textures as below, opacity in 0..0.8; the map is blurred
+        # Official code, main.py, dataset/, *.sh: AdamW 5e-6, weight decay .01, batch 32, 4000 steps
+        # each, fade t / T, masks and textures as below, opacity in 0..0.8; the map is blurred
         # by 6 pixels, the score is the mean of 250 of 512 x 512. Ours differs: that code tunes the
         # latent denoiser of Stable Diffusion and compares features of DINO, nearest anywhere; this
         # trains AnoDDPM's on pixels first, and compares features of a WideResNet, for which that

@@ -1,5 +1,6 @@
 """The networks of the course."""
 
+from diffad_lite.networks.autoencoder import AutoencoderConfig, BinaryAutoencoder
 from diffad_lite.networks.segmentation import (
     SegmentationConfig,
     SegmentationNet,
@@ -7,4 +8,11 @@ from diffad_lite.networks.segmentation import (
 )
 from diffad_lite.networks.unet import UNet
 
-__all__ = ["SegmentationConfig", "SegmentationNet", "UNet", "segmentation_loss"]
+__all__ = [
+    "AutoencoderConfig",
+    "BinaryAutoencoder",
+    "SegmentationConfig",
+    "SegmentationNet",
+    "UNet",
+    "segmentation_loss",
+]

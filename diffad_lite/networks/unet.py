@@ -133,7 +133,7 @@ def resampler(
 
 
 class UNet(nn.Module):
-    """Noise predictor ``eps_theta(x_t, t)`` for images of any size and 1, 3 or 4 channels.
+    """Noise predictor ``eps_theta(x_t, t)`` for images, or grids of codes, of any size.
 
     Args:
         in_channels: channels of the image.
@@ -148,8 +148,8 @@ class UNet(nn.Module):
             guided diffusion), not by single convolutions.
 
     Raises:
-        ValueError: channels other than 1, 3 or 4, a width or number of blocks below 1, or an
-            attention level that does not exist.
+        ValueError: a number of channels or blocks, or a width, below 1, or an attention level
+            that does not exist.
     """
 
     def __init__(
@@ -166,9 +166,8 @@ class UNet(nn.Module):
         residual_resampling: bool = False,
     ) -> None:
         super().__init__()
-        if in_channels not in (1, 3, 4):
-            raise ValueError(f"expected images of 1, 3 or 4 channels, got {in_channels}")
-        sizes = {"base_channels": base_channels, "channel_mults": min(channel_mults, default=0)}
+        sizes = {"in_channels": in_channels, "base_channels": base_channels}
+        sizes |= {"channel_mults": min(channel_mults, default=0)}
         sizes |= {"blocks_per_level": blocks_per_level, "unshuffle": unshuffle}
         if wrong := {name: size for name, size in sizes.items() if size < 1}:
             raise ValueError(f"{', '.join(wrong)} must be at least 1, got {min(wrong.values())}")

@@ -1,0 +1,238 @@
+"""Masked Bernoulli diffusion (Wolleb et al. 2024): flip the bits that do not belong.
+
+An autoencoder turns a picture into bits. A Bernoulli diffusion model, which has seen the codes of
+normal pictures only, is asked which bits of a noised code are wrong. Bits that it suspects may
+change from then on; all others are held at the picture's own. The difference to the decoded result
+is the anomaly map. Read top to bottom: configuration, two trainings, the masked chain, map.
+
+After arXiv 2403.11667 and the official code (JuliaWolleb/Anomaly_berdiff). That code's forward
+process lacks a term (``process="erasure"``); the paper's is the default here.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from diffad_lite.bernoulli import BernoulliDiffusion, BitStep, Process, sample_bits
+from diffad_lite.config import Profile, check_ranges
+from diffad_lite.gaussian import noise_generators
+from diffad_lite.images import image_keys
+from diffad_lite.methods.base import Method
+from diffad_lite.methods.profiles import MethodConfig
+from diffad_lite.networks import AutoencoderConfig, BinaryAutoencoder, UNet
+from diffad_lite.readers import FLIP_AXES
+from diffad_lite.schedules import BetaSchedule, NoiseSchedule
+from diffad_lite.training import FitOptions, TrainConfig, TrainReport, train_network
+
+AUTOENCODER_SHARE = 0.5  # of a time budget
+
+
+@dataclass(frozen=True)
+class BernoulliConfig(MethodConfig):
+    """Configuration of :class:`Bernoulli`; defaults are the lite profile at 64 pixels.
+
+    Attributes:
+        autoencoder: sizes of the autoencoder.
+        edges: weight, in its loss, of the differences between neighbouring pixels.
+        train_autoencoder: how it is trained.
+        beta_schedule: of the forward process.
+        num_timesteps: T.
+        process: ``symmetric``, or the official code's ``erasure``.
+        base_channels: of the network that predicts flips, see :class:`~diffad_lite.networks.UNet`,
+            as the next three.
+        channel_mults: widths of the levels.
+        blocks_per_level: residual blocks.
+        attention_levels: levels with self-attention.
+        train: how the flips are learnt.
+        noise_level: t that the code is noised to, 0 .. T-1; L - 1 in the paper.
+        steps: network evaluations from there to a clean code.
+        threshold: P, of the probability of a flip, above which a bit is suspected; below 0 all
+            bits are free, at 1 none, and the map is the autoencoder's own residual.
+        suspect: a flip of the noisy ``state``, as published, or of the ``input`` bit.
+        n_chains: chains whose maps are averaged.
+    """
+
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    edges: float = 0.2
+    train_autoencoder: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=4000, learning_rate=1e-3)
+    )
+    beta_schedule: BetaSchedule = "linear"
+    num_timesteps: int = 1000
+    process: Process = "symmetric"
+    base_channels: int = 32
+    channel_mults: tuple[int, ...] = (1, 2)
+    blocks_per_level: int = 1
+    attention_levels: tuple[int, ...] = (1,)
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=8000, batch_size=32, learning_rate=5e-4)
+    )
+    noise_level: int = 199
+    steps: int = 50
+    threshold: float = 0.5
+    suspect: Literal["state", "input"] = "state"
+    n_chains: int = 4
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for levels, counts and sizes that cannot be."""
+        super().__post_init__()
+        check_ranges(self, num_timesteps=(1, math.inf), n_chains=(1, math.inf))
+        check_ranges(self, noise_level=(0, self.num_timesteps - 1), edges=(0, math.inf))
+        check_ranges(self, steps=(1, self.noise_level + 1), threshold=(-1, 1))
+        factor = self.autoencoder.factor
+        if self.image_size % factor:
+            raise ValueError(
+                f"{type(self).__qualname__}.image_size {self.image_size} is no multiple of "
+                f"{factor}, the side of a cell of the autoencoder; choose another one of the two"
+            )
+
+    @classmethod
+    def for_profile(cls, profile: Profile, *, dataset: str | None = None, **shape: Any) -> Self:
+        """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
+        base = super().for_profile(profile, dataset=dataset, **shape)
+        flips = FLIP_AXES.get(dataset or "", ())
+        if profile == "ci":
+            small = AutoencoderConfig(base_channels=8, bits=8, codeword=16)
+            short = TrainConfig(steps=20, batch_size=8, flip_axes=flips)
+            smoke = {"autoencoder": small, "base_channels": 8, "attention_levels": ()}
+            smoke |= {"train_autoencoder": short, "train": short, "steps": 5, "n_chains": 2}
+            return replace(base, **smoke)
+        if profile == "lite":
+            stages = {name: getattr(base, name) for name in ("train_autoencoder", "train")}
+            return replace(base, **{k: replace(v, flip_axes=flips) for k, v in stages.items()})
+        # Official code, README, hparams/, script_util.py, train_ae.py, latent_train.py: 256 px,
+        # base 32, (1, 2, 2, 4), two blocks, 128 bits a cell of 8 pixels, codewords of 256; Adam
+        # 1.08e-4, batch 24, EMA .995, checkpoints at 120,000 steps (BraTS); flips by a U-Net of
+        # base 128, (1, 2, 2, 2), two blocks, attention at 16 cells; AdamW 1e-4, batch 36, EMA
+        # .999, checkpoint at 110,000 with two updates each; L = 200, P = .5, every step, one chain.
+        # Ours differs: L1 alone (no discriminator, which that code never trains by default, nor a
+        # perceptual term, which it switches off), decaying learning rates, and averaged weights.
+        published = {"warmup_steps": 0, "flip_axes": ()}
+        return replace(
+            base,
+            autoencoder=AutoencoderConfig(32, (1, 2, 2, 4), 2, unshuffle=1, bits=128, codeword=256),
+            edges=0.0,
+            train_autoencoder=TrainConfig(120_000, 24, 1.08e-4, ema_decay=0.9995, **published),
+            base_channels=128,
+            channel_mults=(1, 2, 2, 2),
+            blocks_per_level=2,
+            train=TrainConfig(220_000, 36, 1e-4, **published),
+            steps=200,
+            n_chains=1,
+            calibrate=False,
+            smooth_sigma=0.0,
+        )
+
+
+class Bernoulli(Method):
+    """Diffusion of bits, held where nothing is suspected."""
+
+    name = "bernoulli"
+    Config = BernoulliConfig
+    config: BernoulliConfig
+    inference_fields = Method.inference_fields | {
+        *("noise_level", "steps", "threshold", "suspect", "n_chains")
+    }
+
+    def _build(self) -> nn.Module:
+        c = self.config
+        schedule = NoiseSchedule.named(c.beta_schedule, c.num_timesteps)
+        self.diffusion = BernoulliDiffusion(schedule, c.process)
+        flips = UNet(
+            c.autoencoder.bits,
+            base_channels=c.base_channels,
+            channel_mults=c.channel_mults,
+            blocks_per_level=c.blocks_per_level,
+            attention_levels=c.attention_levels,
+        )
+        autoencoder = BinaryAutoencoder(c.channels, c.autoencoder)
+        return nn.ModuleDict({"autoencoder": autoencoder, "flips": flips})
+
+    # Training: first the bits, then which of them are wrong.
+
+    def autoencoder_loss(self, network: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean absolute error of pixels, and of differences between neighbours; a scalar."""
+        error = network(x, generator)[0].float() - x
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return error.abs().mean() + self.config.edges * edges
+
+    def flip_loss(self, network: nn.Module, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Cross entropy of the flips of codes drawn with P(bit = 1) = ``y``, in bits a bit."""
+        t = torch.randint(self.config.num_timesteps, (len(y),), generator=generator)
+        return self.diffusion.loss(network, sample_bits(y, generator), t.to(y.device), generator)
+
+    def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
+        c, budget = self.config, options["budget"]
+        autoencoder = self.network["autoencoder"]
+        share = None if budget is None else AUTOENCODER_SHARE * budget
+        first = train_network(
+            autoencoder,
+            self.autoencoder_loss,
+            train,
+            c.train_autoencoder,
+            stage="autoencoder",
+            **(options | {"budget": share}),
+        )
+        if budget is not None:
+            options["budget"] = budget - first.seconds
+        # The code of a flipped image is not the flipped code: encode both.
+        for axis in c.train.flip_axes:
+            train = torch.cat([train, train.flip(axis)])
+        codes = torch.cat([self.encode(batch.to(self.device)).cpu() for batch in train.split(32)])
+        settings = replace(c.train, flip_axes=())
+        second = train_network(
+            self.network["flips"], self.flip_loss, codes, settings, stage="flips", **options
+        )
+        return {"autoencoder": first, "flips": second}
+
+    # Inference: a masked chain of bits, decoded.
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """P(bit = 1) of the codes of images as prepared."""
+        return self.network["autoencoder"].bit_probability(images)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures (B, C, H, W) of codes, clipped to [-1, 1]."""
+        return self.network["autoencoder"].decode(z).clamp(-1, 1)
+
+    @torch.no_grad()
+    def chain(self, z: Tensor, generators: list[torch.Generator]) -> list[BitStep]:
+        """Noise codes (B, bits, h, w) and repair them; every state, the last one clean."""
+        c = self.config
+        timesteps = self.diffusion.schedule.timesteps(c.noise_level, c.steps)
+        steps = self.diffusion.masked_sample(
+            self.network["flips"], z, timesteps, generators, c.threshold, suspect=c.suspect
+        )
+        return list(steps)
+
+    def _infer(
+        self, images: Tensor, generators: list[torch.Generator]
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        y, residuals, reconstructions, changed = self.encode(images), [], [], []
+        for _ in range(self.config.n_chains):
+            z = sample_bits(y, generators)
+            last = self.chain(z, generators)[-1]
+            reconstructions.append(self.decode(last.z))
+            residuals.append((images - reconstructions[-1]).square().mean(1))
+            changed.append((last.z != z).float().mean(1))
+        extras = {"changed": torch.stack(changed).mean(0)}  # share of bits, (B, h, w)
+        return torch.stack(residuals).mean(0), torch.stack(reconstructions).mean(0), extras
+
+    def explain(
+        self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """Of the first chain: ``code`` (B, bits, h, w), ``chain``, a list of
+        :class:`~diffad_lite.bernoulli.BitStep`; and ``decoded`` (B, C, H, W), the picture of the
+        code as it is, in the range of the networks.
+        """
+        common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
+        keys = image_keys(images) if keys is None else keys
+        generators = noise_generators(keys, seed)
+        z = sample_bits(self.encode(self.prepare(images).to(self.device)), generators)
+        return common | {"code": z, "chain": self.chain(z, generators), "decoded": self.decode(z)}

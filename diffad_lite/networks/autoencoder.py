@@ -1,0 +1,157 @@
+"""The binarising autoencoder of masked Bernoulli diffusion: a picture as a grid of bits.
+
+After Binary Latent Diffusion (Wang et al. 2023) and the official code of masked Bernoulli diffusion
+(JuliaWolleb/Anomaly_berdiff). A cell of the grid is a sum of learned codewords, one for each of its
+bits that is 1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffad_lite.config import check_ranges
+from diffad_lite.gaussian import Generators, draw
+from diffad_lite.networks.unet import Attention, Upsample, group_norm
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Configuration of :class:`BinaryAutoencoder`; defaults are for 64 pixels.
+
+    Attributes:
+        base_channels: width of the finest level.
+        channel_mults: widths of the levels as multiples of the base; one halving between two.
+        blocks_per_level: residual blocks of a level.
+        unshuffle: side of the pixel blocks that the stem folds into channels.
+        bits: of a cell, C.
+        codeword: length of a codeword.
+    """
+
+    base_channels: int = 32
+    channel_mults: tuple[int, ...] = (1, 2)
+    blocks_per_level: int = 1
+    unshuffle: int = 2
+    bits: int = 16
+    codeword: int = 64
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for sizes that cannot be."""
+        for name in ("base_channels", "blocks_per_level", "unshuffle", "bits", "codeword"):
+            check_ranges(self, **{name: (1, 10**6)})
+        if min(self.channel_mults, default=0) < 1:
+            raise ValueError(
+                f"AutoencoderConfig.channel_mults are numbers from 1 on, got {self.channel_mults}"
+            )
+
+    @property
+    def factor(self) -> int:
+        """Side of a cell in pixels."""
+        return self.unshuffle * 2 ** (len(self.channel_mults) - 1)
+
+
+class Block(nn.Module):
+    """norm-SiLU-conv twice, plus a skip."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = group_norm(in_channels), group_norm(out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Halve(nn.Conv2d):
+    """Halves the grid by a strided convolution, padded right and below as in the official code."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H/2, W/2)."""
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class BinaryAutoencoder(nn.Module):
+    """Pictures (B, C, H, W) to bits (B, bits, H / factor, W / factor) and back.
+
+    Args:
+        channels: of the pictures.
+        config: sizes.
+    """
+
+    def __init__(self, channels: int, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        folded = channels * config.unshuffle**2
+        widths = [config.base_channels * m for m in config.channel_mults]
+        top = widths[-1]
+        down: list[nn.Module] = [nn.Conv2d(folded, widths[0], 3, padding=1)]
+        before = widths[0]
+        for level, width in enumerate(widths):
+            down += [Halve(before)] if level else []
+            for _ in range(config.blocks_per_level):
+                down.append(Block(before, width))
+                before = width
+        down += [Block(top, top), Attention(top), Block(top, top), group_norm(top)]
+        down += [nn.Conv2d(top, config.codeword, 3, padding=1)]
+        self.encoder = nn.Sequential(*down)
+        self.to_bits = nn.Conv2d(config.codeword, config.bits, 1)
+        self.codewords = nn.Conv2d(config.bits, config.codeword, 1, bias=False)
+        up: list[nn.Module] = [group_norm(config.codeword)]
+        up += [nn.Conv2d(config.codeword, top, 3, padding=1)]
+        up += [Block(top, top), Attention(top), Block(top, top)]
+        before = top
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(config.blocks_per_level):
+                up.append(Block(before, width))
+                before = width
+            up += [Upsample(before)] if level else []
+        up += [group_norm(before), nn.Conv2d(before, folded, 3, padding=1)]
+        self.decoder = nn.Sequential(*up)
+
+    def bit_probability(self, x: Tensor) -> Tensor:
+        """P(bit = 1) of the code of pictures; (B, bits, h, w).
+
+        Raises:
+            ValueError: height or width are no multiples of the factor.
+        """
+        f = self.config.factor
+        if x.shape[-2] % f or x.shape[-1] % f:
+            size = tuple(x.shape[-2:])
+            raise ValueError(f"images of {size} pixels have no whole cells of {f}; resize them")
+        h = self.encoder(F.pixel_unshuffle(x, self.config.unshuffle))
+        return self.to_bits(h).float().sigmoid()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pictures from bits, or from their probabilities; not confined to [-1, 1]."""
+        return F.pixel_shuffle(self.decoder(self.codewords(z)), self.config.unshuffle)
+
+    def forward(self, x: Tensor, generators: Generators) -> tuple[Tensor, Tensor]:
+        """Draw a code and decode it -> pictures, P(bit = 1); with gradients for both halves."""
+        y = self.bit_probability(x)
+        return self.decode(straight_through(y, generators)), y
+
+
+def straight_through(y: Tensor, generators: Generators) -> Tensor:
+    """Bits drawn with probability ``y``; the gradient passes as if they were ``y``."""
+    z = (draw(torch.rand, y.shape, generators).to(y) < y).to(y)
+    return y + (z - y).detach()
+
+
+def unused_bits(y: Tensor, low: float = 0.01) -> float:
+    """Share of bits, of all cells alike, that are nearly always 0 or nearly always 1.
+
+    Args:
+        y: P(bit = 1), (B, bits, h, w).
+        low: how rare "nearly" is.
+    """
+    usage = y.mean((0, 2, 3))  # (bits,)
+    return float(((usage < low) | (usage > 1 - low)).float().mean())
