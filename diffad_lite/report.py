@@ -27,6 +27,7 @@ METHOD_NAMES = {
     "glad": "GLAD",
     "mdps": "MDPS",
     "bernoulli": "masked Bernoulli",
+    "grad": "GRAD-style",
 }
 VARIANTS = ("raw", "default", "calibrated")  # first in tables, in this order
 

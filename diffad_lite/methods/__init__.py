@@ -1,6 +1,15 @@
 """The methods, one file each; ``get_method(name)`` finds them."""
 
-from diffad_lite.methods import anoddpm, baselines, bernoulli, diffusionad, glad, mdps, patches
+from diffad_lite.methods import (
+    anoddpm,
+    baselines,
+    bernoulli,
+    diffusionad,
+    glad,
+    grad,
+    mdps,
+    patches,
+)
 from diffad_lite.methods.base import (
     METHODS,
     Method,
@@ -21,6 +30,7 @@ __all__ = [
     "diffusionad",
     "get_method",
     "glad",
+    "grad",
     "load_pretrained",
     "mdps",
     "patches",

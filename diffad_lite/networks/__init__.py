@@ -1,6 +1,7 @@
 """The networks of the course."""
 
 from diffad_lite.networks.autoencoder import AutoencoderConfig, BinaryAutoencoder
+from diffad_lite.networks.patchnet import PatchDetector, PatchDiff
 from diffad_lite.networks.segmentation import (
     SegmentationConfig,
     SegmentationNet,
@@ -11,6 +12,8 @@ from diffad_lite.networks.unet import UNet
 __all__ = [
     "AutoencoderConfig",
     "BinaryAutoencoder",
+    "PatchDetector",
+    "PatchDiff",
     "SegmentationConfig",
     "SegmentationNet",
     "UNet",

@@ -1,0 +1,123 @@
+"""Networks that see a bounded window: a noise predictor for patches, and a detector of patches.
+
+What a pixel of the output depends on is a square of ``receptive_field`` pixels of the input. So
+there is no attention, and no normalisation over space: one GroupNorm would let every pixel see
+the whole image. Normalisation is over the channels of each pixel.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffad_lite.networks.unet import timestep_embedding, zero_init
+
+PADDINGS = ("reflect", "circular", "zeros")
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel of (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def conv3(in_channels: int, out_channels: int, padding: str, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the grid, or halves it."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride, 1, padding_mode=padding)
+
+
+class PatchBlock(nn.Module):
+    """norm-SiLU-conv3, the time, norm-SiLU-conv1, plus a skip: two more pixels of window."""
+
+    def __init__(self, channels: int, emb_dim: int, padding: str) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
+        self.conv1 = conv3(channels, channels, padding)
+        self.emb = nn.Linear(emb_dim, channels)
+        self.conv2 = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """``x`` (B, C, H, W), ``emb`` (B, emb_dim) -> (B, C, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x))) + self.emb(F.silu(emb))[:, :, None, None]
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class PatchDiff(nn.Module):
+    """Noise predictor ``eps_theta(x_t, t)`` whose every output sees a small window only.
+
+    Args:
+        channels: of the image.
+        blocks: each widens the window by two cells.
+        width: channels inside.
+        unshuffle: side of a cell in pixels, folded into channels; sides must be its multiples.
+        padding: ``reflect``; ``circular`` knows no border; ``zeros`` tells where it is.
+
+    Raises:
+        ValueError: a number below 1, or unknown padding.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        blocks: int,
+        *,
+        width: int = 48,
+        unshuffle: int = 2,
+        padding: str = "reflect",
+    ) -> None:
+        super().__init__()
+        sizes = {"channels": channels, "blocks": blocks, "width": width, "unshuffle": unshuffle}
+        if wrong := {name: size for name, size in sizes.items() if size < 1}:
+            raise ValueError(f"{', '.join(wrong)} must be at least 1, got {min(wrong.values())}")
+        if padding not in PADDINGS:
+            raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+        self.unshuffle, self.width = unshuffle, width
+        self.receptive_field = unshuffle * (2 * blocks + 1)
+        folded, emb_dim = channels * unshuffle**2, 2 * width
+        self.time_mlp = nn.Sequential(
+            nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
+        )
+        self.stem = nn.Conv2d(folded, width, 1)
+        self.blocks = nn.ModuleList(PatchBlock(width, emb_dim, padding) for _ in range(blocks))
+        self.out_norm = ChannelNorm(width)
+        self.out = zero_init(nn.Conv2d(width, folded, 1))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Noisy images (B, C, H, W) and timesteps (B,) -> noise (B, C, H, W)."""
+        emb = self.time_mlp(timestep_embedding(t, self.width).to(x.dtype))
+        h = self.stem(F.pixel_unshuffle(x, self.unshuffle))
+        for block in self.blocks:
+            h = block(h, emb)
+        return F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), self.unshuffle)
+
+
+class PatchDetector(nn.Module):
+    """One logit for each cell of 4 x 4 pixels: does the window around it look anomalous?
+
+    Args:
+        channels: of the image.
+        extra: further 3x3 convolutions on the coarse grid; each widens the window by 8 pixels.
+        width: channels on the coarse grid.
+        padding: see :class:`PatchDiff`.
+    """
+
+    def __init__(
+        self, channels: int, *, extra: int = 0, width: int = 64, padding: str = "reflect"
+    ) -> None:
+        super().__init__()
+        self.receptive_field = 21 + 8 * extra
+        steps = [(width // 2, 1), (3 * width // 4, 2), (3 * width // 4, 1), (width, 2)]
+        layers: list[nn.Module] = []
+        for out, stride in [*steps, *[(width, 1)] * (1 + extra)]:
+            layers += [conv3(channels, out, padding, stride), ChannelNorm(out), nn.ReLU()]
+            channels = out
+        self.trunk = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.Conv2d(channels, width, 1), nn.ReLU(), nn.Conv2d(width, 1, 1))
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, width, H / 4, W / 4), of length 1 at each cell."""
+        return F.normalize(self.trunk(x), dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> logits (B, H / 4, W / 4)."""
+        return self.head(self.trunk(x))[:, 0]

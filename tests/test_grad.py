@@ -1,0 +1,233 @@
+"""GRAD-style detection: weights, their optimum on a toy, chance on normal images, no diffusion."""
+
+import inspect
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffad_lite.methods.grad import GRAD, GRADConfig
+from diffad_lite.methods.grad_weights import CLIP, Reweighting, WeightConfig, pattern_weights
+from diffad_lite.metrics import image_metrics
+from diffad_lite.networks import PatchDetector
+from diffad_lite.training import TrainConfig
+
+SIZE = 16
+PLAIN = WeightConfig(flatten_contrastive=0.0, flatten_normal=0.0, filter_normal=0.0)
+
+
+def config(**changes) -> GRADConfig:
+    tiny = GRADConfig.for_profile("ci", channels=1, image_size=SIZE)
+    short = TrainConfig(steps=4, batch_size=4)
+    return replace(tiny, **({"train": short, "train_patchdiff": short} | changes))
+
+
+def pictures(n: int, seed: int = 0) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    return (0.4 * torch.randn(n, 1, SIZE, SIZE, generator=rng)).clamp(-1, 1)
+
+
+def shares(k: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    both = torch.rand(2, k, generator=rng) + 0.05
+    return tuple(both / both.sum(1, keepdim=True))
+
+
+# ------------------------------------------------------------------------------------ weights
+
+
+def test_without_exponents_every_pattern_counts_alike():
+    w, v = pattern_weights(*shares(), PLAIN)
+    torch.testing.assert_close(w, torch.ones(8))
+    torch.testing.assert_close(v, torch.ones(8))
+
+
+def test_weights_have_mean_one_and_stay_within_the_clip():
+    contrastive, normal = shares()
+    w, v = pattern_weights(contrastive, normal, WeightConfig())
+    assert float((w * contrastive).sum()) == pytest.approx(1, abs=1e-5)
+    assert float((v * normal).sum()) == pytest.approx(1, abs=1e-5)
+    extreme = torch.tensor([1 - 1e-6, 1e-6]), torch.tensor([0.5, 0.5])
+    for weights in pattern_weights(*extreme, WeightConfig()):
+        assert ((weights >= 1 / CLIP) & (weights <= CLIP)).all()
+
+
+def test_rare_patterns_count_more_and_normal_ones_less():
+    contrastive, normal = torch.tensor([0.6, 0.3, 0.1]), torch.full((3,), 1 / 3)
+    w, _ = pattern_weights(contrastive, normal, replace(PLAIN, flatten_contrastive=0.5))
+    assert w.tolist() == sorted(w.tolist())
+    w, _ = pattern_weights(normal, contrastive, replace(PLAIN, filter_normal=2.0))
+    assert w.tolist() == sorted(w.tolist())
+    _, v = pattern_weights(normal, contrastive, replace(PLAIN, flatten_normal=0.5))
+    assert v.tolist() == sorted(v.tolist())
+    order = torch.tensor([2, 0, 1])
+    w, v = pattern_weights(contrastive, normal, WeightConfig())
+    again = pattern_weights(contrastive[order], normal[order], WeightConfig())
+    torch.testing.assert_close(again[0], w[order])
+    torch.testing.assert_close(again[1], v[order])
+
+
+def test_the_weighted_loss_is_least_at_the_weighted_density_ratio():
+    """Tables of logits: g* = log(w c / (v n)), for each pattern."""
+    contrastive, normal = shares()
+    w, v = pattern_weights(contrastive, normal, WeightConfig())
+    g = torch.zeros(8, requires_grad=True)
+    optimiser = torch.optim.LBFGS([g], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimiser.zero_grad()
+        loss = (v * normal * F.softplus(g)).sum() + (w * contrastive * F.softplus(-g)).sum()
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    torch.testing.assert_close(
+        g.detach(), (w * contrastive / (v * normal)).log(), atol=0.01, rtol=0
+    )
+
+
+def test_weights_are_those_of_a_frozen_copy():
+    detector = PatchDetector(1)
+    weights = Reweighting(detector, WeightConfig(4), 64)
+    normal, contrastive = pictures(8), pictures(8, 1).sign()
+    weights.fit(detector, contrastive, normal, 0)
+    before = weights.clusters(normal)
+    assert before.shape == (8, 4, 4)
+    for parameter in detector.parameters():
+        parameter.data += 1
+    assert torch.equal(weights.clusters(normal), before)
+    assert float(weights.normal.sum()) == pytest.approx(1, abs=1e-5)
+    counts = np.bincount(before.flatten(), minlength=4) + 1
+    torch.testing.assert_close(weights.normal, torch.tensor(counts / counts.sum()).float())
+    assert not any(p.requires_grad for p in weights.parameters())
+
+
+def test_more_clusters_than_there_are_locations_are_empty():
+    detector = PatchDetector(1)
+    weights = Reweighting(detector, WeightConfig(64), 64)
+    weights.fit(detector, pictures(1), pictures(1, 1), 0)  # 32 locations
+    assert int(weights.clusters(pictures(1)).max()) < 32
+    assert torch.isfinite(weights.w).all()
+
+
+# ----------------------------------------------------------------------------------- training
+
+
+def test_stages_and_their_order():
+    made = GRAD(config()).fit(pictures(12), pictures(20, 1), seed=0, progress=False)
+    assert list(made.reports_) == ["patchdiff6", "patchdiff10", "warmup", "detector"]
+    assert made.reports_["warmup"]["steps"] + made.reports_["detector"]["steps"] == 4
+
+
+def test_fit_takes_images_and_nothing_that_marks_them():
+    assert list(inspect.signature(GRAD.fit).parameters)[1:3] == ["train", "calibration"]
+
+
+def test_without_reweighting_the_loss_is_the_plain_one():
+    made = GRAD(config(reweight=False)).fit(pictures(12), pictures(20, 1), seed=0, progress=False)
+    assert torch.equal(made.network["weights"].w, torch.ones(4))
+    pool, detector = pictures(6, 3), made.network["detector"]
+    losses = []
+    for weights in (None, made.network["weights"]):
+        generator = torch.Generator().manual_seed(0)
+        losses.append(made.detector_loss(detector, pictures(6), pool, weights, generator))
+    assert torch.equal(*losses)
+
+
+def test_the_pool_is_of_all_generators_and_of_its_seed_alone():
+    made = GRAD(config(n_patterns=7))
+    normal = pictures(12)
+    pool = made.draw_pool(normal, 5)
+    assert pool.shape == (7, 1, SIZE, SIZE)
+    assert pool.abs().max() <= 1
+    assert torch.equal(pool, made.draw_pool(normal, 5))
+    assert not torch.equal(pool, made.draw_pool(normal, 6))
+
+
+def test_both_kinds_are_disguised_alike():
+    made = GRAD(config())
+    x = pictures(4)
+    a, b = (made.disguise(x, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert float((a - x).std()) == pytest.approx(made.config.noise, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("contrastive", "low", "high"), [("normal", 0.35, 0.65), ("other", 0.99, 1)]
+)
+def test_the_detector_learns_what_differs_and_nothing_else(contrastive, low, high, monkeypatch):
+    """Normal images as contrastive ones teach nothing: chance level."""
+
+    def drawn(n, seed):
+        return pictures(n, seed) if contrastive == "normal" else 0.4 * pictures(n, seed).sign()
+
+    monkeypatch.setattr(GRAD, "draw_pool", lambda self, normal, seed: drawn(200, 7))
+    long = TrainConfig(steps=240, batch_size=8, learning_rate=2e-3, ema_decay=0.95)
+    made = GRAD(config(train=long, calibrate=False, extra=0))
+    made.fit(pictures(200), pictures(20, 1), seed=0, progress=False)
+    images = torch.cat([pictures(100, 2), drawn(100, 8)])  # of neither training nor pool
+    scores = made.predict(images).image_score.numpy()
+    assert low <= image_metrics(np.repeat([0, 1], 100), scores)["image_auroc"] <= high
+
+
+# ---------------------------------------------------------------------------------- inference
+
+
+def test_no_diffusion_at_test_time(monkeypatch):
+    made = GRAD(config()).fit(pictures(12), pictures(20, 1), seed=0, progress=False)
+    expected = made.predict(pictures(3)).image_score
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a PatchDiff was asked")
+
+    for network in made.patchdiffs.values():
+        monkeypatch.setattr(network, "forward", forbidden)
+    monkeypatch.setattr(made.network["weights"].snapshot, "forward", forbidden)
+    assert torch.equal(made.predict(pictures(3)).image_score, expected)
+    with made.count_evaluations() as count:
+        made.predict(pictures(3))
+    assert count == [3]
+
+
+def test_calibrated_maps_of_normal_images_are_standard():
+    made = GRAD(config(calibrate=True, smooth_sigma=0.0))
+    made.fit(pictures(12), pictures(40, 1), seed=0, progress=False)
+    maps = made.predict(pictures(40, 1)).anomaly_map
+    assert float(maps.mean()) == pytest.approx(0, abs=0.1)
+    assert float(maps.std()) == pytest.approx(1, abs=0.15)
+
+
+def test_the_windows_of_lite():
+    made = GRAD(GRADConfig.for_profile("lite", channels=1, image_size=64))
+    fields = [network.receptive_field for network in made.patchdiffs.values()]
+    assert fields == [10, 18]
+    assert made.network["detector"].receptive_field > max(fields)
+
+
+def test_the_paper_profile_can_be_built():
+    c = GRADConfig.for_profile("paper", channels=3, image_size=256)
+    with torch.device("meta"):
+        made = GRAD(c)
+        assert made.network["detector"](torch.zeros(1, 3, 256, 256)).shape == (1, 64, 64)
+    fields = [network.receptive_field for network in made.patchdiffs.values()]
+    assert fields == [14, 30, 62]
+    assert made.network["detector"].receptive_field == 85
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks": ()}, "blocks are different numbers from 1 on"),
+        ({"blocks": (2, 2)}, "blocks are different numbers from 1 on"),
+        ({"partial": (0.8, 0.4)}, r"partial must be \(low, high\) within 0..1"),
+        ({"image_size": 30}, "image_size must be a multiple of 4"),
+        ({"n_patterns": 0}, "GRADConfig.n_patterns must be"),
+        ({"weights": WeightConfig(1), "noise": 2.0}, "GRADConfig.noise must be"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(GRADConfig(), **changes)
