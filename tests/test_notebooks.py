@@ -19,6 +19,8 @@ from IPython.display import display
 from diffad_lite.gaussian import GaussianDiffusion, noise_generators
 from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
 from diffad_lite.methods.diffusionad import DiffusionAD, DiffusionADConfig
+from diffad_lite.methods.glad import GLAD
+from diffad_lite.methods.glad_config import GLADConfig
 from diffad_lite.schedules import NoiseSchedule
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -254,6 +256,27 @@ def norm_guidance_inputs():
     return [same(method, x_t, t, noise_hat, norm.clamp(-1, 1), w) for w in (0.0, 1.0, 30.0)]
 
 
+def anomaly_loss_inputs():
+    """Eight images, each sign, both ways of fading; a denoiser that answers."""
+    normal = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    rows = []
+    for changes in ({"kappa": 1}, {"kappa": 0}, {"kappa": -1, "fade": "linear"}):
+        config = GLADConfig.for_profile("ci", channels=1, image_size=16)
+        method = GLAD(replace(config, **changes))
+        denoiser = method.network["denoiser"]
+        for parameter in denoiser.parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+        ours, theirs = (torch.Generator().manual_seed(2) for _ in range(2))
+        rows.append(((method, denoiser, normal, ours), (method, denoiser, normal, theirs)))
+    return rows
+
+
+def feature_distance_inputs():
+    """Two grids that are not square; anywhere, the same place, and near."""
+    a, b = torch.randn(2, 3, 5, 4, 6, generator=torch.Generator().manual_seed(0))
+    return [same(a, b, radius) for radius in (None, 0, 1, 2)]
+
+
 def cross_fit_inputs():
     maps = np.random.default_rng(0).normal(1, 0.2, (11, 4, 5)).astype(np.float32)
     return [same(maps), same(maps, 3)]
@@ -273,6 +296,8 @@ INPUTS: dict[str, Callable[[], list[tuple[tuple, tuple]]]] = {
     GAUSSIAN + "ddim_step": gaussian_inputs(*[("x", t, s, "y") for t, s in STRIDES]),
     "diffad_lite.methods.anoddpm:AnoDDPM.trajectory": trajectory_inputs,
     "diffad_lite.methods.diffusionad:DiffusionAD.norm_guidance": norm_guidance_inputs,
+    "diffad_lite.methods.glad:GLAD.anomaly_oriented_loss": anomaly_loss_inputs,
+    "diffad_lite.features:feature_distance": feature_distance_inputs,
     "diffad_lite.metrics:MapCalibration.cross_fit": cross_fit_inputs,
 }
 AT_HAND = """\

@@ -11,7 +11,7 @@
 # | Memory | about 2 GB |
 # | Downloads | none |
 # | Previous | [02](02_sampling_to_detection.ipynb) |
-# | Next | 04, "GLAD" (comes next) |
+# | Next | [04](04_glad.ipynb) |
 
 # %% [markdown]
 # ## You will be able to

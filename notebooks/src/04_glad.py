@@ -102,6 +102,7 @@ device, c, diffusion = method.device, method.config, method.diffusion
 denoiser, statistics = method.network["denoiser"], method.network["statistics"]
 schedule, delta = diffusion.schedule, float(statistics.delta)
 delta = delta if c.delta is None else c.delta
+# %% tags=["context"]
 print(f"{len(labels)} test images, {labels.sum()} of them anomalous")
 print(f"from level {c.noise_level} in {c.steps} steps; min_level {c.min_level}")
 print(f"delta {delta:.3f}")
@@ -122,9 +123,11 @@ size = run.image_size
 options = {"root": run.root, "image_size": size, "plant": "cells"}
 planted = load_dataset(*source, **options)
 normals = len(planted.test_labels) // 2  # normal cells first, then the planted ones
-pairs = min(10 if quick else 25, normals)
+pairs = min(10 if quick else 20, normals)
 healthy = planted.test_images[:pairs]  # as they are read
 sick = planted.test_images[normals : normals + pairs]
+
+# %% tags=["context"]
 kinds = np.array(planted.defect_types[normals : normals + pairs])
 keys = image_keys(healthy)  # seeds of the noise
 index = {kind: int(np.flatnonzero(kinds == kind)[0]) for kind in dict.fromkeys(kinds)}
@@ -141,6 +144,7 @@ def like_twins(images):
     return ((images - mean) / deviation * STANDARD_DEVIATION).clamp(-1, 1)
 
 
+# %% tags=["context"]
 clean, defect = like_twins(healthy), like_twins(sick)  # x and x'
 torch.testing.assert_close(clean, method.prepare(healthy))
 everything = torch.cat([healthy, sick])
@@ -157,6 +161,7 @@ def noise_of(images, keys):
     return randn(images, noise_generators(keys, seed))
 
 
+# %% tags=["context"]
 def variant(method, **changes):
     """The same weights, other inference settings; raw maps."""
     other = copy.copy(method)
@@ -164,12 +169,14 @@ def variant(method, **changes):
     return other
 
 
+# %% tags=["context"]
 def auroc(labels, scores):
     return metrics.image_metrics(labels, np.asarray(scores))["image_auroc"]
 
 
+# %% tags=["context"]
 def as_picture(maps, white=1.0):
-    """Maps (B, H, W) as images (B, C, H, W): 0 is black, ``white`` and more is white."""
+    """Maps (B, H, W) as images (B, C, H, W); 0 is black, ``white`` is white."""
     return (2 * maps / white - 1)[:, None].clamp(-1, 1).expand(-1, c.channels, -1, -1)
 
 
@@ -203,8 +210,9 @@ for name, path in {"plain DDIM": plain, "GLAD": glad}.items():
 
 # %% [markdown]
 # *Figure: cell (standardised); noised to the high level $T'$; plain DDIM from there; GLAD, with the level
-# $t^*$ at which it was let go; the anomaly map, one scale for all three.* Plain DDIM smooths every cell.
-# GLAD gives back a cell that does not move with most of its detail.
+# $t^*$ at which it was let go, or taken back; the anomaly map, one scale for all three.* Both repair the
+# defects, the dark area not quite. Plain DDIM smooths every cell. GLAD gives the normal cell back with more
+# of its detail, as the list says.
 #
 # ## One level does not fit all
 #
@@ -222,6 +230,7 @@ def ddim(images, t, keys, steps=5):
     return last.x.cpu()
 
 
+# %%
 def share_left(a, b):
     """What is left of each defect; a of the twins, b of the planted cells."""
     change = defect - clean
@@ -235,6 +244,7 @@ from_level = {t: [ddim(images, t, keys) for images in (clean, defect)] for t in 
 left = {t: share_left(*pair) for t, pair in from_level.items()}
 errors = [(clean - from_level[t][0]).abs().mean().item() for t in levels]
 by_kind = {kind: [left[t][kinds == kind].mean() for t in levels] for kind in index}
+# %%
 fig, _ = plots.show_curves(
     errors,
     by_kind,
@@ -244,12 +254,12 @@ fig, _ = plots.show_curves(
 )
 above = fig.axes[0].secondary_xaxis("top")
 above.set_xticks(errors, levels)
-above.set_xlabel("noise level t")
+label = above.set_xlabel("noise level t")
 
 # %% [markdown]
 # *Figure: price (to the right) and gain (down) of a noise level, by kind of defect; a handful of each.*
-# Small and thin kinds are at the bottom while healthy detail has hardly suffered. To get an inactive area
-# down, every healthy cell must pay. Put as a question to each cell: **from which level is its
+# Small and thin kinds fall quickly, while healthy detail has suffered little. A good part of an inactive area
+# is left even at the highest level, for which every healthy cell has paid. Put as a question to each cell: **from which level is its
 # reconstruction nearest to its healthy twin?** That is an *oracle*: nobody knows the twin at test time.
 
 # %%
@@ -485,8 +495,9 @@ def let_go_at(curve, delta):
 
 
 stars = {s: let_go_at(curve, delta) for s, curve in curves.items()}
-path = method.reconstruct(method.prepare(sick).to(device), noise_of(sick, keys))
-assert quick or (stars[1.0] == path.t_star.cpu().numpy()).mean() > 0.9  # the package's
+few = method.prepare(weaker[severities[-1]][:6]).to(device)
+theirs = method.reconstruct(few, noise_of(few, keys[:6])).t_star.cpu().numpy()
+assert (theirs == stars[severities[-1]][:6]).mean() > 0.8  # the package's
 
 # %%
 strengths = {"healthy": 0.0} | {s: s for s in severities}
@@ -496,6 +507,7 @@ for name, row in zip(strengths, table, strict=True):
     print(f"{name!s:8} mean t* {row.mean():5.1f}, let go {100 * away:3.0f} %")
 
 
+# %%
 def correlation(cells):
     """Spearman's, over strengths and the chosen cells together."""
     strength = np.repeat(list(strengths.values()), len(cells))
@@ -517,7 +529,8 @@ fig, _ = plots.show_curves(
     ylabel="mean of $t^*$",
     markers=True,
 )
-fig.axes[0].axhline(c.min_level, color="grey", linewidth=1, linestyle=":")
+line = fig.axes[0].axhline(c.min_level, color="grey", linewidth=1, linestyle=":")
+legend = fig.axes[0].legend(loc="lower right")
 
 # %% [markdown]
 # *Figure: mean level at which cells are let go, by kind and strength; dotted, $t_{\min}$: below it is a
@@ -530,7 +543,9 @@ fig.axes[0].axhline(c.min_level, color="grey", linewidth=1, linestyle=":")
 # ### A switch with two positions
 #
 # How many different reconstructions of an image can these steps produce, if $\delta$ runs through all
-# values? One might say: as many as there are levels. **Predict**, then look at step 4 again.
+# values?
+#
+# **Predict**, then look at step 4 again. (As many as there are levels?)
 #
 # It says that an image that is let go continues as it was. So, whatever its $t^*$, what comes out is
 # *plain DDIM from $T'$*. And an image that is reset comes out as DDIM from its own noised input at
@@ -547,6 +562,7 @@ def map_of(x, x0_hat, noise):
     return blur(features + weight * (x - x0_hat).abs().mean(1), c.smooth_sigma).cpu()
 
 
+# %% tags=["context"]
 def score_of(maps):
     """Image scores, by position as bundled where the method does so."""
     own = method.map_calibration_
@@ -591,9 +607,6 @@ off = np.median(np.abs(switched - theirs)) / np.abs(theirs).mean()
 assert off < 0.01  # there are no other ways
 
 # %%
-axes = {"xlabel": r"$\delta$", "ylabel": "image AUROC", "log": "x"}
-fig, _ = plots.show_curves(grid, swept, **axes, markers=True)
-fig.axes[0].axvline(delta, color="black", linewidth=1, linestyle=":")
 for name, (plain, reset, drift) in ways.items():
     switch = np.where(drift > delta, plain, reset)
     print(f"{name} cells, image AUROC {auroc(truth[name], switch):.3f}")
@@ -602,6 +615,13 @@ for name, (plain, reset, drift) in ways.items():
         found = metrics.paired_bootstrap_auroc(truth[name], switch, scores)
         row = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found)
         print(f"  minus {other:20} {row}  {metrics.verdict(*found[1:])}")
+        real_drift = as_described and (name, other) == ("real", "the drift alone")
+        assert not real_drift or metrics.verdict(*found[1:]) != "holds"
+
+# %%
+axes = {"xlabel": r"$\delta$", "ylabel": "image AUROC", "log": "x"}
+fig, _ = plots.show_curves(grid, swept, **axes, markers=True)
+line = fig.axes[0].axvline(delta, color="black", linewidth=1, linestyle=":")
 
 # %% [markdown]
 # *Figure: image AUROC against $\delta$, without fusion; left all are let go (plain DDIM from $T'$), right
@@ -615,8 +635,10 @@ for name, (plain, reset, drift) in ways.items():
 # In between, the switch can be better than both ends, and not because of better pictures alone. A cell that
 # is let go gets the large differences of the high level, a cell that is reset the small ones of the low
 # level: the switch *moves the scores apart, by the drift*. Hence the third line of the list, a control: the
-# largest drift by itself as an image score. It needs no reconstruction and no map. (The planted defects
-# are at full strength, and the intervals on real cells are wide; the ladder below has the whole test set.)
+# largest drift by itself as an image score. It needs no reconstruction and no map, and on these real cells it
+# cannot be told from the switch. So a good part of what adaptive steps find, they find by *watching*, before
+# anything is compared. (Few cells and wide intervals; the planted defects are at full strength. The ladder below
+# has the whole test set, without this control.)
 #
 # ## Anomaly-oriented training
 #
@@ -650,7 +672,7 @@ for name, (plain, reset, drift) in ways.items():
 
 # %% tags=["context"]
 def shifted(x, faded, t, eps, kappa):
-    """The target for images with an anomaly, ``faded``, and their normal originals x."""
+    """The target for images with an anomaly, ``faded``, of normal originals x."""
     abar = schedule.level(t, x)
     return eps + kappa * (abar / (1 - abar)).sqrt() * (faded - x)
 
@@ -795,7 +817,7 @@ def kappa_loss(kappa):
 
 # %%
 plan = TrainConfig(
-    steps=10 if quick else 60,
+    steps=10 if quick else 40,
     batch_size=16,
     learning_rate=1e-3,
     warmup_steps=10,
@@ -840,11 +862,10 @@ for kappa, network in networks.items():
         with torch.no_grad():
             eps_hat = network(noised, torch.full((len(noised),), t, device=device))
         estimates.append(diffusion.clean_estimate(noised, t, eps_hat).cpu())
-    row = (
-        f"{kappa:10d}{slope:6.2f}{1 - slope:11.2f}{share_left(*estimates).mean():11.2f}"
-    )
+    row = f"{kappa:10d}{slope:6.2f}{1 - slope:11.2f}"
+    row += f"{share_left(*estimates).mean():11.2f}"
     print(f"{row}{(estimates[0] - clean).abs().mean():17.4f}")
-assert quick or slopes[1] > slopes[0] > slopes[-1]
+assert quick or not as_described or slopes[1] > slopes[0] > slopes[-1]
 
 # %%
 columns = [held[pick], faded[pick]]
@@ -876,7 +897,8 @@ fig, _ = plots.show_curves(
     middle, density, xlabel=r"predicted noise $\hat\epsilon$", ylabel="density"
 )
 print({name: round(values.mean().item(), 2) for name, values in shown.items()})
-assert quick or shown["inside, network"].mean() > shown["outside, network"].mean()
+inside, outside = (shown[f"{w}, network"].mean() for w in ("inside", "outside"))
+assert not as_described or inside > outside
 
 # %% [markdown]
 # *Figure: predicted noise outside of the anomaly, and inside where it is bright; the third curve is what a
@@ -896,7 +918,7 @@ assert quick or shown["inside, network"].mean() > shown["outside, network"].mean
 # - **literal**, as in the public code: $m = \mathrm{sigmoid}(a)$. The drift is a distance, so
 #   $a \ge 0$ and $m \ge \tfrac12$: at least half of the repaired state is kept *everywhere*;
 # - **calibrated**, ours: $m = \mathrm{sigmoid}\big((a - \delta)/\mathrm{IQR}\big)$, with the interquartile
-#   range of drifts on normal cells. Near 0 where a normal cell drifts as much, near 1 beyond $\delta$.
+#   range of drifts on normal cells. Near 0 where the drift is that of a healthy place, near 1 beyond $\delta$.
 #
 # **Predict**: on healthy pixels of a cell that was let go, which order of errors do you expect: without
 # fusion, literal, calibrated?
@@ -907,6 +929,8 @@ noise = noise_of(inside, keys)
 modes = ("off", "literal", "calibrated")
 fused = {m: variant(method, fusion=m).reconstruct(inside, noise) for m in modes}
 path, spread = fused["off"], float(statistics.spread)
+
+# %%
 stars = path.t_star.cpu().numpy()
 gone = np.argsort(-stars, kind="stable")[: max(1, (stars >= c.min_level).sum())]
 at = [path.timesteps.index(int(path.t_star[i])) for i in gone]
@@ -1004,6 +1028,7 @@ def exchanged(images, k):
     return made, where
 
 
+# %%
 def compared(a, b, radius):
     """The feature distance of the package with that radius, (B, H, W)."""
     a, b = a.to(device), b.to(device)
@@ -1031,7 +1056,7 @@ assert not as_described or seen["aligned"][:, where].mean() > 1.5 * inside
 # %% [markdown]
 # *Figure: a healthy cell, with two exchanged blocks, and the three distances between them (one scale).*
 # "Anywhere" finds the pieces at their other place and sees mainly the seams. (The official code adds the
-# reversed search for the few categories in which parts can be misplaced.) "Aligned" sees them, and also
+# reversed search for three categories, transistors and two circuit boards.) "Aligned" sees them, and also
 # every edge that has moved by a pixel in an ordinary reconstruction: last column of the list. A search
 # near the place is the compromise of the lite profile.
 #
@@ -1055,6 +1080,7 @@ def maps_of(images):
     return {name: blur(maps, c.smooth_sigma) for name, maps in parts.items()}
 
 
+# %%
 def full_size(maps, masks):
     """Maps (N, H, W) as a list of arrays at the sizes of their masks."""
     many = zip(maps[:, None, None], masks, strict=True)
@@ -1085,9 +1111,9 @@ for name, maps in parts.items():
 #
 # ### The ladder
 #
-# The ablation runs on the whole test set, three seeds each, with the same data and the same length of
-# training. Two trainings, with and without the anomaly-oriented stage (`no-atp`), times four ways to
-# denoise: `plain` (plain DDIM from $T'$), `no-fusion` (adaptive steps only), `literal` fusion, and the default,
+# The ablation runs on the whole test set, three seeds each. Two trainings, with and without the
+# anomaly-oriented stage (`no-atp`, which therefore has fewer `steps` in all), times four ways to denoise:
+# `plain` (plain DDIM from $T'$), `no-fusion` (adaptive steps only), `literal` fusion, and the default,
 # calibrated fusion.
 #
 # **Predict** which of the five steps of the ladder below adds most.
@@ -1103,9 +1129,9 @@ Markdown(rendered["elpv-mono-glad-ablation"])
 # it" is the image AUROC of `full` minus that of the row, with a paired 95 % interval over images, and the
 # verdict on "`full` ranks better".* In the words of the paper, the ladder is: a baseline (here `no-atp,
 # plain`), with adaptive denoising steps (ADS), with anomaly-oriented training (ATP), with both, and with
-# fusion (SAFF) on top. For MVTec AD the published values are, *as summarised by secondary
-# sources*, 98.3, 99.0, 98.7, 99.2 and 99.3 (image AUROC in per cent). Values are not comparable; the
-# *order* is.
+# fusion (SAFF) on top. For MVTec AD the published values are, *as summarised by secondary sources*, 98.3,
+# 99.0, 98.7, 99.2 and 99.3 (image AUROC in per cent). The values are not comparable with ours. We compare
+# the *order* only.
 
 
 # %%
@@ -1131,6 +1157,7 @@ lines.append("| --- " * 6 + "|")
 ours = [report.mean(group, "image_auroc") for group, _ in rungs.values()]
 theirs = [value for _, value in rungs.values()]
 orders = [(len(v) + 1 - rankdata(v)) for v in (ours, theirs)]  # 1 is the best
+# %%
 for k, (name, (group, _)) in enumerate(rungs.items()):
     gain, low, high = report.difference_of(group, base)
     cells = f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]", metrics.verdict(low, high)
@@ -1196,9 +1223,19 @@ if like_for_like:
 shown = [r for name in (*others, "glad") for r in runs_of(name, plant="cells")]
 Markdown(report.pixel_table(shown))
 
+# %%
+areas = {}
+for name in ("anoddpm", "glad"):
+    group = runs_of(name, plant="cells")
+    areas[name] = np.mean([r["per_defect"]["inactive"]["aupro"] for r in group])
+    print(f"{name:8} AUPRO of inactive areas {areas[name]:.3f}")
+assert areas["glad"] > areas["anoddpm"]  # the next cell says so
+
 # %% [markdown]
 # *Above, the difference that standardising does not explain. Table: planted cell defects, default settings:
-# pixel measures, and AUPRO by kind.*
+# pixel measures, and AUPRO by kind.* Inactive areas, the weak side of AnoDDPM's one low level, are covered
+# better: they drift, and are repaired from above. (GLAD's map also has features; this table does not part
+# the two.)
 #
 # ## What it costs
 #
@@ -1215,10 +1252,12 @@ def cost(image):
     return int(t_star), count[0]
 
 
+# %%
 candidates = torch.cat([weaker[severities[-1]], healthy[:2]])
 inside = method.prepare(candidates).to(device)
 noise = noise_of(inside, image_keys(candidates))
 stars = method.reconstruct(inside, noise).t_star.tolist()
+# %%
 chosen = {t: stars.index(t) for t in sorted(set(stars), reverse=True)}
 costs = dict(cost(candidates[[i]]) for i in chosen.values())
 
@@ -1246,7 +1285,7 @@ if as_described:
 
 # %%
 bigs = (50, 100) if quick else (50, 100, 200)
-parts_of = (0.5, 1) if quick else (0.25, 0.5, 1, 2, 4)
+parts_of = (0.5, 16) if quick else (0.25, 1, 4, 16)
 deltas = [float(f"{f * delta:.2g}") for f in parts_of]
 x, frames = method.prepare(three).to(device), {}
 noise = noise_of(x, three_keys)
@@ -1259,6 +1298,7 @@ for T_high in bigs:
 white = max(float(maps.max()) for *_, maps in frames.values())
 
 
+# %%
 def frame(T_high, delta):
     pictures, stars, maps = frames[T_high, delta]
     rows = torch.stack([x.cpu(), pictures, as_picture(maps, white)], 1).flatten(0, 1)
@@ -1274,7 +1314,7 @@ explore(frame, static=static, T_high=bigs, delta=deltas)
 # %% [markdown]
 # *Figure: in a live notebook, two sliders; printed, the highest $T'$ with the smallest and the largest
 # $\delta$. Cell, reconstruction with its $t^*$, raw map; one scale for all maps.* With a small $\delta$ all
-# three are let go, and the healthy cell pays for it. With a large one nobody is, and $T'$ does not matter.
+# three are let go, and the healthy cell pays for it. With a large one nobody is, and $T'$ hardly matters.
 
 # %% [markdown]
 # ## Paper, public code, ours
@@ -1308,12 +1348,16 @@ explore(frame, static=static, T_high=bigs, delta=deltas)
 # %% [markdown]
 # ## What did not work
 #
-# - **Adaptivity against the best fixed level.** It repairs the damage of a high level on normal cells. One
-#   low level for all does not do that damage in the first place, at a fraction of the cost.
-# - **Small defects drift little.** A spot or a thin crack is reset like a normal cell; adaptive steps pass
-#   it on to the low level.
-# - **Anomaly-oriented training as a ranker.** On development defects the ranking was the same with and
-#   without it, within the noise, although defects drift more, and are let go earlier.
+# - **A level for each image, in pictures.** Without fusion there are two reconstructions, not many. On the
+#   real cells of this notebook the drift by itself ranked as well as the map that it leads to, as far as 64
+#   cells can tell.
+# - **Weak small defects.** They do not drift: adaptive steps pass them on to the low level.
+# - **Time.** One low level for all costs a fraction, and does no damage to normal cells that would have to be
+#   repaired.
+# - **Features for outlines.** They rank weak defects better than pixels, and blur the map.
+# - **Development defects as judges of the training.** There the ranking was the same with and without
+#   the anomaly-oriented stage, within the noise, although defects drift more and are let go earlier.
+#   Whether it is the same on real cells, the list below the ladder says.
 # - **A literal mask.** It never keeps less than half of anything.
 # - **Levels of the paper.** They are those of another space, schedule and size (03 on pixel ranges).
 
@@ -1402,6 +1446,8 @@ normal = torch.rand(2, c.channels, 8, 8, generator=rng(3)) - 0.5
 anomalous = normal.clone()
 anomalous[..., 2:5, 2:5] += 0.5
 eps = torch.randn(normal.shape, generator=rng(4))
+
+# %% tags=["check"]
 for share in (0, 0.5, 1, 2):
     for t in (50, 300):
         target = shifted(normal, anomalous, t, eps, kappa_for(share))
@@ -1446,6 +1492,7 @@ def halves(labels, generator):
     return first
 
 
+# %% tags=["check"]
 y = np.tile([0, 1], 20)
 generator = np.random.default_rng(0)
 luck = generator.normal(size=(10, 40))  # ten settings that know nothing
@@ -1487,9 +1534,9 @@ print(f"{'ten settings of luck':22} optimism {np.mean(values):+.3f}")
 # - The drift does not contain the present prediction: the network cancels. On a Gaussian it is linear in
 #   the offset, so larger anomalies cross a threshold earlier.
 # - $t^*$ rises with the strength of a defect. Without fusion it changes nothing but a switch between two
-#   reconstructions.
+#   reconstructions, and the drift behind it is a score by itself.
 # - Anomaly-oriented training asks for $\epsilon + r_t(\tilde x - x)$. With the sign turned round a
-#   perfect denoiser doubles the anomaly; test a target with a perfect predictor.
+#   perfect denoiser doubles the anomaly. Test a target with a perfect predictor.
 # - Fading should look like what sampling will see: $t/T$ does so for the public code's schedule and
 #   levels, not for low ones.
 # - A sigmoid of a distance is no mask. A calibrated one keeps healthy detail, and what the drift has not
