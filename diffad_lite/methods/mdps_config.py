@@ -73,19 +73,11 @@ class MDPSConfig(MethodConfig):
         return replace(self.prior, standardise=self.standardise)
 
     @classmethod
-    def for_profile(
-        cls,
-        profile: Profile,
-        *,
-        channels: int,
-        image_size: int,
-        category: str | None = None,
-        **data: Any,
-    ) -> Self:
+    def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
         """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
-        shape = {"channels": channels, "image_size": image_size, "category": category} | data
-        base = super().for_profile(profile, **shape)
-        base = replace(base, prior=AnoDDPMConfig.for_profile(profile, **shape))
+        base = super().for_profile(profile, category=category, **shape)
+        prior = AnoDDPMConfig.for_profile(profile, category=category, **shape)
+        base = replace(base, prior=prior)
         if profile == "ci":
             return replace(base, steps=3, n_samples=2, input_size=64, layers=("2", "4"))
         if profile == "lite":
@@ -99,7 +91,7 @@ class MDPSConfig(MethodConfig):
         train = TrainConfig(
             steps=50_000, batch_size=8, learning_rate=3e-4, warmup_steps=0, ema_decay=0.0
         )
-        own_norm = math.sqrt(3 * image_size**2 / (8 * 3 * 256**2))
+        own_norm = base.image_size / (256 * math.sqrt(8))
         return replace(
             base,
             standardise=False,

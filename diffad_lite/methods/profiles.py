@@ -32,6 +32,8 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for values that cannot be, before a training, not after it."""
+        if self.channels not in (1, 3, 4):
+            raise ValueError(f"expected images of 1, 3 or 4 channels, got {self.channels}")
         ranges = {"smooth_sigma": (0, math.inf), "top_fraction": (1e-6, 1)}
         check_ranges(self, **ranges, quantile=(0.001, 0.999))
 
