@@ -30,6 +30,7 @@ import shutil
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ def take_over_prior(run: Run, first: MethodConfig | None, out: Path) -> None:
             continue
         training = read_json(record, "record of a training")
         if is_training(training, AnoDDPM, first, run.seed, None):
-            write_atomically(target / source.name, lambda p: shutil.copyfile(source, p))  # noqa: B023
+            write_atomically(target / source.name, partial(shutil.copyfile, source))
             return
 
 

@@ -141,6 +141,11 @@ class GLAD(Method):
             extract = partial(extract, noise=torch.cat([noise, noise]))
         return perceptual_distance(extract, a, b, self.config.radius)
 
+    def differences(self, images: Tensor, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """The parts of the map: of features, and of pixels; each (B, H, W)."""
+        features = self.distance(images, x, noise, self.config.map_features)
+        return features, (images - x).abs().mean(1)
+
     @torch.no_grad()
     def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
         """DDIM from the noise level; each image is watched until it is let go."""
@@ -200,10 +205,9 @@ class GLAD(Method):
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         noise = randn(images, generators)
         found = self.reconstruct(images, noise)
-        maps = self.distance(images, found.x, noise, self.config.map_features)
-        pixels = (images - found.x).abs().mean(1)
+        features, pixels = self.differences(images, found.x, noise)
         scale = self.network["statistics"].pixel_scale
-        maps = maps + self.config.pixel_weight * scale * pixels
+        maps = features + self.config.pixel_weight * scale * pixels
         return maps, found.x, {"t_star": found.t_star.float()}
 
     def explain(
@@ -223,7 +227,7 @@ class GLAD(Method):
         self._check(calibration, "calibration")
         s = self.network["statistics"]
         s.delta.fill_(torch.inf)  # so that every image is watched down to the lowest level
-        scores, drifts, features, pixels = [], [], [], []
+        scores, drifts, parts = [], [], []
         for batch in calibration.split(BATCH_SIZE):
             noise = randn(batch, noise_generators(image_keys(batch), 0)).to(self.device)
             images = self.prepare(batch).to(self.device)
@@ -237,13 +241,13 @@ class GLAD(Method):
                 torch.stack([drift_score(drift) for drift in watched]).nan_to_num().amax(0)
             )
             drifts.append(watched[-1])
-            features.append(self.distance(images, found.x, noise, self.config.map_features))
-            pixels.append((images - found.x).abs().mean(1))
+            parts.append(self.differences(images, found.x, noise))
         delta = conformal_threshold(torch.cat(scores).cpu().numpy(), self.config.delta_quantile)
         low, high = torch.cat(drifts).flatten().cpu().nanquantile(torch.tensor([0.25, 0.75]))
         s.delta.fill_(delta)
         s.spread.fill_(max(float(high - low), 1e-6))
-        s.pixel_scale.fill_(peak_ratio(torch.cat(features), torch.cat(pixels)))
+        features, pixels = (torch.cat(part) for part in zip(*parts, strict=True))
+        s.pixel_scale.fill_(peak_ratio(features, pixels))
         return super().calibrate(calibration)
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffad_lite.config import Profile, check_ranges
-from diffad_lite.gaussian import GaussianDiffusion
+from diffad_lite.gaussian import GaussianDiffusion, randn
 from diffad_lite.methods.base import BATCH_SIZE, Method
 from diffad_lite.methods.grad_weights import Reweighting, WeightConfig
 from diffad_lite.methods.profiles import MethodConfig
@@ -159,8 +159,7 @@ class GRAD(Method):
     def noise_loss(self, network: nn.Module, x0: Tensor, generator: torch.Generator) -> Tensor:
         """The noise-prediction loss of a batch; a scalar."""
         t = torch.randint(self.config.num_timesteps, (len(x0),), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator).to(x0)
-        return self.diffusion.loss(network, x0, t.to(x0.device), noise)
+        return self.diffusion.loss(network, x0, t.to(x0.device), randn(x0, generator))
 
     @torch.no_grad()
     def draw_patterns(
@@ -173,11 +172,10 @@ class GRAD(Method):
         c, d, T = self.config, self.diffusion, self.config.num_timesteps
         low, high = c.partial
         parts = []
-        for size in [BATCH_SIZE] * (n // BATCH_SIZE) + [n % BATCH_SIZE]:
-            if size == 0:
-                continue
+        for first in range(0, n, BATCH_SIZE):
+            size = min(BATCH_SIZE, n - first)
             x0 = normal[torch.randint(len(normal), (size,), generator=generator)].to(self.device)
-            noise = torch.randn(x0.shape, generator=generator).to(x0)
+            noise = randn(x0, generator)
             drawn = torch.rand(2, generator=generator).tolist()
             level = 1.0 if drawn[0] < c.from_noise else low + (high - low) * drawn[1]
             start = max(0, round(level * T) - 1)
@@ -210,19 +208,18 @@ class GRAD(Method):
         """Weighted logistic loss of locations, as many contrastive as normal ones; a scalar."""
         index = torch.randint(len(pool), (len(normal),), generator=generator)
         contrastive = random_flips(pool[index], self.config.train.flip_axes, generator)
-        both = self.disguise(torch.cat([normal, contrastive.to(normal)]), generator)
-        g_normal, g_contrastive = network(both).float().chunk(2)
+        both = torch.cat([normal, contrastive.to(normal)])
+        g_normal, g_contrastive = network(self.disguise(both, generator)).float().chunk(2)
         v, w = 1.0, 1.0
         if weights is not None:
-            clusters = weights.clusters(torch.cat([normal, contrastive.to(normal)])).chunk(2)
-            v, w = weights.v[clusters[0]], weights.w[clusters[1]]
+            of_normal, of_contrastive = weights.clusters(both).chunk(2)
+            v, w = weights.v[of_normal], weights.w[of_contrastive]
         return (v * F.softplus(g_normal)).mean() + (w * F.softplus(-g_contrastive)).mean()
 
     def disguise(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """The same rounding and noise for all, so that generated pictures are not told by them."""
         rounded = (images * 127.5).round() / 127.5
-        noise = torch.randn(images.shape, generator=generator).to(images)
-        return rounded + self.config.noise * noise
+        return rounded + self.config.noise * randn(images, generator)
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         c, budget, reports = self.config, options["budget"], {}
@@ -239,9 +236,8 @@ class GRAD(Method):
             )
         pool = self.draw_pool(train, options["seed"])
         steps = max(1, c.train.steps // 3), max(1, c.train.steps - c.train.steps // 3)
-        for stage, n, own in zip(("warmup", "detector"), steps, (None, weights), strict=True):
-            if stage == "detector" and not c.reweight:
-                own = None
+        used = None, (weights if c.reweight else None)
+        for stage, n, own in zip(("warmup", "detector"), steps, used, strict=True):
             if own is not None:
                 own.fit(detector, pool, train, options["seed"])
             left = None if budget is None else budget - sum(r.seconds for r in reports.values())

@@ -120,7 +120,10 @@ class MDPS(Method):
 
     def difference(self, y: Tensor, samples: Tensor) -> Tensor:
         """The map (B, H, W) of pictures and samples."""
-        features, pixels = self.distances(y, samples)
+        return self.combined(*self.distances(y, samples))
+
+    def combined(self, features: Tensor, pixels: Tensor) -> Tensor:
+        """The map of its two parts, each (B, H, W)."""
         return features + self.config.pixel_weight * self.network["statistics"].pixel_scale * pixels
 
     def first_sample(self, y: Tensor, generators: list[torch.Generator]) -> Tensor:
@@ -180,6 +183,6 @@ class MDPS(Method):
             parts.append(self.distances(y, self.first_sample(y, generators)))
         features, pixels = (torch.cat(part) for part in zip(*parts, strict=True))
         s.pixel_scale.fill_(peak_ratio(features, pixels))
-        maps = blur(features + c.pixel_weight * s.pixel_scale * pixels, c.mask_sigma)
+        maps = blur(self.combined(features, pixels), c.mask_sigma)
         s.mask_threshold.fill_(float(np.quantile(maps.cpu().numpy(), c.mask_quantile)))
         return super().calibrate(calibration)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffad_lite.config import Profile, check_ranges
-from diffad_lite.features import LITE0, DenoiserFeatures, ImageNetFeatures, on_grid
+from diffad_lite.features import DENOISER, LITE0, DenoiserFeatures, ImageNetFeatures, on_grid
 from diffad_lite.gaussian import noise_generators
 from diffad_lite.images import image_keys
 from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
@@ -28,7 +28,6 @@ from diffad_lite.methods.prediction import Buffers
 from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.training import FitOptions, TrainReport
 
-DENOISER = "denoiser"
 COVARIANCE_FLOOR = 0.01  # added to the diagonal, as in PaDiM, section III-B
 
 

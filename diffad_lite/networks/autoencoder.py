@@ -7,12 +7,12 @@ bits that is 1.
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffad_lite.bernoulli import sample_bits
 from diffad_lite.config import check_ranges
-from diffad_lite.gaussian import Generators, draw
+from diffad_lite.gaussian import Generators
 from diffad_lite.networks.unet import Attention, Upsample, group_norm
 
 
@@ -142,8 +142,7 @@ class BinaryAutoencoder(nn.Module):
 
 def straight_through(y: Tensor, generators: Generators) -> Tensor:
     """Bits drawn with probability ``y``; the gradient passes as if they were ``y``."""
-    z = (draw(torch.rand, y.shape, generators).to(y) < y).to(y)
-    return y + (z - y).detach()
+    return y + (sample_bits(y, generators) - y).detach()
 
 
 def unused_bits(y: Tensor, low: float = 0.01) -> float:

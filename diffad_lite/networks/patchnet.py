@@ -8,7 +8,7 @@ the whole image. Normalisation is over the channels of each pixel.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffad_lite.networks.unet import timestep_embedding, zero_init
+from diffad_lite.networks.unet import check_sizes, timestep_embedding, zero_init
 
 PADDINGS = ("reflect", "circular", "zeros")
 
@@ -67,8 +67,7 @@ class PatchDiff(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"channels": channels, "blocks": blocks, "width": width, "unshuffle": unshuffle}
-        if wrong := {name: size for name, size in sizes.items() if size < 1}:
-            raise ValueError(f"{', '.join(wrong)} must be at least 1, got {min(wrong.values())}")
+        check_sizes(sizes)
         if padding not in PADDINGS:
             raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
         self.unshuffle, self.width = unshuffle, width

@@ -5,7 +5,7 @@ at no loss of information, and attention at the coarse levels only.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,12 @@ def group_norm(channels: int) -> nn.GroupNorm:
     """
     groups = math.gcd(32, channels // 4) if channels % 4 == 0 else 1
     return nn.GroupNorm(groups, channels)
+
+
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """Raise ValueError that names the sizes below 1."""
+    if wrong := {name: size for name, size in sizes.items() if size < 1}:
+        raise ValueError(f"{', '.join(wrong)} must be at least 1, got {min(wrong.values())}")
 
 
 def zero_init(module: nn.Module) -> nn.Module:
@@ -169,8 +175,7 @@ class UNet(nn.Module):
         sizes = {"in_channels": in_channels, "base_channels": base_channels}
         sizes |= {"channel_mults": min(channel_mults, default=0)}
         sizes |= {"blocks_per_level": blocks_per_level, "unshuffle": unshuffle}
-        if wrong := {name: size for name, size in sizes.items() if size < 1}:
-            raise ValueError(f"{', '.join(wrong)} must be at least 1, got {min(wrong.values())}")
+        check_sizes(sizes)
         if not set(attention_levels) <= set(range(len(channel_mults))):
             raise ValueError(
                 f"attention_levels {attention_levels} do not all exist among the "
