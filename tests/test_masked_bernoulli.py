@@ -38,7 +38,7 @@ def test_at_a_threshold_of_one_the_map_is_the_autoencoders_residual():
     made = method(threshold=1.0, n_chains=1, calibrate=False, smooth_sigma=0.0)
     x = pictures(3)
     parts, prediction = made.explain(x), made.predict(x)
-    residual = (made.prepare(x) - parts["decoded"]).square().mean(1)
+    residual = (made.prepare(x) - parts["decoded"]).abs().mean(1)
     torch.testing.assert_close(prediction.anomaly_map, residual)
     assert torch.equal(parts["chain"][-1].z, parts["code"])
     assert prediction.extras["changed"].max() == 0
@@ -73,7 +73,7 @@ def test_the_map_is_the_mean_over_chains():
                 ]
             )
             decoded = made.decode(made.chain(z, generators)[-1].z)
-            each.append((x - decoded).square().mean(1))
+            each.append((x - decoded).abs().mean(1))
     torch.testing.assert_close(maps, torch.stack(each).mean(0))
     assert reconstruction.shape == x.shape
     assert extras["changed"].shape == (2, 4, 4)
@@ -90,6 +90,16 @@ def test_training_has_two_stages_and_learns():
     codes = made.encode(made.prepare(train[:4]))
     loss = made.flip_loss(made.network["flips"], codes.round(), torch.Generator().manual_seed(0))
     assert float(loss) < 0.9  # bits a bit; 1 is knowing nothing
+
+
+def test_bits_that_are_not_sure_cost_their_weight():
+    """At P = 1/2 all of it, at 0 or 1 nothing."""
+    x = pictures(2)
+    for probability, cost in ((0.5, 0.3), (1.0, 0.0), (0.9, 0.3 * 0.36)):
+        y = torch.full((2, 8, 4, 4), probability)
+        perfect = lambda images, generator: (images, y)  # noqa: B023, E731
+        loss = method(code_weight=0.3).autoencoder_loss(perfect, x, torch.Generator())
+        assert float(loss) == pytest.approx(cost)
 
 
 def test_flipped_images_are_encoded_too(monkeypatch):
@@ -135,7 +145,14 @@ def test_the_paper_profile_has_the_published_predictor():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("noise_level", 1000), ("steps", 201), ("threshold", 1.5), ("n_chains", 0), ("edges", -1.0)],
+    [
+        ("noise_level", 1000),
+        ("steps", 101),
+        ("threshold", 1.5),
+        ("n_chains", 0),
+        ("edges", -1.0),
+        ("code_weight", -1.0),
+    ],
 )
 def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=f"BernoulliConfig.{field} must be"):

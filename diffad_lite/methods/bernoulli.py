@@ -38,6 +38,8 @@ class BernoulliConfig(MethodConfig):
     Attributes:
         autoencoder: sizes of the autoencoder.
         edges: weight, in its loss, of the differences between neighbouring pixels.
+        code_weight: likewise of ``4 y (1 - y)``, y = P(bit = 1): a bit that is drawn anew each
+            time cannot be predicted. (The official code's term is another, and has weight 0.)
         train_autoencoder: how it is trained.
         beta_schedule: of the forward process.
         num_timesteps: T.
@@ -56,8 +58,11 @@ class BernoulliConfig(MethodConfig):
         n_chains: chains whose maps are averaged.
     """
 
+    standardise: bool = True  # chosen on development defects and uncertain cells, as what follows
+    top_fraction: float = 0.03
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     edges: float = 0.2
+    code_weight: float = 0.01
     train_autoencoder: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=4000, learning_rate=1e-3)
     )
@@ -71,8 +76,8 @@ class BernoulliConfig(MethodConfig):
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=8000, batch_size=32, learning_rate=5e-4)
     )
-    noise_level: int = 199
-    steps: int = 50
+    noise_level: int = 99
+    steps: int = 10
     threshold: float = 0.5
     suspect: Literal["state", "input"] = "state"
     n_chains: int = 4
@@ -81,7 +86,8 @@ class BernoulliConfig(MethodConfig):
         """Raise ValueError for levels, counts and sizes that cannot be."""
         super().__post_init__()
         check_ranges(self, num_timesteps=(1, math.inf), n_chains=(1, math.inf))
-        check_ranges(self, noise_level=(0, self.num_timesteps - 1), edges=(0, math.inf))
+        check_ranges(self, noise_level=(0, self.num_timesteps - 1))
+        check_ranges(self, edges=(0, math.inf), code_weight=(0, math.inf))
         check_ranges(self, steps=(1, self.noise_level + 1), threshold=(-1, 1))
         factor = self.autoencoder.factor
         if self.image_size % factor:
@@ -110,17 +116,21 @@ class BernoulliConfig(MethodConfig):
         # base 128, (1, 2, 2, 2), two blocks, attention at 16 cells; AdamW 1e-4, batch 36, EMA
         # .999, checkpoint at 110,000 with two updates each; L = 200, P = .5, every step, one chain.
         # Ours differs: L1 alone (no discriminator, which that code never trains by default, nor a
-        # perceptual term, which it switches off), decaying learning rates, and averaged weights.
+        # perceptual term, which it switches off), decaying learning rates, averaged weights, and
+        # a map of absolute differences, as all methods here have.
         published = {"warmup_steps": 0, "flip_axes": ()}
         return replace(
             base,
+            standardise=False,
             autoencoder=AutoencoderConfig(32, (1, 2, 2, 4), 2, unshuffle=1, bits=128, codeword=256),
             edges=0.0,
+            code_weight=0.0,
             train_autoencoder=TrainConfig(120_000, 24, 1.08e-4, ema_decay=0.9995, **published),
             base_channels=128,
             channel_mults=(1, 2, 2, 2),
             blocks_per_level=2,
             train=TrainConfig(220_000, 36, 1e-4, **published),
+            noise_level=199,
             steps=200,
             n_chains=1,
             calibrate=False,
@@ -155,10 +165,13 @@ class Bernoulli(Method):
     # Training: first the bits, then which of them are wrong.
 
     def autoencoder_loss(self, network: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean absolute error of pixels, and of differences between neighbours; a scalar."""
-        error = network(x, generator)[0].float() - x
+        """Mean absolute error of pixels and of differences between neighbours, and how unsure the
+        bits are; a scalar.
+        """
+        decoded, y = network(x, generator)
+        error, unsure = decoded.float() - x, (4 * y * (1 - y)).mean()
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        return error.abs().mean() + self.config.edges * edges
+        return error.abs().mean() + self.config.edges * edges + self.config.code_weight * unsure
 
     def flip_loss(self, network: nn.Module, y: Tensor, generator: torch.Generator) -> Tensor:
         """Cross entropy of the flips of codes drawn with P(bit = 1) = ``y``, in bits a bit."""
@@ -219,7 +232,7 @@ class Bernoulli(Method):
             z = sample_bits(y, generators)
             last = self.chain(z, generators)[-1]
             reconstructions.append(self.decode(last.z))
-            residuals.append((images - reconstructions[-1]).square().mean(1))
+            residuals.append((images - reconstructions[-1]).abs().mean(1))
             changed.append((last.z != z).float().mean(1))
         extras = {"changed": torch.stack(changed).mean(0)}  # share of bits, (B, h, w)
         return torch.stack(residuals).mean(0), torch.stack(reconstructions).mean(0), extras

@@ -40,7 +40,7 @@ class MDPSConfig(PriorConfig):
     top_fraction: float = 0.03
     residual_resampling: bool = False
     mode: Literal["paper", "code"] = "paper"
-    noise_level: int = 50
+    noise_level: int = 25
     mask_level: int = 25
     steps: int = 5
     guidance: float = 1.0

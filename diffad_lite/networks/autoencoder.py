@@ -33,7 +33,7 @@ class AutoencoderConfig:
     channel_mults: tuple[int, ...] = (1, 2)
     blocks_per_level: int = 1
     unshuffle: int = 2
-    bits: int = 16
+    bits: int = 8
     codeword: int = 64
 
     def __post_init__(self) -> None:

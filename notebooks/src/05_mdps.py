@@ -1208,7 +1208,7 @@ explore(frame, static=static, quantile=quantiles, n=numbers, w=ws)
 # | observation | eq. 7: noise on suspect pixels | | as eq. 7 |
 # | known pixels | eq. 10: their noise estimate is that of $y$ | state replaced by the noised $y$, same noise | `paper`: eq. 10; `code`: replaced |
 # | guidance | gradient of the squared norm, its own weight at each level, under the mask | norm, not squared, over the batch and all pixels; weight 50 to 200 (about 4 to 18 here), or none, by category | norm of each image; weight 1; `code`: over the batch |
-# | start | noisy versions of $y$ | $y$ noised to 150 to 250; first call up to 20 levels below | $y$ noised to 25 for the mask, 50 for the map; first call there |
+# | start | noisy versions of $y$ | $y$ noised to 150 to 250; first call up to 20 levels below | $y$ noised to 25 in both passes; first call there |
 # | steps | DDIM | every 20th level, $\eta_{\rm DDIM} = 1$, no clipping | 5, ancestral, clean estimates clipped |
 # | samples | several, averaged | 1 in every configuration shipped | 4 |
 # | mask | | range of the test set, fraction by category; none for textures | 90 % quantile of held-out normal images |
