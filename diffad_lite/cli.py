@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         _say(_explain(error))
         return 2
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ImportError) as error:
         _say(error)
         return 2
     except KeyboardInterrupt:
@@ -92,6 +92,8 @@ def build_parser() -> argparse.ArgumentParser:
     sweep = commands.add_parser("sweep", help="run a grid of a YAML file; can be interrupted")
     sweep.add_argument("grid", type=Path)
     sweep.add_argument("--out", type=Path, required=True)
+    sweep.add_argument("--workers", type=int, help="runs at a time on this machine, by Dask")
+    sweep.add_argument("--scheduler", help="address of a Dask scheduler, whose workers do the runs")
     sweep.set_defaults(command=_sweep)
 
     report = commands.add_parser("report", help="render tables from result files")
@@ -240,7 +242,14 @@ def _datasets(arguments: argparse.Namespace) -> int:
 def _sweep(arguments: argparse.Namespace) -> int:
     from diffad_lite.sweep import read_grid, sweep
 
-    failures = sweep(read_grid(arguments.grid), arguments.out)
+    grid = read_grid(arguments.grid)
+    if arguments.workers is None and arguments.scheduler is None:
+        failures = sweep(grid, arguments.out)
+    else:
+        from diffad_lite.cluster import sweep_on_dask
+
+        more = {"scheduler": arguments.scheduler, "workers": arguments.workers or 1}
+        failures = sweep_on_dask(grid, arguments.out, **more)
     for line in failures:
         _say(line)
     return 1 if failures else 0

@@ -174,19 +174,31 @@ def sweep(grid: Grid, out: str | Path, *, progress: bool = True) -> list[str]:
     for i, (run, own) in enumerate(runs, 1):
         folder = folder_of(run, out)
         print(f"[{i}/{len(runs)}] {folder.relative_to(out)}", flush=True)
-        try:
-            _run_one(own, run, out, progress)
-            (folder / "error.txt").unlink(missing_ok=True)
-        except Exception as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise  # the disk is full for the other runs as well
-            text = traceback.format_exc()
-            write_atomically(
-                folder / "error.txt", lambda p, text=text: p.write_text(text, encoding="utf-8")
-            )
-            failures.append(f"{folder}: {type(error).__name__}: {error}")
-            print(f"  failed: {error}", flush=True)
+        failures += attempt(own, run, out, progress=progress)
     return failures
+
+
+def attempt(grid: Grid, run: Run, out: Path, *, progress: bool = True) -> list[str]:
+    """Make one run of a grid; a failure is noted in ``error.txt`` of its folder.
+
+    Returns:
+        a line for the failure, if there is one.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    folder = folder_of(run, out)
+    try:
+        _run_one(grid, run, out, progress)
+        (folder / "error.txt").unlink(missing_ok=True)
+        return []
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise  # the disk is full for the other runs as well
+        text = traceback.format_exc()
+        write_atomically(folder / "error.txt", lambda p: p.write_text(text, encoding="utf-8"))
+        print(f"  failed: {error}", flush=True)
+        return [f"{folder}: {type(error).__name__}: {error}"]
 
 
 def take_over_prior(run: Run, first: MethodConfig | None, out: Path) -> None:

@@ -22,6 +22,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Imports go down this list only.
 FLOORS = [
     {"cli"},
+    {"cluster"},
     {"notebooks", "explore", "sweep", "report"},
     {"experiments"},
     {"scoring"},
