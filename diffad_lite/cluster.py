@@ -74,8 +74,7 @@ def _completed(
     for future in as_completed(folders):
         folder, error = folders[future], future.exception()
         # attempt() catches what a run raises; this is Dask's own, such as three dead workers.
-        lines = [f"{folder}: {type(error).__name__}: {error}"] if error else None
-        yield folder, future.result() if lines is None else lines
+        yield folder, [f"{folder}: {type(error).__name__}: {error}"] if error else future.result()
 
 
 def _work(pairs: list[tuple[Grid, Run]], out: Path, cwd: Path, threads: int | None) -> list[str]:
