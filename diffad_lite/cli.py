@@ -191,12 +191,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from diffad_lite import processes
     from diffad_lite.experiments import bundle, train
 
     run = _run_of(arguments)
     data = run.load_data()
     progress = not arguments.quiet
     method = train(run, data, arguments.out, budget=_budget(arguments), progress=progress)
+    if processes.rank() > 0:
+        return 0
     for stage, report in method.reports_.items():
         print(f"{stage}: {report['steps']:.0f} steps in {report['seconds']:.0f} s")
     print(f"checkpoint: {arguments.out / 'checkpoint'}")

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from diffad_lite import processes
 from diffad_lite.datasets import data_dir
-from diffad_lite.training import default_device, supports_bf16
+from diffad_lite.training import supports_bf16
 
 LIBRARIES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "diffad-lite")
 MIN_FREE_GB = 2.0
@@ -81,7 +82,7 @@ def checks() -> Iterator[Check]:
             yield Check(True, f"{name} {version(name)}")
         except PackageNotFoundError:
             yield Check(False, f"{name} is missing", "pip install -e . in the repository")
-    device = default_device()
+    device = processes.device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none, CPU is used"
     yield Check(True, f"GPU: {name}")
     yield Check(True, f"threads: {torch.get_num_threads()} of {os.cpu_count()} cores")

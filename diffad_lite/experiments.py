@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from diffad_lite import processes
 from diffad_lite.config import (
     check_writable,
     from_dict,
@@ -36,7 +37,10 @@ from diffad_lite.source import DEFAULT_CATEGORIES
 def train(
     run: Run, data: AnomalyData, out: Path, *, budget: float | None = None, progress: bool = True
 ) -> Method:
-    """Train into ``out/state`` and ``out/checkpoint``; a second call goes on or loads."""
+    """Train into ``out/state`` and ``out/checkpoint``; a second call goes on or loads.
+
+    It may be called by several processes at once, see :mod:`.processes`.
+    """
     check_writable(out / "state")
     config = run.configure(data)
     identity = {"method": run.method, **_provenance(run, data), "budget": budget}
@@ -58,7 +62,8 @@ def train(
         workdir=out / "state",
         progress=progress,
     )
-    method.save_pretrained(checkpoint, **_provenance(run, data), budget=budget)
+    if processes.rank() == 0:
+        method.save_pretrained(checkpoint, **_provenance(run, data), budget=budget)
     return method
 
 
@@ -181,8 +186,14 @@ def evaluate(
         the contents of ``result.json``.
 
     Raises:
-        ValueError: no anomalous test images, or anything that loading and training raise.
+        ValueError: no anomalous test images, several processes, or anything that loading and
+            training raise.
     """
+    if processes.count() > 1:
+        raise ValueError(
+            f"{processes.count()} processes can train, but one evaluates: call 'diffad train' by "
+            "accelerate launch, then 'diffad evaluate' with the same --out as usual"
+        )
     out = Path(out)
     check_writable(out)
     data = run.load_data()

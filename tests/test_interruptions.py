@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from test_bad_input import notebook
 
-from diffad_lite import config, training
+from diffad_lite import config, training, training_state
 from diffad_lite.cli import main
 from diffad_lite.interrupts import DeferredInterrupt
 from diffad_lite.methods import pretrained
@@ -69,7 +69,7 @@ SETTINGS = ("train.steps=12", "base_channels=8", "channel_mults=[1,2]", "attenti
 TRAIN = ["train", "--method", "anoddpm", *SHAPES]
 TRAIN += [word for setting in SETTINGS for word in ("--set", setting)]
 STATE = Path("state") / "diffusion.state.safetensors"
-STEP = "diffad_lite.training:learning_rate_factor"  # called once in each step
+STEP = "diffad_lite.training_state:learning_rate_factor"  # called once in each step
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")
 either = pytest.mark.parametrize("number", ["SIGINT", "SIGKILL"])
@@ -149,13 +149,13 @@ def unbroken(tmp_path_factory) -> Path:
 @pytest.fixture
 def steps_made(monkeypatch) -> list[int]:
     """The steps that this process makes."""
-    made, usual = [], training.learning_rate_factor
+    made, usual = [], training_state.learning_rate_factor
 
     def spy(step: int, total: int, warmup: int) -> float:
         made.append(step)
         return usual(step, total, warmup)
 
-    monkeypatch.setattr(training, "learning_rate_factor", spy)
+    monkeypatch.setattr(training_state, "learning_rate_factor", spy)
     return made
 
 
@@ -396,13 +396,12 @@ def assert_full(arguments: list[object], path: Path, capsys) -> None:
 
 def test_a_full_disk_keeps_the_former_training_state(tmp_path, unbroken, monkeypatch, capsys):
     out, command = tmp_path / "out", [*TRAIN, "--out", tmp_path / "out"]
-    usual = training.save_file
+    usual = training_state.save_file
     with monkeypatch.context() as patch:
         patch.setattr(training, "SAVE_EVERY_SECONDS", -1.0)
         saves = iter(range(4))
-        patch.setattr(
-            training, "save_file", lambda *a: usual(*a) if next(saves) < 3 else no_space()
-        )
+        wrapped = lambda *a: usual(*a) if next(saves) < 3 else no_space()  # noqa: E731
+        patch.setattr(training_state, "save_file", wrapped)
         assert_full(command, out / STATE, capsys)
     assert steps_saved(out) == 3
     call(*command)

@@ -709,7 +709,7 @@ def test_a_field_set_to_what_it_was_keeps_the_threshold(name, saved):
 @each_method
 def test_loaded_tensors_are_on_the_device_that_images_are_moved_to(name, saved, monkeypatch):
     folder = saved(name)
-    monkeypatch.setattr(pretrained, "default_device", lambda: torch.device("meta"))  # as a GPU
+    monkeypatch.setattr(pretrained.processes, "device", lambda: torch.device("meta"))  # as a GPU
     method = METHODS[name].from_pretrained(folder)
     if {v.device.type for v in method.network.state_dict().values()} != {"meta"}:
         pytest.fail("the tensors are not where they should be")

@@ -29,6 +29,7 @@ FLOORS = [
     {"plots", "doctor", "runs"},
     {"methods"},
     {"training", "features", "synthesis"},
+    {"training_state"},
     {"datasets"},
     {"readers", "splits"},
     {"published"},
@@ -38,7 +39,7 @@ FLOORS = [
     {"bernoulli"},
     {"gaussian"},
     {"schedules"},
-    {"config", "interrupts"},
+    {"config", "interrupts", "processes"},
 ]
 
 

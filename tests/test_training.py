@@ -8,18 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from diffad_lite import training
+from diffad_lite import training, training_state
 from diffad_lite.training import (
     TrainConfig,
     TrainReport,
-    learning_rate_factor,
     random_flips,
     supports_bf16,
     train_network,
 )
+from diffad_lite.training_state import learning_rate_factor
 
 CONFIG = TrainConfig(steps=30, batch_size=4, learning_rate=1e-2, flip_axes=(-1, -2))
 
@@ -161,6 +163,18 @@ def test_truncated_checkpoint_is_refused_by_name(tmp_path, share):
         train(make_network(), workdir=tmp_path)
 
 
+@pytest.mark.parametrize("missing", ["network.0.bias", "ema.module.3.bias", "generator"])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_name(tmp_path, missing):
+    train(make_network(), workdir=tmp_path)
+    path = tmp_path / "train.state.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys() if key != missing}  # noqa: SIM118
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match=r"train\.state\.safetensors is not whole .* delete it"):
+        train(make_network(), workdir=tmp_path)
+
+
 def test_no_temporary_files_remain(tmp_path, save_always):
     with pytest.raises(Interruption):
         train(make_network(), breaking_at(5), workdir=tmp_path / "new" / "folder")
@@ -180,7 +194,7 @@ def test_a_failing_write_keeps_the_older_checkpoint(tmp_path, save_always, monke
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_file", half_a_file)
+        patch.setattr(training_state, "save_file", half_a_file)
         with pytest.raises(OSError, match="disk full"):
             train(make_network(), workdir=tmp_path)
     assert path.read_bytes() == before
@@ -223,7 +237,7 @@ def test_budget_lowers_the_steps_and_the_learning_rate_still_decays(monkeypatch)
         asked.append((step, total, learning_rate_factor(step, total, warmup)))
         return asked[-1][2]
 
-    monkeypatch.setattr(training, "learning_rate_factor", spy)
+    monkeypatch.setattr(training_state, "learning_rate_factor", spy)
     report = train(make_network(), clock.ticking(), config=LONG, budget=1.0)
     assert report.steps in (99, 100)
     assert report.seconds == pytest.approx(1.0, abs=0.02)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from diffad_lite import processes
 from diffad_lite.config import unknown_name
 from diffad_lite.gaussian import noise_generators
 from diffad_lite.images import image_keys, standardise, undo_standardise
@@ -23,7 +24,7 @@ from diffad_lite.methods import pretrained
 from diffad_lite.methods.prediction import Prediction
 from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.metrics import MapCalibration, conformal_threshold, top_k_mean
-from diffad_lite.training import FitOptions, TrainReport, default_device
+from diffad_lite.training import FitOptions, TrainReport
 
 FEWEST_CALIBRATION = 5  # normal images, so that statistics can be cross-fitted
 BATCH_SIZE = 32  # images scored at once; no result depends on it
@@ -122,7 +123,7 @@ class Method(ABC):
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = self._build().to(default_device())
+            self.network = self._build().to(processes.device())
         folder = Path(workdir) if workdir is not None else None
         if folder is not None:
             pretrained.claim(folder, self, seed, budget)

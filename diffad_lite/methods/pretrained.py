@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffad_lite import processes
 from diffad_lite.config import changed_fields, from_dict, read_json, to_dict, write_json, writing
 from diffad_lite.metrics import MapCalibration, conformal_threshold
-from diffad_lite.training import default_device
 
 if TYPE_CHECKING:
     from diffad_lite.methods.base import Method
@@ -153,7 +153,7 @@ def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:
         method.calibration_scores_ = tensors["calibration_scores"].numpy()
         method.threshold_ = conformal_threshold(method.calibration_scores_, config.quantile)
     method.reports_ = values.get("reports", {})
-    method.network.to(default_device()).eval()
+    method.network.to(processes.device()).eval()
     return method
 
 

@@ -1,0 +1,212 @@
+"""The state of one network's training, and its checkpoint: all that it takes to go on exactly."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from diffad_lite import processes
+from diffad_lite.config import check_ranges, config_hash, to_dict, write_atomically
+
+RANDOM = ("generator", "global_rng")  # states of random numbers, a row for each process
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How one network is trained.
+
+    Attributes:
+        steps: optimiser steps; a time budget may lower it.
+        batch_size: images a step, drawn with replacement.
+        learning_rate: AdamW's, at the top of the warm-up.
+        weight_decay: AdamW's.
+        warmup_steps: linear warm-up; a cosine decay to zero follows.
+        ema_decay: of the averaged weights, which are the ones used after training.
+        grad_clip: largest gradient norm.
+        flip_axes: axes along which images are flipped at random (-1 left-right, -2 up-down).
+    """
+
+    steps: int = 5000
+    batch_size: int = 16
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    ema_decay: float = 0.999
+    grad_clip: float = 1.0
+    flip_axes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values that cannot train."""
+        check_ranges(self, steps=(1, 10**9), batch_size=(1, 10**6), ema_decay=(0, 1))
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "grad_clip"):
+            check_ranges(self, **{name: (0, math.inf)})
+        if not set(self.flip_axes) <= {-1, -2}:
+            raise ValueError(f"TrainConfig.flip_axes holds -1 and -2 only, got {self.flip_axes}")
+
+
+def learning_rate_factor(step: int, total: int, warmup: int) -> float:
+    """Linear warm-up to 1 in ``warmup`` steps (at most a tenth), then cosine decay to 0."""
+    warmup = min(warmup, total // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+class TrainingState:
+    """Weights, their average, optimiser, random numbers, step: what a training needs to go on.
+
+    Args:
+        network: that is trained, in place.
+        images: (N, C, H, W), which tell one training from another.
+        config: see :class:`TrainConfig`.
+        seed: of batches, flips, and all that the loss draws.
+        stage: name of the checkpoint file.
+        workdir: its folder; what lies there is read. None keeps nothing.
+        rates: factors on the learning rate, by the first part of a parameter's name.
+
+    Raises:
+        ValueError: a checkpoint in ``workdir`` is broken or belongs to another training.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        config: TrainConfig,
+        seed: int,
+        stage: str,
+        workdir: Path | None,
+        rates: Mapping[str, float],
+    ) -> None:
+        self.network, self.config, self.total = network, config, config.steps
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in network.named_parameters():
+            groups.setdefault(rates.get(name.split(".")[0], 1.0), []).append(parameter)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": group, "rate": rate} for rate, group in groups.items()],
+            weight_decay=config.weight_decay,
+        )
+        self.ema = AveragedModel(network, multi_avg_fn=_ema_update(config.ema_decay))
+        own_seed = seed + processes.rank() * processes.SEED_STRIDE
+        self.generator = torch.Generator().manual_seed(own_seed)
+        self.global_rng = torch.Generator().manual_seed(own_seed).get_state()
+        self.step, self.seconds, self.losses = 0, 0.0, []
+        self.path = workdir / f"{stage}.state.safetensors" if workdir else None
+        identity = {
+            "config": to_dict(config),
+            "seed": seed,
+            "shapes": [list(p.shape) for p in network.parameters()],
+            "images": hashlib.sha256(images.numpy().tobytes()).hexdigest(),
+        }
+        # What a stage computed from another's network may differ in the last bit.
+        self.identity = processes.gathered(config_hash(identity))[0]
+        if self.path and self.path.exists():
+            self.load()
+
+    def update(self, loss: Tensor) -> None:
+        """One optimiser step on ``loss``, with its learning rate, clipping and EMA.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        mean = loss.detach().clone()
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        processes.average([mean, *gradients])
+        value = mean.item()
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"the loss is {value} at step {self.step}; lower the learning rate "
+                f"({self.config.learning_rate}) or look for NaN in the images"
+            )
+        factor = learning_rate_factor(self.step, self.total, self.config.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * factor * group["rate"]
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
+        self.optimizer.step()
+        self.ema.update_parameters(self.network)
+        self.losses.append(value)
+        self.step += 1
+
+    def save(self, global_rng: Tensor) -> None:
+        """Write the checkpoint; tensors only, never a pickle."""
+        if self.path is None:
+            return
+        states = processes.gathered((self.generator.get_state(), global_rng))
+        if processes.rank() > 0:
+            return
+        tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"ema.{k}": v for k, v in self.ema.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+        for name, own in zip(RANDOM, zip(*states, strict=True), strict=True):
+            tensors[name] = torch.stack(own)
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        numbers = {"step": self.step, "total": self.total, "seconds": self.seconds}
+        metadata = {"identity": self.identity, "numbers": json.dumps(numbers)}
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        write_atomically(self.path, lambda path: save_file(tensors, path, metadata))
+
+    def load(self) -> None:
+        """Read the checkpoint back."""
+        fix = "delete it to start anew"
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.path} is broken ({error}); {fix}") from None
+        if metadata.get("identity") != self.identity:
+            raise ValueError(
+                f"{self.path} belongs to a training with another configuration, seed or data; "
+                "choose another output folder, or delete that file to start anew"
+            )
+        try:
+            self._restore(json.loads(metadata["numbers"]), tensors)
+        except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"{self.path} is not whole ({why}); {fix}") from None
+
+    def _restore(self, numbers: dict[str, float], tensors: dict[str, Tensor]) -> None:
+        self.step, self.total, self.seconds = (numbers[k] for k in ("step", "total", "seconds"))
+        self.losses = tensors["losses"].tolist()
+        self.network.load_state_dict(_under(tensors, "network."))
+        self.ema.load_state_dict(_under(tensors, "ema."))
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in _under(tensors, "optimizer.").items():
+            index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        length = self.global_rng.numel()
+        states = [tensors[name].view(-1, length) for name in RANDOM]
+        if len(states[0]) != processes.count():
+            raise ValueError(
+                f"{self.path} was written by {len(states[0])} processes, not {processes.count()}; "
+                "start as many as then, or delete it to start anew"
+            )
+        own, self.global_rng = (rows[processes.rank()].clone() for rows in states)
+        self.generator.set_state(own)
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _ema_update(decay: float) -> Callable:
+    """EMA whose decay grows to ``decay``, so that short trainings are not stuck at the start."""
+
+    def update(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor | int) -> None:
+        n = int(num_averaged)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
+
+    return update
