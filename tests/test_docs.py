@@ -1,0 +1,56 @@
+"""What README and docs tell readers to type: commands that parse, links that lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from diffad_lite.cli import build_parser
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Arguments of each ``diffad``, however it is started, without comments."""
+    lines = "".join(blocks(page, "console")).replace("\\\n", " ").splitlines()
+    words = [
+        shlex.split(re.sub("-m diffad_lite.cli", "diffad", line), comments=True) for line in lines
+    ]
+    found = [line[line.index("diffad") + 1 :] for line in words if "diffad" in line]
+    return [arguments for arguments in found if arguments]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_understood(page):
+    for arguments in commands(page):
+        build_parser().parse_args(arguments)  # exits where it does not understand
+
+
+def test_there_are_commands_to_check():
+    assert sum(len(commands(page)) for page in PAGES) >= 12
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_slurm_script_asks_for_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (script,) = blocks(ROOT / "docs" / "scaling.md", "python")
+    names: dict = {"__name__": "slurm"}
+    exec(compile(script, "slurm.py", "exec"), names)
+    try:
+        asked = names["cluster"].job_script()
+    finally:
+        names["cluster"].close()
+    for line in ("-p gpu", "-A my-project", "--cpus-per-task=8", "-t 08:00:00", "--gres=gpu:1"):
+        assert f"#SBATCH {line}" in asked
+    assert "--nthreads 1 " in asked
