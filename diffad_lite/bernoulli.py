@@ -48,9 +48,9 @@ class BernoulliDiffusion:
 
     Args:
         schedule: its ``abar_t`` is the probability that a bit has never been replaced.
-        process: ``symmetric`` is the process of the papers; in ``erasure``, which their public
-            codes compute (a term stands on a line of its own), ones fade and zeros stay. The
-            posterior is the symmetric one in both, as it is there.
+        process: ``symmetric`` is the process of the papers; in ``erasure``, which the public codes
+            of BerDiff and of masked Bernoulli diffusion compute (a term stands on a line of its
+            own), ones fade and zeros stay. The posterior is the symmetric one in both, as there.
     """
 
     def __init__(self, schedule: NoiseSchedule, process: Process = "symmetric") -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from IPython.display import display
 
+from diffad_lite.bernoulli import BernoulliDiffusion
 from diffad_lite.gaussian import GaussianDiffusion, noise_generators
 from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
 from diffad_lite.methods.diffusionad import DiffusionAD, DiffusionADConfig
@@ -302,6 +303,30 @@ def posterior_sample_inputs():
     return rows
 
 
+def bit_posterior_inputs():
+    """Every pair of bits, and probabilities in the place of the clean one."""
+    diffusion = BernoulliDiffusion(NoiseSchedule.named("linear"))
+    z_t = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    z0 = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.5, 0.3], dtype=torch.float64)
+    return [same(diffusion, z_t, z0, t, s) for t, s in STRIDES]
+
+
+def masked_sample_inputs():
+    """Every bit suspect, some and none; two codes, a predictor that sees state and level."""
+    diffusion = BernoulliDiffusion(NoiseSchedule.named("linear"))
+    z = (torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+
+    def predictor(z_t, t):
+        return 3 * (z_t - 0.4) - z_t.mean(1, keepdim=True) - 0.005 * t.view(-1, 1, 1, 1)
+
+    rows = []
+    for threshold in (-1.0, 0.5, 1.0):
+        ours, theirs = (noise_generators("ab", 0) for _ in range(2))
+        given = diffusion, predictor, z, diffusion.schedule.timesteps(199, 4)
+        rows.append(((*given, ours, threshold), (*given, theirs, threshold)))
+    return rows
+
+
 def feature_distance_inputs():
     """Two grids that are not square; anywhere, the same place, and near."""
     a, b = torch.randn(2, 3, 5, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -330,6 +355,8 @@ INPUTS: dict[str, Callable[[], list[tuple[tuple, tuple]]]] = {
     "diffad_lite.methods.glad:GLAD.anomaly_oriented_loss": anomaly_loss_inputs,
     "diffad_lite.methods.mdps:MDPS.guided_noise": guided_noise_inputs,
     "diffad_lite.methods.mdps:MDPS.sample": posterior_sample_inputs,
+    "diffad_lite.bernoulli:BernoulliDiffusion.posterior": bit_posterior_inputs,
+    "diffad_lite.bernoulli:BernoulliDiffusion.masked_sample": masked_sample_inputs,
     "diffad_lite.features:feature_distance": feature_distance_inputs,
     "diffad_lite.metrics:MapCalibration.cross_fit": cross_fit_inputs,
 }

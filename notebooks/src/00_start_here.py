@@ -270,7 +270,7 @@ explore(at_threshold, threshold=ladder)
 # | [**03** DiffusionAD](03_diffusionad.ipynb) | one denoising step and a segmentation network |
 # | [**04** GLAD](04_glad.ipynb) | an own noise level for every image |
 # | [**05** MDPS](05_mdps.ipynb) | posterior sampling where the image is suspect |
-# | 06 Masked Bernoulli diffusion | flipping bits instead of adding noise |
+# | [**06** Masked Bernoulli diffusion](06_bernoulli.ipynb) | flipping bits instead of adding noise |
 # | 07 GRAD | diffusion as a maker of wrong patterns |
 # | 08 Evaluation | which claims hold? |
 # | 09 Explore · 10 Your own images · 11 Scaling up | it is your turn |

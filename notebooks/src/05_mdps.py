@@ -12,7 +12,7 @@
 # | Memory | about 2 GB |
 # | Downloads | none |
 # | Previous | [04](04_glad.ipynb) |
-# | Next | 06, "Masked Bernoulli diffusion" (comes next) |
+# | Next | [06](06_bernoulli.ipynb) |
 
 # %% [markdown]
 # ## You will be able to
