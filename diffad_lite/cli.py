@@ -102,6 +102,12 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("documents", nargs="*", type=Path, help="Markdown files to refresh")
     report.set_defaults(command=_report)
 
+    speed = commands.add_parser("speed", help="time and memory of all methods, in one run")
+    speed.add_argument("--out", type=Path, default=Path("data/results/speed.json"))
+    speed.add_argument("--images", type=int, default=16, help="scored at once")
+    speed.add_argument("--rounds", type=int, default=3)
+    speed.set_defaults(command=_speed)
+
     words = "execute the notebook series into copies; when interrupted, the same call goes on"
     more = ". A series that has come to its end is executed anew, and so is one that was changed."
     notebooks = commands.add_parser("notebooks", help=words, description=words + more)
@@ -265,6 +271,18 @@ def _report(arguments: argparse.Namespace) -> int:
         print(f"{collect(arguments.runs, arguments.results)} records copied")
     for path in render(arguments.results, arguments.documents):
         print(f"rendered {path}")
+    return 0
+
+
+def _speed(arguments: argparse.Namespace) -> int:
+    from diffad_lite.speed import measure_bundled
+
+    more = {"n_images": arguments.images, "rounds": arguments.rounds}
+    for name, found in measure_bundled(arguments.out, **more).items():
+        each, alive = sorted(found["ms"])[len(found["ms"]) // 2], found["mb"]
+        calls = found["evaluations"]
+        print(f"{name:20} {each:8.1f} ms an image {alive:8.1f} MB {calls:6.0f} evaluations")
+    print(f"record: {arguments.out}")
     return 0
 
 

@@ -1,132 +1,54 @@
 """Tables and figures rendered from result files; no number in the course is typed by hand."""
 
-import csv
-import shutil
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from diffad_lite.config import read_json, write_atomically
-from diffad_lite.metrics import bootstrap_auroc, paired_bootstrap_auroc, verdict
+from diffad_lite.claims import claims_table, judge_all
+from diffad_lite.config import write_atomically
+from diffad_lite.metrics import verdict
+from diffad_lite.results import (
+    METHOD_NAMES,
+    Result,
+    auroc_over_seeds,
+    collect,
+    difference_of,
+    grouped,
+    is_ablation,
+    is_default,
+    label_of,
+    mean,
+    read_results,
+    read_scores,
+    select,
+)
 
-Result = dict[str, Any]
-Key = tuple[str, str, int, str]  # method, variant, image size, training
+# What notebooks need of the records is at hand here, too.
+__all__ = [
+    "METHOD_NAMES",
+    "ablation_table",
+    "auroc_cell",
+    "collect",
+    "difference_of",
+    "image_table",
+    "mean",
+    "overview_table",
+    "pixel_table",
+    "read_results",
+    "read_scores",
+    "render",
+    "select",
+    "tables",
+]
+
 MARKS = "<!-- {}: rendered by 'make tables' -->", "<!-- end -->"
-METHOD_NAMES = {
-    "brightness": "brightness (control)",
-    "mean_image": "mean image",
-    "pca": "PCA residual",
-    "padim": "PaDiM",
-    "bank": "patch bank",
-    "anoddpm": "AnoDDPM, Gaussian noise",
-    "anoddpm_simplex": "AnoDDPM, simplex noise",
-    "diffusionad": "DiffusionAD",
-    "glad": "GLAD",
-    "mdps": "MDPS",
-    "bernoulli": "masked Bernoulli",
-    "grad": "GRAD-style",
-}
-VARIANTS = ("raw", "default", "calibrated")  # first in tables, in this order
-
-
-def read_results(folder: str | Path) -> list[Result]:
-    """All ``result.json`` below a folder, each with its own ``folder`` added.
-
-    Raises:
-        FileNotFoundError: none there.
-        ValueError: one is broken, which is named.
-    """
-    paths = sorted(Path(folder).rglob("result.json"))
-    if not paths:
-        raise FileNotFoundError(f"no result.json below {folder}; run 'diffad evaluate' first")
-    results = []
-    for path in paths:
-        result = read_json(path, "result")
-        if not isinstance(result, dict) or "image_auroc" not in result:
-            raise ValueError(f"{path} is no record of a run; delete it, or run 'diffad evaluate'")
-        results.append({"training": ""} | result | {"folder": path.parent})
-    return results
-
-
-def read_scores(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (n,) and image scores (n,) of a run, in the order of the data set."""
-    with (folder / "scores.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    labels = np.array([int(row["label"]) for row in rows])
-    return labels, np.array([float(row["image_score"]) for row in rows])
-
-
-def collect(runs: str | Path, results: str | Path) -> int:
-    """Copy the records (not weights) of finished runs into ``results``; returns how many."""
-    runs, results = Path(runs), Path(results)
-    found = read_results(runs)
-    for result in found:
-        target = results / result["folder"].relative_to(runs)
-        for name in ("scores.csv", "result.json"):
-            source = result["folder"] / name
-            write_atomically(target / name, lambda p, source=source: shutil.copyfile(source, p))
-    return len(found)
-
-
-def grouped(results: Iterable[Result]) -> dict[Key, list[Result]]:
-    """Runs that differ in their seed only, by (method, variant, image size, training), in order.
-
-    Raises:
-        ValueError: runs of one group differ in profile or resizing, or share a seed.
-    """
-    groups = defaultdict(list)
-    for result in results:
-        key = tuple(result[k] for k in ("method", "variant", "image_size", "training"))
-        groups[key].append(result)
-    methods, variants = list(METHOD_NAMES), list(VARIANTS)
-
-    def place(key: Key) -> tuple:
-        method, variant, image_size, training = key
-        known = variants.index(variant) if variant in variants else len(variants)
-        rank = methods.index(method) if method in methods else len(methods)
-        # t5 before t10, full before what is taken away from it
-        return rank, method, image_size, known, len(variant), variant, training
-
-    for group in groups.values():
-        others = {(r["profile"], r["resize"]) for r in group}
-        if len(others) > 1 or len({r["seed"] for r in group}) < len(group):
-            folders = ", ".join(str(r["folder"]) for r in group)
-            raise ValueError(f"these results differ in more than their seed, part them: {folders}")
-    return {k: sorted(groups[k], key=lambda r: r["seed"]) for k in sorted(groups, key=place)}
-
-
-def auroc_over_seeds(group: Sequence[Result]) -> tuple[float, float, float]:
-    """Mean image AUROC of the seeds and its bootstrap interval over images."""
-    scores = [read_scores(result["folder"]) for result in group]
-    low, high = bootstrap_auroc(scores[0][0], np.stack([s for _, s in scores]))
-    return float(np.mean([r["image_auroc"] for r in group])), low, high
 
 
 def auroc_cell(group: Sequence[Result]) -> str:
     """Mean image AUROC and its interval, as tables write them."""
     auroc, low, high = auroc_over_seeds(group)
     return f"{auroc:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def select(results: Iterable[Result], **wanted: Any) -> list[Result]:
-    """The results whose fields have these values."""
-    return [r for r in results if all(r[key] == value for key, value in wanted.items())]
-
-
-def label_of(group: Sequence[Result]) -> str:
-    """How a table names a group; the size is named where it is not the lite profile's."""
-    first = group[0]
-    method, variant, size = first["method"], first["variant"], first["image_size"]
-    words = [METHOD_NAMES.get(method, method)]
-    words += [] if size == 64 else [f"{size} px"]
-    if variant in VARIANTS:
-        words.append("calibrated" if first["config"]["calibrate"] else "raw maps")
-    else:
-        words.append(variant)
-    return ", ".join(words)
 
 
 def image_table(results: Iterable[Result]) -> str:
@@ -152,16 +74,16 @@ def image_table(results: Iterable[Result]) -> str:
     return "\n".join(lines)
 
 
-def pixel_table(results: Iterable[Result]) -> str:
-    """Metrics of planted defects as Markdown: overall, and AUPRO for each kind of defect."""
+def pixel_table(results: Iterable[Result], dice: bool = False) -> str:
+    """Pixel metrics as Markdown: overall, with or without Dice, and AUPRO for each defect."""
     results = list(results)
     kinds = sorted({kind for r in results for kind in r["per_defect"]})
-    head = ["method", "seeds", "image AUROC", "pixel AUROC", "pixel AP", "AUPRO"]
-    head += [f"AUPRO {kind}" for kind in kinds]
+    metrics = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP"}
+    metrics |= {"aupro": "AUPRO"} | ({"dice_oracle": "Dice, oracle threshold"} if dice else {})
+    head = ["method", "seeds", *metrics.values(), *(f"AUPRO {kind}" for kind in kinds)]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for group in grouped(results).values():
         cells = [label_of(group), ", ".join(str(r["seed"]) for r in group)]
-        metrics = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
         cells += [f"{mean(group, metric):.3f}" for metric in metrics]
         cells += [f"{np.mean([r['per_defect'][k]['aupro'] for r in group]):.3f}" for k in kinds]
         lines.append("| " + " | ".join(cells) + " |")
@@ -187,28 +109,6 @@ def ablation_table(results: Iterable[Result]) -> str:
             cells += ["-", "-"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def is_default(result: Result) -> bool:
-    """Whether it is of the profile's own training and settings, on the real test set."""
-    return (result["training"], result["variant"], result["plant"]) == ("", "default", None)
-
-
-def is_ablation(result: Result) -> bool:
-    """Whether something was changed in it, in training or, by a variant of another name, later."""
-    return bool(result["training"]) or result["variant"] not in VARIANTS
-
-
-def difference_of(a: Sequence[Result], b: Sequence[Result]) -> tuple[float, float, float]:
-    """Image AUROC of runs ``a`` minus that of runs ``b``, with its paired bootstrap interval."""
-    labels = read_scores(a[0]["folder"])[0]
-    scores = [np.stack([read_scores(r["folder"])[1] for r in group]) for group in (a, b)]
-    return paired_bootstrap_auroc(labels, *scores)
-
-
-def mean(group: Sequence[Mapping[str, Any]], key: str) -> float:
-    """Mean of a field over runs."""
-    return float(np.mean([result[key] for result in group]))
 
 
 def overview_table(results: Iterable[Result]) -> str:
@@ -245,27 +145,32 @@ def tables(results: Sequence[Result]) -> dict[str, str]:
         if real := [r for r in chosen if r["plant"] is None and not is_ablation(r)]:
             found[f"{key}"] = image_table(real)
             if all(r["aupro"] is not None for r in real):
-                found[f"{key}-pixels"] = pixel_table(real)
+                found[f"{key}-pixels"] = pixel_table(real, dice=True)
         for plant in sorted({r["plant"] for r in chosen} - {None}):
             planted = select(chosen, plant=plant)
-            masked = all(r["aupro"] is not None for r in planted)
-            found[f"{key}-{plant}"] = (pixel_table if masked else image_table)(planted)
+            if all(r["aupro"] is not None for r in planted):
+                found[f"{key}-{plant}"] = pixel_table(planted, dice=plant == "lesions")
+            else:
+                found[f"{key}-{plant}"] = image_table(planted)
     return found
 
 
 def render(results: str | Path, documents: Iterable[Path]) -> list[Path]:
     """Write ``tables.md`` into ``results`` and refresh the marked tables of documents.
 
-    A marked table stands between ``<!-- table NAME: rendered by 'make tables' -->`` and
-    ``<!-- end -->``.
+    Claims are judged where ``claims.yaml`` stands beside that folder. A marked table stands
+    between ``<!-- table NAME: rendered by 'make tables' -->`` and ``<!-- end -->``.
 
     Returns:
         the files that changed.
 
     Raises:
-        ValueError: a document asks for a table that no result makes.
+        ValueError: a document asks for a table that no result makes; ``claims.yaml`` is broken.
     """
-    rendered = tables(read_results(results))
+    records = read_results(results)
+    rendered = tables(records)
+    if judged := judge_all(records, results):
+        rendered["claims"] = claims_table(judged)
     parts = [f"## {name}\n\n{table}\n" for name, table in rendered.items()]
     head = "# Results\n\nRendered from the result files of this folder by `make tables`.\n"
     targets = {Path(results) / "tables.md": "\n".join([head, *parts])}

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffad_lite.methods.grad import GRAD, GRADConfig
+from diffad_lite.methods.grad import GRAD, draw_windows, parts_of_pool
+from diffad_lite.methods.grad_config import GRADConfig
 from diffad_lite.methods.grad_weights import CLIP, Reweighting, WeightConfig, pattern_weights
 from diffad_lite.metrics import image_metrics
 from diffad_lite.networks import PatchDetector
@@ -34,6 +35,11 @@ def shares(k: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(seed)
     both = torch.rand(2, k, generator=rng) + 0.05
     return tuple(both / both.sum(1, keepdim=True))
+
+
+def everywhere(images: Tensor) -> Tensor:
+    """A pool of images that were drawn as a whole."""
+    return torch.cat([images, torch.ones_like(images[:, :1])], 1)
 
 
 # ------------------------------------------------------------------------------------ weights
@@ -93,7 +99,7 @@ def test_weights_are_those_of_a_frozen_copy():
     detector = PatchDetector(1)
     weights = Reweighting(detector, WeightConfig(4), 64)
     normal, contrastive = pictures(8), pictures(8, 1).sign()
-    weights.fit(detector, contrastive, normal, 0)
+    weights.fit(detector, *parts_of_pool(everywhere(contrastive)), normal, 0)
     before = weights.clusters(normal)
     assert before.shape == (8, 4, 4)
     for parameter in detector.parameters():
@@ -108,9 +114,19 @@ def test_weights_are_those_of_a_frozen_copy():
 def test_more_clusters_than_there_are_locations_are_empty():
     detector = PatchDetector(1)
     weights = Reweighting(detector, WeightConfig(64), 64)
-    weights.fit(detector, pictures(1), pictures(1, 1), 0)  # 32 locations
+    weights.fit(detector, *parts_of_pool(everywhere(pictures(1))), pictures(1, 1), 0)  # 32 of them
     assert int(weights.clusters(pictures(1)).max()) < 32
     assert torch.isfinite(weights.w).all()
+
+
+def test_only_drawn_locations_make_the_shares():
+    detector, contrastive = PatchDetector(1), pictures(8, 1).sign()
+    weights = Reweighting(detector, WeightConfig(4), 64)
+    drawn = torch.zeros(8, 4, 4, dtype=torch.bool)
+    drawn[:2] = True
+    weights.fit(detector, contrastive, drawn, pictures(8), 0)
+    counts = np.bincount(weights.clusters(contrastive)[drawn], minlength=4) + 1
+    torch.testing.assert_close(weights.contrastive, torch.tensor(counts / counts.sum()).float())
 
 
 # ----------------------------------------------------------------------------------- training
@@ -129,7 +145,7 @@ def test_fit_takes_images_and_nothing_that_marks_them():
 def test_without_reweighting_the_loss_is_the_plain_one():
     made = GRAD(config(reweight=False)).fit(pictures(12), pictures(20, 1), seed=0, progress=False)
     assert torch.equal(made.network["weights"].w, torch.ones(4))
-    pool, detector = pictures(6, 3), made.network["detector"]
+    pool, detector = everywhere(pictures(6, 3)), made.network["detector"]
     losses = []
     for weights in (None, made.network["weights"]):
         generator = torch.Generator().manual_seed(0)
@@ -141,18 +157,56 @@ def test_the_pool_is_of_all_generators_and_of_its_seed_alone():
     made = GRAD(config(n_patterns=7))
     normal = pictures(12)
     pool = made.draw_pool(normal, 5)
-    assert pool.shape == (7, 1, SIZE, SIZE)
+    assert pool.shape == (7, 2, SIZE, SIZE)
     assert pool.abs().max() <= 1
+    assert set(pool[:, 1].unique().tolist()) == {0.0, 1.0}
     assert torch.equal(pool, made.draw_pool(normal, 5))
     assert not torch.equal(pool, made.draw_pool(normal, 6))
 
 
-def test_both_kinds_are_disguised_alike():
-    made = GRAD(config())
-    x = pictures(4)
-    a, b = (made.disguise(x, torch.Generator().manual_seed(0)) for _ in range(2))
-    assert torch.equal(a, b)
-    assert float((a - x).std()) == pytest.approx(made.config.noise, rel=0.2)
+def test_around_its_window_a_contrastive_picture_is_a_normal_image():
+    made, normal = GRAD(config()), pictures(12)
+    drawn, window = made.draw_pool(normal, 5).split(1, dim=1)
+    for image, own in zip(drawn, window, strict=True):
+        around, inside = own == 0, own == 1
+        (origin,) = (x for x in normal if torch.allclose(image[around], x[around], atol=1e-6))
+        assert not torch.allclose(image[inside], origin[inside], atol=1e-2)
+
+
+def test_windows_have_their_sides_and_are_everywhere():
+    images = torch.zeros(400, 1, 32, 48)
+    window = draw_windows(images, (0.25, 0.5), torch.Generator().manual_seed(0))
+    assert window.shape == (400, 1, 32, 48)
+    heights, widths = (window.amax(axis).sum(-1).flatten() for axis in (-1, -2))
+    assert heights.max() in (16, 17)  # the sides at their longest, none cut off
+    assert widths.max() in (24, 25)
+    covered = window.mean((0, 1))
+    assert covered.min() > 0.02  # also the corners
+
+
+def test_loss_counts_drawn_locations_only():
+    made, normal = GRAD(config(reweight=False)), pictures(4)
+    detector, window = made.network["detector"], torch.zeros_like(normal)
+    window[..., :8] = 1
+    pool = torch.cat([pictures(4, 3), window], 1)
+    images, drawn = parts_of_pool(pool)
+    assert drawn[:, :, :2].all() and not drawn[:, :, 2:].any()
+    loss = made.detector_loss(detector, normal, pool, None, torch.Generator().manual_seed(0))
+    index = torch.randint(4, (4,), generator=torch.Generator().manual_seed(0))
+    g = detector(images[index])
+    expected = F.softplus(detector(normal)).mean() + F.softplus(-g)[drawn].mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_twins_are_normal_images_that_every_generator_has_touched():
+    made, normal = GRAD(config(twin_level=30)), pictures(5)
+    twins = made.twins(normal, 0)
+    assert twins.shape == (2 * 5, 1, SIZE, SIZE)
+    assert torch.equal(twins, made.twins(normal, 0))
+    # Untrained networks predict no noise: what is left is the noise of that level.
+    level = made.diffusion.schedule.alphas_cumprod[30]
+    for own in twins.split(5):
+        assert 0 < float((own - normal).std()) < 2 * float(((1 - level) / level).sqrt())
 
 
 @pytest.mark.parametrize(
@@ -164,7 +218,8 @@ def test_the_detector_learns_what_differs_and_nothing_else(contrastive, low, hig
     def drawn(n, seed):
         return pictures(n, seed) if contrastive == "normal" else 0.4 * pictures(n, seed).sign()
 
-    monkeypatch.setattr(GRAD, "draw_pool", lambda self, normal, seed: drawn(200, 7))
+    monkeypatch.setattr(GRAD, "draw_pool", lambda self, normal, seed: everywhere(drawn(200, 7)))
+    monkeypatch.setattr(GRAD, "twins", lambda self, normal, seed: normal[:0])
     long = TrainConfig(steps=240, batch_size=8, learning_rate=2e-3, ema_decay=0.95)
     made = GRAD(config(train=long, calibrate=False, extra=0))
     made.fit(pictures(200), pictures(20, 1), seed=0, progress=False)
@@ -222,10 +277,11 @@ def test_the_paper_profile_can_be_built():
     [
         ({"blocks": ()}, "blocks are different numbers from 1 on"),
         ({"blocks": (2, 2)}, "blocks are different numbers from 1 on"),
-        ({"partial": (0.8, 0.4)}, r"partial must be \(low, high\) within 0..1"),
+        ({"levels": (0.8, 0.4)}, r"GRADConfig.levels must be \(low, high\) within 0..1"),
+        ({"windows": (0.5,)}, r"GRADConfig.windows must be \(low, high\) within 0..1"),
+        ({"twin_level": 1000}, "GRADConfig.twin_level must be"),
         ({"image_size": 30}, "image_size must be a multiple of 4"),
         ({"n_patterns": 0}, "GRADConfig.n_patterns must be"),
-        ({"weights": WeightConfig(1), "noise": 2.0}, "GRADConfig.noise must be"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, message):

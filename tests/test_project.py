@@ -23,7 +23,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"cli"},
     {"cluster"},
-    {"notebooks", "explore", "sweep", "report"},
+    {"notebooks", "explore", "sweep", "report", "speed"},
+    {"claims"},
+    {"results"},
     {"experiments"},
     {"scoring"},
     {"plots", "doctor", "runs"},

@@ -1,133 +1,57 @@
 """GRAD-style detection (after Dai et al. 2023): negatives from a model that sees too little.
 
-A diffusion model whose receptive field is a small patch draws pictures that are right in every
-patch and wrong as a whole. A small convolutional network learns to tell their patches from normal
-ones; at test time it is alone. Read top to bottom: configuration, PatchDiffs, pool, detector, map.
+A diffusion model whose receptive field is a small patch draws what is right in every patch and
+wrong as a whole. A small convolutional network learns to tell such patterns from normal images; at
+test time it is alone. Read top to bottom: windows, PatchDiffs, pool, detector, map.
 
 Re-implemented from the abstract of arXiv 2312.15911: its method section could not be read and no
-code was found. Architectures, sizes and the weights of patterns are ours.
+code was found. Architectures, sizes, the weights of patterns, and that they are drawn into windows
+of normal images, are ours.
 """
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any, Self, Unpack
+from dataclasses import replace
+from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffad_lite.config import Profile, check_ranges
 from diffad_lite.gaussian import GaussianDiffusion, randn
 from diffad_lite.methods.base import BATCH_SIZE, Method
-from diffad_lite.methods.grad_weights import Reweighting, WeightConfig
-from diffad_lite.methods.profiles import MethodConfig
+from diffad_lite.methods.grad_config import GRADConfig
+from diffad_lite.methods.grad_weights import Reweighting
 from diffad_lite.networks import PatchDetector, PatchDiff
-from diffad_lite.readers import FLIP_AXES
-from diffad_lite.schedules import BetaSchedule, NoiseSchedule
-from diffad_lite.training import FitOptions, TrainConfig, TrainReport, random_flips, train_network
+from diffad_lite.schedules import NoiseSchedule
+from diffad_lite.training import FitOptions, TrainReport, random_flips, train_network
 
 DETECTOR_WIDTH = 64
+DETECTOR_CELL = 4  # pixels to the side for each of its logits
+TWIN_STEPS = 3
 GENERATORS_SHARE = 0.6  # of a time budget
 
 
-@dataclass(frozen=True)
-class GRADConfig(MethodConfig):
-    """Configuration of :class:`GRAD`; defaults are the lite profile at 64 pixels.
+def draw_windows(images: Tensor, sides: tuple[float, ...], generator: torch.Generator) -> Tensor:
+    """A random rectangle for each image (B, C, H, W): (B, 1, H, W), 1 inside, else 0.
 
-    Attributes:
-        beta_schedule: of the forward process.
-        num_timesteps: T.
-        blocks: one PatchDiff an entry; its window has ``unshuffle (2 blocks + 1)`` pixels.
-        width: of the PatchDiffs.
-        unshuffle: side of their cells.
-        train_patchdiff: how each is trained.
-        n_patterns: pictures in the pool, of all PatchDiffs together.
-        steps: network evaluations for each of them.
-        from_noise: share of them that begin as pure noise; the others begin as normal images at
-            levels drawn from ``partial``.
-        partial: range of these levels as fractions of T.
-        extra: convolutions that widen the detector's window, 21 + 8 extra pixels.
-        noise: deviation of the noise on all pictures that the detector learns from, so that it
-            does not learn the generators' fingerprint.
-        train: the detector, weights being 1 in the first third.
-        reweight: give patterns their weights after it.
-        weights: how.
+    ``sides`` are its smallest and largest sides as fractions of the image's; half of it may lie
+    outside.
     """
+    low, high = sides
+    inside = torch.ones_like(images[:, :1])
+    for axis in (-2, -1):
+        length = images.shape[axis]
+        size, centre = torch.rand(2, len(images), generator=generator).to(images)
+        half = length * (low + (high - low) * size) / 2
+        place = torch.arange(length, device=images.device) + 0.5
+        near = (place - length * centre[:, None]).abs() <= half[:, None]  # (B, length)
+        inside = inside * (near[:, None, :, None] if axis == -2 else near[:, None, None, :])
+    return inside
 
-    beta_schedule: BetaSchedule = "linear"
-    num_timesteps: int = 1000
-    blocks: tuple[int, ...] = (2, 4)
-    width: int = 48
-    unshuffle: int = 2
-    train_patchdiff: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=1500, learning_rate=2e-3, ema_decay=0.995)
-    )
-    n_patterns: int = 256
-    steps: int = 40
-    from_noise: float = 0.5
-    partial: tuple[float, ...] = (0.4, 0.8)
-    extra: int = 2
-    noise: float = 0.07
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            steps=1500, batch_size=24, learning_rate=1e-3, ema_decay=0.995
-        )
-    )
-    reweight: bool = True
-    weights: WeightConfig = field(default_factory=WeightConfig)
 
-    def __post_init__(self) -> None:
-        """Raise ValueError for counts and ranges that cannot be."""
-        super().__post_init__()
-        check_ranges(self, num_timesteps=(1, math.inf), n_patterns=(1, math.inf))
-        check_ranges(self, steps=(1, self.num_timesteps), from_noise=(0, 1), extra=(0, 100))
-        check_ranges(self, noise=(0, 1))
-        low, high = self.partial if len(self.partial) == 2 else (1.0, 0.0)
-        if not 0 < low <= high <= 1:
-            raise ValueError(
-                f"GRADConfig.partial must be (low, high) within 0..1, got {self.partial}"
-            )
-        if not self.blocks or min(self.blocks) < 1 or len(set(self.blocks)) < len(self.blocks):
-            raise ValueError(
-                f"GRADConfig.blocks are different numbers from 1 on, got {self.blocks}"
-            )
-        if self.image_size % math.lcm(4, self.unshuffle):
-            raise ValueError(
-                f"GRADConfig.image_size must be a multiple of {math.lcm(4, self.unshuffle)}, the "
-                f"detector's and the PatchDiffs' cells, got {self.image_size}"
-            )
-
-    @classmethod
-    def for_profile(cls, profile: Profile, *, dataset: str | None = None, **shape: Any) -> Self:
-        """``ci`` is a smoke test, ``lite`` the defaults, ``paper`` is assumed field by field."""
-        base = super().for_profile(profile, dataset=dataset, **shape)
-        flips = FLIP_AXES.get(dataset or "", ())
-        if profile == "ci":
-            short = TrainConfig(steps=20, batch_size=8, flip_axes=flips)
-            smoke = {"blocks": (1, 2), "width": 16, "train_patchdiff": short, "train": short}
-            return replace(base, **smoke, n_patterns=16, steps=4, weights=WeightConfig(4))
-        stages = {
-            name: replace(getattr(base, name), flip_axes=flips)
-            for name in ("train_patchdiff", "train")
-        }
-        if profile == "lite":
-            return replace(base, **stages)
-        # Assumed, all of it: the paper could not be read. 256 px; windows of about 1/16, 1/8 and
-        # 1/4 of the side; T = 1000, linear; the learning rate of SinDiffusion's public code, a
-        # related model of patches; a pool and a number of clusters some times larger than ours.
-        return replace(
-            base,
-            blocks=(3, 7, 15),
-            width=96,
-            train_patchdiff=TrainConfig(steps=50_000, learning_rate=5e-4, flip_axes=flips),
-            n_patterns=1024,
-            steps=50,
-            extra=8,
-            train=TrainConfig(20_000, 24, 5e-4, flip_axes=flips),
-            weights=WeightConfig(128),
-            calibrate=False,
-            smooth_sigma=4.0,
-        )
+def parts_of_pool(pool: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (n, C, H, W), and which of the detector's cells were drawn, bool (n, h, w)."""
+    return pool[:, :-1], F.avg_pool2d(pool[:, -1:], DETECTOR_CELL)[:, 0] > 0.5
 
 
 class GRAD(Method):
@@ -162,31 +86,50 @@ class GRAD(Method):
         return self.diffusion.loss(network, x0, t.to(x0.device), randn(x0, generator))
 
     @torch.no_grad()
+    def redraw(
+        self, network: nn.Module, x0: Tensor, window: Tensor, timesteps: list[int], noise: Tensor
+    ) -> Tensor:
+        """Draw windows of normal images anew along ``timesteps``; (B, C, H, W), clipped.
+
+        Around the window the image is at hand at every level, so the window fits its rim.
+
+        Args:
+            network: a PatchDiff.
+            x0: the images as prepared (B, C, H, W).
+            window: 1 where to draw, else 0, (B, 1, H, W).
+            timesteps: decreasing.
+            noise: like ``x0``.
+        """
+        d = self.diffusion
+        x_t = d.add_noise(x0, timesteps[0], noise)
+        for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
+            eps_hat = network(x_t, torch.full((len(x0),), t, device=x0.device))
+            inside, _ = d.ddim_step(x_t, t, s, eps_hat)
+            x_t = window * inside + (1 - window) * d.add_noise(x0, s, noise)
+        return x_t.clamp(-1, 1)
+
     def draw_patterns(
         self, network: nn.Module, normal: Tensor, n: int, generator: torch.Generator
     ) -> Tensor:
-        """Draw ``n`` pictures (n, C, H, W) from one PatchDiff, as prepared, on the CPU.
+        """``n`` normal images with windows from one PatchDiff; (n, C + 1, H, W), on the CPU.
 
-        A share begins as noise, the rest as normal images at levels between.
+        The last channel is 1 where it has drawn.
         """
-        c, d, T = self.config, self.diffusion, self.config.num_timesteps
-        low, high = c.partial
-        parts = []
+        c, parts = self.config, []
         for first in range(0, n, BATCH_SIZE):
             size = min(BATCH_SIZE, n - first)
             x0 = normal[torch.randint(len(normal), (size,), generator=generator)].to(self.device)
-            noise = randn(x0, generator)
-            drawn = torch.rand(2, generator=generator).tolist()
-            level = 1.0 if drawn[0] < c.from_noise else low + (high - low) * drawn[1]
-            start = max(0, round(level * T) - 1)
-            x_t = noise if level == 1 else d.add_noise(x0, start, noise)
-            timesteps = d.schedule.timesteps(start, min(c.steps, start + 1))
-            *_, last = d.ddim_sample(network, x_t, timesteps)
-            parts.append(last.x.clamp(-1, 1).cpu())
+            window = draw_windows(x0, c.windows, generator)
+            low, high = c.levels
+            level = low + (high - low) * torch.rand(1, generator=generator).item()
+            start = max(0, round(level * c.num_timesteps) - 1)
+            timesteps = self.diffusion.schedule.timesteps(start, min(c.steps, start + 1))
+            drawn = self.redraw(network, x0, window, timesteps, randn(x0, generator))
+            parts.append(torch.cat([drawn, window], 1).cpu())
         return torch.cat(parts)
 
     def draw_pool(self, normal: Tensor, seed: int) -> Tensor:
-        """Draw the contrastive pictures, in equal parts from all PatchDiffs."""
+        """The contrastive pictures (n, C + 1, H, W), in equal parts from all PatchDiffs."""
         generator = torch.Generator().manual_seed(seed)
         each = math.ceil(self.config.n_patterns / len(self.patchdiffs))
         drawn = [
@@ -194,6 +137,17 @@ class GRAD(Method):
             for network in self.patchdiffs.values()
         ]
         return torch.cat(drawn)[: self.config.n_patterns]
+
+    def twins(self, normal: Tensor, seed: int) -> Tensor:
+        """Normal images as each PatchDiff leaves them when it has hardly changed anything."""
+        generator, level, parts = torch.Generator().manual_seed(seed), self.config.twin_level, []
+        timesteps = self.diffusion.schedule.timesteps(level, min(TWIN_STEPS, level + 1))
+        for network in self.patchdiffs.values():
+            for x0 in normal.split(BATCH_SIZE):
+                x0, noise = x0.to(self.device), randn(x0.to(self.device), generator)
+                everywhere = torch.ones_like(x0[:, :1])
+                parts.append(self.redraw(network, x0, everywhere, timesteps, noise).cpu())
+        return torch.cat(parts)
 
     # The detector.
 
@@ -205,21 +159,18 @@ class GRAD(Method):
         weights: Reweighting | None,
         generator: torch.Generator,
     ) -> Tensor:
-        """Weighted logistic loss of locations, as many contrastive as normal ones; a scalar."""
+        """Weighted logistic loss of normal and of drawn locations; a scalar."""
         index = torch.randint(len(pool), (len(normal),), generator=generator)
-        contrastive = random_flips(pool[index], self.config.train.flip_axes, generator)
-        both = torch.cat([normal, contrastive.to(normal)])
-        g_normal, g_contrastive = network(self.disguise(both, generator)).float().chunk(2)
+        chosen = random_flips(pool[index], self.config.train.flip_axes, generator).to(normal)
+        contrastive, drawn = parts_of_pool(chosen)
+        both = torch.cat([normal, contrastive])
+        g_normal, g_contrastive = network(both).float().chunk(2)
         v, w = 1.0, 1.0
         if weights is not None:
             of_normal, of_contrastive = weights.clusters(both).chunk(2)
             v, w = weights.v[of_normal], weights.w[of_contrastive]
-        return (v * F.softplus(g_normal)).mean() + (w * F.softplus(-g_contrastive)).mean()
-
-    def disguise(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """The same rounding and noise for all, so that generated pictures are not told by them."""
-        rounded = (images * 127.5).round() / 127.5
-        return rounded + self.config.noise * randn(images, generator)
+        normal_part = (v * F.softplus(g_normal)).mean()
+        return normal_part + (w * drawn * F.softplus(-g_contrastive)).sum() / drawn.sum().clamp(1)
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         c, budget, reports = self.config, options["budget"], {}
@@ -235,11 +186,12 @@ class GRAD(Method):
                 **(options | {"budget": share}),
             )
         pool = self.draw_pool(train, options["seed"])
+        normal = torch.cat([train, self.twins(train, options["seed"])])
         steps = max(1, c.train.steps // 3), max(1, c.train.steps - c.train.steps // 3)
         used = None, (weights if c.reweight else None)
         for stage, n, own in zip(("warmup", "detector"), steps, used, strict=True):
             if own is not None:
-                own.fit(detector, pool, train, options["seed"])
+                own.fit(detector, *parts_of_pool(pool), normal, options["seed"])
             left = None if budget is None else budget - sum(r.seconds for r in reports.values())
             share = None if left is None else left * (1 / 3 if stage == "warmup" else 1)
 
@@ -248,7 +200,7 @@ class GRAD(Method):
 
             settings = replace(c.train, steps=n)
             reports[stage] = train_network(
-                detector, loss, train, settings, stage=stage, **(options | {"budget": share})
+                detector, loss, normal, settings, stage=stage, **(options | {"budget": share})
             )
         return reports
 

@@ -84,7 +84,14 @@ class Reweighting(nn.Module):
         self.register_buffer("centres", torch.zeros(config.n_clusters, width))
 
     @torch.no_grad()
-    def fit(self, detector: PatchDetector, contrastive: Tensor, normal: Tensor, seed: int) -> None:
+    def fit(
+        self,
+        detector: PatchDetector,
+        contrastive: Tensor,
+        drawn: Tensor,
+        normal: Tensor,
+        seed: int,
+    ) -> None:
         """Freeze a copy of the detector, cluster its features, and set the weights.
 
         A detector that goes on learning would move the features under the clusters; hence the copy.
@@ -92,11 +99,12 @@ class Reweighting(nn.Module):
         Args:
             detector: trained for a while.
             contrastive: images (N, C, H, W).
-            normal: likewise.
+            drawn: which of their locations count, bool (N, h, w).
+            normal: images (M, C, H, W).
             seed: of the clusters.
         """
         self.snapshot.load_state_dict(detector.state_dict())
-        points = [self._points(images) for images in (contrastive, normal)]
+        points = [self._points(contrastive)[drawn.flatten()], self._points(normal)]
         rng = torch.Generator().manual_seed(seed)
         sample = torch.cat([p[torch.randperm(len(p), generator=rng)[:SAMPLED]] for p in points])
         k = min(self.config.n_clusters, len(sample))

@@ -1,0 +1,144 @@
+"""Records of runs: reading them, grouping their seeds, comparing two settings image by image."""
+
+import csv
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffad_lite.config import read_json, write_atomically
+from diffad_lite.metrics import bootstrap_auroc, paired_bootstrap_auroc
+
+Result = dict[str, Any]
+Key = tuple[str, str, int, str]  # method, variant, image size, training
+METHOD_NAMES = {
+    "brightness": "brightness (control)",
+    "mean_image": "mean image",
+    "pca": "PCA residual",
+    "padim": "PaDiM",
+    "bank": "patch bank",
+    "anoddpm": "AnoDDPM, Gaussian noise",
+    "anoddpm_simplex": "AnoDDPM, simplex noise",
+    "diffusionad": "DiffusionAD",
+    "glad": "GLAD",
+    "mdps": "MDPS",
+    "bernoulli": "masked Bernoulli",
+    "grad": "GRAD-style",
+}
+VARIANTS = ("raw", "default", "calibrated")  # first in tables, in this order
+
+
+def read_results(folder: str | Path) -> list[Result]:
+    """All ``result.json`` below a folder, each with its own ``folder`` added.
+
+    Raises:
+        FileNotFoundError: none there.
+        ValueError: one is broken, which is named.
+    """
+    paths = sorted(Path(folder).rglob("result.json"))
+    if not paths:
+        raise FileNotFoundError(f"no result.json below {folder}; run 'diffad evaluate' first")
+    results = []
+    for path in paths:
+        result = read_json(path, "result")
+        if not isinstance(result, dict) or "image_auroc" not in result:
+            raise ValueError(f"{path} is no record of a run; delete it, or run 'diffad evaluate'")
+        results.append({"training": ""} | result | {"folder": path.parent})
+    return results
+
+
+def read_scores(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,) and image scores (n,) of a run, in the order of the data set."""
+    with (folder / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    labels = np.array([int(row["label"]) for row in rows])
+    return labels, np.array([float(row["image_score"]) for row in rows])
+
+
+def collect(runs: str | Path, results: str | Path) -> int:
+    """Copy the records (not weights) of finished runs into ``results``; returns how many."""
+    runs, results = Path(runs), Path(results)
+    found = read_results(runs)
+    for result in found:
+        target = results / result["folder"].relative_to(runs)
+        for name in ("scores.csv", "result.json"):
+            source = result["folder"] / name
+            write_atomically(target / name, lambda p, source=source: shutil.copyfile(source, p))
+    return len(found)
+
+
+def grouped(results: Iterable[Result]) -> dict[Key, list[Result]]:
+    """Runs that differ in their seed only, by (method, variant, image size, training), in order.
+
+    Raises:
+        ValueError: runs of one group differ in profile or resizing, or share a seed.
+    """
+    groups = defaultdict(list)
+    for result in results:
+        key = tuple(result[k] for k in ("method", "variant", "image_size", "training"))
+        groups[key].append(result)
+    methods, variants = list(METHOD_NAMES), list(VARIANTS)
+
+    def place(key: Key) -> tuple:
+        method, variant, image_size, training = key
+        known = variants.index(variant) if variant in variants else len(variants)
+        rank = methods.index(method) if method in methods else len(methods)
+        # t5 before t10, full before what is taken away from it
+        return rank, method, image_size, known, len(variant), variant, training
+
+    for group in groups.values():
+        others = {(r["profile"], r["resize"]) for r in group}
+        if len(others) > 1 or len({r["seed"] for r in group}) < len(group):
+            folders = ", ".join(str(r["folder"]) for r in group)
+            raise ValueError(f"these results differ in more than their seed, part them: {folders}")
+    return {k: sorted(groups[k], key=lambda r: r["seed"]) for k in sorted(groups, key=place)}
+
+
+def auroc_over_seeds(group: Sequence[Result]) -> tuple[float, float, float]:
+    """Mean image AUROC of the seeds and its bootstrap interval over images."""
+    scores = [read_scores(result["folder"]) for result in group]
+    low, high = bootstrap_auroc(scores[0][0], np.stack([s for _, s in scores]))
+    return float(np.mean([r["image_auroc"] for r in group])), low, high
+
+
+def select(results: Iterable[Result], **wanted: Any) -> list[Result]:
+    """The results whose fields have these values."""
+    return [r for r in results if all(r[key] == value for key, value in wanted.items())]
+
+
+def label_of(group: Sequence[Result]) -> str:
+    """How a table names a group; the size is named where it is not the lite profile's."""
+    first = group[0]
+    method, variant, size = first["method"], first["variant"], first["image_size"]
+    words = [METHOD_NAMES.get(method, method)]
+    words += [] if size == 64 else [f"{size} px"]
+    if variant in VARIANTS:
+        words.append("calibrated" if first["config"]["calibrate"] else "raw maps")
+    else:
+        words.append(variant)
+    return ", ".join(words)
+
+
+def is_default(result: Result) -> bool:
+    """Whether it is of the profile's own training and settings, on the real test set."""
+    return (result["training"], result["variant"], result["plant"]) == ("", "default", None)
+
+
+def is_ablation(result: Result) -> bool:
+    """Whether something was changed in it, in training or, by a variant of another name, later."""
+    return bool(result["training"]) or result["variant"] not in VARIANTS
+
+
+def difference_of(a: Sequence[Result], b: Sequence[Result]) -> tuple[float, float, float]:
+    """Image AUROC of runs ``a`` minus that of runs ``b``, with its paired bootstrap interval."""
+    labels = read_scores(a[0]["folder"])[0]
+    scores = [np.stack([read_scores(r["folder"])[1] for r in group]) for group in (a, b)]
+    return paired_bootstrap_auroc(labels, *scores)
+
+
+def mean(group: Sequence[Mapping[str, Any]], key: str) -> float:
+    """Mean of a field over runs."""
+    return float(np.mean([result[key] for result in group]))

@@ -1,0 +1,60 @@
+"""Times in one run: rounds, memory of tensors alive, what is left out."""
+
+import json
+
+import pytest
+import torch
+
+from diffad_lite.cli import main
+from diffad_lite.datasets import load_dataset
+from diffad_lite.experiments import Run
+from diffad_lite.methods import get_method
+from diffad_lite.speed import SETTINGS, TensorsAlive, measure
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    run = Run("pca", "shapes", image_size=16, profile="ci")
+    data = run.load_data()
+    method = get_method("pca")(run.configure(data))
+    return method.fit(data.train, data.calibration, seed=0, progress=False), data.test_images
+
+
+def test_memory_is_that_of_tensors_alive_at_once():
+    with TensorsAlive() as alive:
+        kept = torch.zeros(1000)  # 4000 bytes
+        for _ in range(5):
+            torch.zeros(2000)  # 8000, given back at once
+        view = kept.view(10, 100)  # nothing new
+    assert alive.peak == 12_000
+    assert alive.now == 4000
+    del kept, view
+    assert alive.now == 0
+
+
+def test_each_round_times_every_method(fitted):
+    method, images = fitted
+    found = measure({"one": method, "other": method}, images[:4], rounds=3)
+    assert list(found) == ["one", "other"]
+    for entry in found.values():
+        assert len(entry["ms"]) == 3
+        assert min(entry["ms"]) > 0
+        assert entry["mb"] > images[:4].nbytes / 2**20  # it makes residuals
+        assert entry["evaluations"] == 0
+    with pytest.raises(ValueError, match="rounds must be at least 1"):
+        measure({"one": method}, images, rounds=0)
+
+
+def test_the_command_writes_what_is_there(tmp_path, monkeypatch, capsys):
+    chosen = {name: SETTINGS[name] for name in ("pca", "anoddpm", "diffusionad")}
+    chosen["pca, no weights"] = ("bank", {})
+    monkeypatch.setattr("diffad_lite.speed.SETTINGS", chosen)
+    out = tmp_path / "speed.json"
+    assert main(["speed", "--out", str(out), "--images", "2", "--rounds", "1"]) == 0
+    record = json.loads(out.read_text())
+    assert list(record["settings"]) == ["pca", "anoddpm", "diffusionad"]
+    assert record["settings"]["anoddpm"]["evaluations"] == 4
+    assert record["n_images"] == 2
+    assert {"threads", "device", "versions"} <= record.keys()
+    assert capsys.readouterr().out.count("ms an image") == 3
+    assert len(load_dataset("elpv", "mono").test_images) > 2
