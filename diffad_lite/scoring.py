@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffad_lite.config import write_atomically
 from diffad_lite.datasets import AnomalyData
-from diffad_lite.images import pad_box
+from diffad_lite.images import Resize, pad_box
 from diffad_lite.methods import Method, Prediction
 from diffad_lite.metrics import bootstrap_auroc, f1_at_threshold, image_metrics, pixel_metrics
 from diffad_lite.plots import show_detections
@@ -54,13 +54,19 @@ def _pixel_quality(data: AnomalyData, maps: Tensor, chosen: np.ndarray) -> dict[
 
 
 def map_at_original_size(data: AnomalyData, maps: Tensor, i: int) -> np.ndarray:
-    """The map of test image ``i`` (of (N, H, W)), bilinear, at the size its mask has."""
-    H, W = data.original_sizes[i]
-    anomaly_map = maps[i]
-    if data.info["resize"] == "pad":
-        top, left, h, w = pad_box(H, W, data.info["image_size"])
+    """The map of test image ``i`` (of (N, H, W)) at the size its mask has."""
+    size, info = data.original_sizes[i], data.info
+    return at_original_size(maps[i], size, info["resize"], info["image_size"])
+
+
+def at_original_size(
+    anomaly_map: Tensor, size: tuple[int, int], resize: Resize, image_size: int
+) -> np.ndarray:
+    """A map (H, W) of a resized image, bilinear, at the (height, width) that the image had."""
+    if resize == "pad":
+        top, left, h, w = pad_box(*size, image_size)
         anomaly_map = anomaly_map[top : top + h, left : left + w]
-    return F.interpolate(anomaly_map[None, None], size=(H, W), mode="bilinear")[0, 0].numpy()
+    return F.interpolate(anomaly_map[None, None], size=size, mode="bilinear")[0, 0].numpy()
 
 
 def export_maps(data: AnomalyData, maps: Tensor, folder: Path) -> None:

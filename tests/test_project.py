@@ -22,11 +22,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Imports go down this list only.
 FLOORS = [
     {"cli"},
+    {"commands"},
     {"cluster"},
     {"notebooks", "explore", "sweep", "report", "speed"},
     {"claims"},
     {"results"},
-    {"experiments"},
+    {"experiments", "own_images"},
     {"scoring"},
     {"plots", "doctor", "runs"},
     {"methods"},

@@ -28,6 +28,7 @@ from diffad_lite.training import FitOptions, TrainReport, random_flips, train_ne
 DETECTOR_WIDTH = 64
 DETECTOR_CELL = 4  # pixels to the side for each of its logits
 TWIN_STEPS = 3
+PATTERN_BATCH = 8  # pictures that begin at the same level
 GENERATORS_SHARE = 0.6  # of a time budget
 
 
@@ -116,12 +117,12 @@ class GRAD(Method):
         The last channel is 1 where it has drawn.
         """
         c, parts = self.config, []
-        for first in range(0, n, BATCH_SIZE):
-            size = min(BATCH_SIZE, n - first)
-            x0 = normal[torch.randint(len(normal), (size,), generator=generator)].to(self.device)
+        index = torch.randint(len(normal), (n,), generator=generator).split(PATTERN_BATCH)
+        for i, chosen in enumerate(index):
+            x0 = normal[chosen].to(self.device)
             window = draw_windows(x0, c.windows, generator)
-            low, high = c.levels
-            level = low + (high - low) * torch.rand(1, generator=generator).item()
+            low, high = c.levels  # gone through evenly, one a batch
+            level = low + (high - low) * (i + 0.5) / len(index)
             start = max(0, round(level * c.num_timesteps) - 1)
             timesteps = self.diffusion.schedule.timesteps(start, min(c.steps, start + 1))
             drawn = self.redraw(network, x0, window, timesteps, randn(x0, generator))
