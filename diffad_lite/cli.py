@@ -62,7 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     added = parser.add_subparsers(required=True, metavar="command")
+    _add_runs(added)
+    _add_series(added)
+    return parser
 
+
+def _add_runs(added: argparse._SubParsersAction) -> None:
+    """What has to do with one run."""
     evaluate = added.add_parser("evaluate", help="train or load a method, score it, record it")
     _add_run(evaluate)
     evaluate.add_argument("--plant", help="planted defects: cells, lesions or development")
@@ -89,6 +95,9 @@ def build_parser() -> argparse.ArgumentParser:
     datasets.add_argument("--sheet", type=Path, help="write a contact sheet of the test set")
     datasets.set_defaults(command=commands.datasets)
 
+
+def _add_series(added: argparse._SubParsersAction) -> None:
+    """What has to do with many, and with the course."""
     sweep = added.add_parser("sweep", help="run a grid of a YAML file; can be interrupted")
     sweep.add_argument("grid", type=Path)
     sweep.add_argument("--out", type=Path, required=True)
@@ -120,7 +129,6 @@ def build_parser() -> argparse.ArgumentParser:
 
     doctor = added.add_parser("doctor", help="check this installation")
     doctor.set_defaults(command=commands.doctor)
-    return parser
 
 
 def _add_data(parser: argparse.ArgumentParser, required: bool) -> None:
