@@ -36,6 +36,7 @@ class GRADConfig(MethodConfig):
         weights: how.
     """
 
+    standardise: bool = True  # chosen on development defects and uncertain cells
     beta_schedule: BetaSchedule = "linear"
     num_timesteps: int = 1000
     blocks: tuple[int, ...] = (2, 4)
@@ -98,6 +99,7 @@ class GRADConfig(MethodConfig):
         # related model of patches; a pool and a number of clusters some times larger than ours.
         return replace(
             base,
+            standardise=False,
             blocks=(3, 7, 15),
             width=96,
             train_patchdiff=TrainConfig(steps=50_000, learning_rate=5e-4, flip_axes=flips),
