@@ -55,8 +55,8 @@ def _read(path: str) -> np.ndarray:
     if path.lower().endswith(STACK):
         return _read_stack(path)
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
             image.info.pop("transparency", None)  # Pillow warns of it on conversion
             if image.mode == "F":
                 raise ValueError("floating-point pixels have no agreed range; save 8 or 16 bit")
@@ -99,7 +99,7 @@ def resize_image(image: np.ndarray, size: int, resize: Resize) -> np.ndarray:
     top, left, h, w = pad_box(H, W, size) if resize == "pad" else (0, 0, size, size)
     if (h, w) != (H, W):
         channels = [Image.fromarray(channel) for channel in image]
-        image = np.stack([np.asarray(c.resize((w, h), Image.LANCZOS)) for c in channels])
+        image = np.stack([np.asarray(c.resize((w, h), Image.Resampling.LANCZOS)) for c in channels])
     widths = ((0, 0), (top, size - h - top), (left, size - w - left))
     return np.pad(image, widths, mode="edge")
 

@@ -105,9 +105,9 @@ def _rank_pixels(masks: Images, maps: Images) -> tuple[NDArray, NDArray, NDArray
     if not n_normal or not n_anomalous:
         found = f"{len(masks)} masks hold {n_anomalous} anomalous and {n_normal} normal pixels"
         raise ValueError(f"{found}: give both kinds, or leave the pixel metrics out (null)")
-    normal = np.sort(np.concatenate(normal))
+    known = np.sort(np.concatenate(normal))
     levels, level = np.unique(np.concatenate(anomalous), return_inverse=True)
-    below = np.stack([np.searchsorted(normal, levels, side) for side in ("right", "left")], axis=1)
+    below = np.stack([np.searchsorted(known, levels, side) for side in ("right", "left")], axis=1)
     overlap = np.bincount(level, np.concatenate(weights))[::-1].cumsum()
     true = np.bincount(level)[::-1].cumsum()
     return n_normal - below[::-1], true, overlap / overlap[-1], n_normal
@@ -257,7 +257,7 @@ def top_k_mean(maps: ArrayLike, fraction: float) -> NDArray[np.float64]:
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}: give a share of the pixels in (0, 1]")
-    pixels = _checked_maps(maps).reshape(len(maps), -1)
+    pixels = _checked_maps(maps).reshape(np.shape(maps)[0], -1)
     first = pixels.shape[1] - math.ceil(Fraction(str(fraction)) * pixels.shape[1])
     return np.partition(pixels, first, axis=1)[:, first:].mean(axis=1, dtype=np.float64)
 

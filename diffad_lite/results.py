@@ -4,6 +4,7 @@ import csv
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def collect(runs: str | Path, results: str | Path) -> int:
         target = results / result["folder"].relative_to(runs)
         for name in ("scores.csv", "result.json"):
             source = result["folder"] / name
-            write_atomically(target / name, lambda p, source=source: shutil.copyfile(source, p))
+            write_atomically(target / name, partial(shutil.copyfile, source))
     return len(found)
 
 
@@ -113,7 +114,7 @@ def label_of(group: Sequence[Result]) -> str:
     """How a table names a group; the size is named where it is not the lite profile's."""
     first = group[0]
     method, variant, size = first["method"], first["variant"], first["image_size"]
-    words = [METHOD_NAMES.get(method, method)]
+    words: list[str] = [METHOD_NAMES.get(method, method)]
     words += [] if size == 64 else [f"{size} px"]
     if variant in VARIANTS:
         words.append("calibrated" if first["config"]["calibrate"] else "raw maps")

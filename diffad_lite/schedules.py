@@ -6,6 +6,7 @@ signal level *after* step ``t + 1``; ``t = -1`` stands for the clean image (leve
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -59,10 +60,10 @@ class NoiseSchedule:
         """The schedule of that name; see :func:`make_betas`."""
         return cls(make_betas(name, num_timesteps))
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def _levels(self) -> Tensor:
         # Level 1 is appended at the end, so that index -1 is the clean image.
-        levels = torch.cat([torch.cumprod(1 - self.betas, 0), torch.ones(1, dtype=torch.float64)])
-        object.__setattr__(self, "_levels", levels)
+        return torch.cat([torch.cumprod(1 - self.betas, 0), torch.ones(1, dtype=torch.float64)])
 
     @property
     def num_timesteps(self) -> int:

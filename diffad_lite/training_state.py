@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -98,7 +99,8 @@ class TrainingState:
         own_seed = seed + processes.rank() * processes.SEED_STRIDE
         self.generator = torch.Generator().manual_seed(own_seed)
         self.global_rng = torch.Generator().manual_seed(own_seed).get_state()
-        self.step, self.seconds, self.losses = 0, 0.0, []
+        self.step, self.seconds = 0, 0.0
+        self.losses: list[float] = []
         self.path = workdir / f"{stage}.state.safetensors" if workdir else None
         identity = {
             "config": to_dict(config),
@@ -176,7 +178,7 @@ class TrainingState:
             why = " ".join(str(error).split())
             raise ValueError(f"{self.path} is not whole ({why}); {fix}") from None
 
-    def _restore(self, numbers: dict[str, float], tensors: dict[str, Tensor]) -> None:
+    def _restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.step, self.total, self.seconds = (numbers[k] for k in ("step", "total", "seconds"))
         self.losses = tensors["losses"].tolist()
         self.network.load_state_dict(_under(tensors, "network."))

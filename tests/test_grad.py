@@ -221,7 +221,7 @@ def test_the_detector_learns_what_differs_and_nothing_else(contrastive, low, hig
     monkeypatch.setattr(GRAD, "draw_pool", lambda self, normal, seed: everywhere(drawn(200, 7)))
     monkeypatch.setattr(GRAD, "twins", lambda self, normal, seed: normal[:0])
     long = TrainConfig(steps=240, batch_size=8, learning_rate=2e-3, ema_decay=0.95)
-    made = GRAD(config(train=long, calibrate=False, extra=0))
+    made = GRAD(config(train=long, standardise=False, calibrate=False, extra=0))
     made.fit(pictures(200), pictures(20, 1), seed=0, progress=False)
     images = torch.cat([pictures(100, 2), drawn(100, 8)])  # of neither training nor pool
     scores = made.predict(images).image_score.numpy()

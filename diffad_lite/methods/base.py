@@ -127,7 +127,7 @@ class Method(ABC):
         folder = Path(workdir) if workdir is not None else None
         if folder is not None:
             pretrained.claim(folder, self, seed, budget)
-        options = {"seed": seed, "budget": budget, "workdir": folder, "progress": progress}
+        options = FitOptions(seed=seed, budget=budget, workdir=folder, progress=progress)
         reports = self._fit(self.prepare(train), **options)
         self.network.eval()
         self.reports_ = {
@@ -227,14 +227,13 @@ class Method(ABC):
     @contextmanager
     def count_evaluations(self) -> Iterator[list[int]]:
         """Counts images passed through the networks; the list's only entry is the sum."""
-        several = isinstance(self.network, nn.ModuleDict)
-        count = [0]
+        network, count = self.network, [0]
 
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
             count[0] += len(inputs[0])
 
-        networks = self.network.values() if several else [self.network]
-        handles = [network.register_forward_hook(hook) for network in networks]
+        parts = network.values() if isinstance(network, nn.ModuleDict) else [network]
+        handles = [part.register_forward_hook(hook) for part in parts]
         try:
             yield count
         finally:

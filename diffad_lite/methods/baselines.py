@@ -34,8 +34,8 @@ class BrightnessConfig(MethodConfig):
     @classmethod
     def for_profile(cls, profile: Profile, *, dataset: str | None = None, **shape: Any) -> Self:
         """``"darker"`` for electroluminescence images: a broken part of a cell does not glow."""
-        side = "darker" if dataset == "elpv" else "both"
-        return replace(super().for_profile(profile, dataset=dataset, **shape), side=side)
+        base = super().for_profile(profile, dataset=dataset, **shape)
+        return replace(base, side="darker" if dataset == "elpv" else "both")
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,11 @@ class BernoulliConfig(MethodConfig):
         if profile == "ci":
             small = AutoencoderConfig(base_channels=8, bits=8, codeword=16)
             short = TrainConfig(steps=20, batch_size=8, flip_axes=flips)
-            smoke = {"autoencoder": small, "base_channels": 8, "attention_levels": ()}
+            smoke: dict[str, Any] = {
+                "autoencoder": small,
+                "base_channels": 8,
+                "attention_levels": (),
+            }
             smoke |= {"train_autoencoder": short, "train": short, "steps": 5, "n_chains": 2}
             return replace(base, **smoke)
         if profile == "lite":
@@ -118,7 +122,7 @@ class BernoulliConfig(MethodConfig):
         # Ours differs: L1 alone (no discriminator, which that code never trains by default, nor a
         # perceptual term, which it switches off), decaying learning rates, averaged weights, and
         # a map of absolute differences, as all methods here have.
-        published = {"warmup_steps": 0, "flip_axes": ()}
+        published: dict[str, Any] = {"warmup_steps": 0, "flip_axes": ()}
         return replace(
             base,
             standardise=False,
@@ -144,6 +148,7 @@ class Bernoulli(Method):
     name = "bernoulli"
     Config = BernoulliConfig
     config: BernoulliConfig
+    network: nn.ModuleDict
     inference_fields = Method.inference_fields | {
         *("noise_level", "steps", "threshold", "suspect", "n_chains")
     }

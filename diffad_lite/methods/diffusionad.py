@@ -151,6 +151,7 @@ class DiffusionAD(Method):
     name = "diffusionad"
     Config = DiffusionADConfig
     config: DiffusionADConfig
+    network: nn.ModuleDict
     inference_fields = Method.inference_fields | {"guidance", "steps"}
     inference_fields |= {"noise_level", "noise_level_big"}
 
@@ -177,8 +178,8 @@ class DiffusionAD(Method):
         """Noise images to one or two levels, each (B,), and estimate the clean image."""
         d = self.diffusion
         noised = [d.add_noise(images, t, noise) for t, noise in zip(levels, noises, strict=True)]
-        noise_hat = denoiser(torch.cat(noised), torch.cat(list(levels))).float()
-        noise_hat = list(noise_hat.chunk(len(levels)))  # both scales were one batch
+        both = denoiser(torch.cat(noised), torch.cat(list(levels))).float()
+        noise_hat = list(both.chunk(len(levels)))  # both scales were one batch
         x0_hat = [d.clean_estimate(*args) for args in zip(noised, levels, noise_hat, strict=True)]
         guided = x0_hat[0]
         if len(levels) == 2:
@@ -213,7 +214,7 @@ class DiffusionAD(Method):
         c = self.config
         images, masks, anomalous = self.synthesis(normal, generator)
         images = self._in_range(images)
-        reconstruction, noise_loss = images, 0.0
+        reconstruction, noise_loss = images, images.new_zeros(())
         if c.reconstruction == "guided":
             ranges = [(0, c.boundary), (c.boundary, c.highest)][: c.scales]
             levels = [torch.randint(*r, (len(images),), generator=generator) for r in ranges]
@@ -227,7 +228,8 @@ class DiffusionAD(Method):
         return noise_loss + segmentation_loss(logits, masks)
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
-        c, reports, budget = self.config, {}, options["budget"]
+        c, budget = self.config, options["budget"]
+        reports: dict[str, TrainReport] = {}
         _ = self.synthesis.files  # missing textures are an error now, not after the first stage
         if c.first_stage is not None:
             share = None if budget is None else PRIOR_SHARE * budget
@@ -258,9 +260,9 @@ class DiffusionAD(Method):
     def reconstruct(self, images: Tensor, generators: list[torch.Generator]) -> Estimates:
         """The estimates at the configured levels, for images in the denoiser's range."""
         c = self.config
-        levels = [c.noise_level, c.noise_level_big][: c.scales]
-        noises = [randn(images, generators) for _ in levels]
-        levels = [torch.full((len(images),), t, device=images.device) for t in levels]
+        starts = [c.noise_level, c.noise_level_big][: c.scales]
+        noises = [randn(images, generators) for _ in starts]
+        levels = [torch.full((len(images),), t, device=images.device) for t in starts]
         denoiser = self.network["denoiser"] if c.steps == 1 else self.sampled_noise
         return self.estimates(denoiser, images, levels, noises, c.guidance)
 
@@ -281,8 +283,8 @@ class DiffusionAD(Method):
             found = self.reconstruct(
                 self._in_range(self.prepare(images).to(self.device)), noise_generators(keys, seed)
             )
-            parts = [[x.cpu() for x in part] for part in found[:3]]
-            found = Estimates(*parts, found.guided.cpu())
+            noised, noise_hat, x0_hat = ([x.cpu() for x in part] for part in found[:3])
+            found = Estimates(noised, noise_hat, x0_hat, found.guided.cpu())
         return common | {"estimates": found}
 
 

@@ -68,6 +68,7 @@ class GLAD(Method):
     name = "glad"
     Config = GLADConfig
     config: GLADConfig
+    network: nn.ModuleDict
     inference_fields = Method.inference_fields | {"noise_level", "steps", "adaptive", "min_level"}
     inference_fields |= {"delta", "delta_quantile", "fusion", "radius", "pixel_weight"}
     inference_fields |= {"input_size"}
@@ -189,9 +190,9 @@ class GLAD(Method):
         c, d, s = self.config, self.diffusion, self.network["statistics"]
         watched = t_star < 0
         x_input = d.add_noise(images, t, noise)
-        estimates = [d.clean_estimate(x, t, noise_hat)[watched] for x in (x_input, x_t)]
+        one, other = (d.clean_estimate(x, t, noise_hat)[watched] for x in (x_input, x_t))
         drift = torch.full_like(images[:, 0], torch.nan)
-        drift[watched] = self.distance(*estimates, noise[watched], c.drift_features)
+        drift[watched] = self.distance(one, other, noise[watched], c.drift_features)
         delta = s.delta if c.delta is None else torch.as_tensor(c.delta).to(s.delta)
         drifted = watched & (drift_score(drift) > delta)
         down = watched & ~drifted & (t < c.min_level)
@@ -223,8 +224,10 @@ class GLAD(Method):
         noise = randn(images, noise_generators(keys, seed)).to(self.device)
         found = self.reconstruct(self.prepare(images).to(self.device), noise)
         drifts, states = ([x.cpu() for x in part] for part in (found.drifts, found.states))
-        own = {"x": found.x.cpu(), "t_star": found.t_star.cpu(), "drifts": drifts, "states": states}
-        return common | {"path": found._replace(**own)}
+        path = found._replace(
+            x=found.x.cpu(), t_star=found.t_star.cpu(), drifts=drifts, states=states
+        )
+        return common | {"path": path}
 
     def calibrate(self, calibration: Tensor) -> Self:
         """Set delta, the spread of drifts and the scale of pixels, then what every method sets."""

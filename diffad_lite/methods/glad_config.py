@@ -86,8 +86,8 @@ class GLADConfig(PriorConfig):
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
         """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
         base = super().for_profile(profile, category=category, **shape)
-        prior, where = base.prior, "object" if category in OBJECTS else "all"
-        synthesis = replace(base.synthesis, foreground=where)
+        prior, synthesis = base.prior, base.synthesis
+        synthesis = replace(synthesis, foreground="object" if category in OBJECTS else "all")
         base = replace(base, synthesis=synthesis)
         if profile == "ci":
             return replace(base, train=prior.train, steps=4, map_features=DENOISER)

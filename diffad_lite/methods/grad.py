@@ -61,6 +61,7 @@ class GRAD(Method):
     name = "grad"
     Config = GRADConfig
     config: GRADConfig
+    network: nn.ModuleDict
 
     def _build(self) -> nn.Module:
         c = self.config

@@ -19,7 +19,7 @@ class GRADConfig(MethodConfig):
     Attributes:
         beta_schedule: of the forward process.
         num_timesteps: T.
-        blocks: one PatchDiff an entry; its window has ``unshuffle (2 blocks + 1)`` pixels.
+        blocks: one PatchDiff an entry; its receptive field has ``unshuffle (2 blocks + 1)`` pixels.
         width: of the PatchDiffs.
         unshuffle: side of their cells.
         train_patchdiff: how each is trained.
@@ -30,7 +30,7 @@ class GRADConfig(MethodConfig):
         levels: range of the noise levels that they begin at, as fractions of T.
         twin_level: t that normal images are noised to and denoised from by each PatchDiff, to
             stand among the normal ones: so its touch alone is not what the detector learns.
-        extra: convolutions that widen the detector's window, 21 + 8 extra pixels.
+        extra: convolutions that widen the detector's receptive field, 21 + 8 extra pixels.
         train: the detector, weights being 1 in the first third.
         reweight: give patterns their weights after it.
         weights: how.
@@ -86,7 +86,12 @@ class GRADConfig(MethodConfig):
         flips = FLIP_AXES.get(dataset or "", ())
         if profile == "ci":
             short = TrainConfig(steps=20, batch_size=8, flip_axes=flips)
-            smoke = {"blocks": (1, 2), "width": 16, "train_patchdiff": short, "train": short}
+            smoke: dict[str, Any] = {
+                "blocks": (1, 2),
+                "width": 16,
+                "train_patchdiff": short,
+                "train": short,
+            }
             return replace(base, **smoke, n_patterns=16, steps=4, weights=WeightConfig(4))
         stages = {
             name: replace(getattr(base, name), flip_axes=flips)
@@ -94,9 +99,9 @@ class GRADConfig(MethodConfig):
         }
         if profile == "lite":
             return replace(base, **stages)
-        # Assumed, all of it: the paper could not be read. 256 px; windows of about 1/16, 1/8 and
-        # 1/4 of the side; T = 1000, linear; the learning rate of SinDiffusion's public code, a
-        # related model of patches; a pool and a number of clusters some times larger than ours.
+        # Assumed, all of it: the paper could not be read. 256 px; receptive fields of about 1/16,
+        # 1/8 and 1/4 of the side; T = 1000, linear; the learning rate of SinDiffusion's public
+        # code, a related model of patches; a pool and a number of clusters larger than ours.
         return replace(
             base,
             standardise=False,

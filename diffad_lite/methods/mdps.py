@@ -40,6 +40,7 @@ class MDPS(Method):
     name = "mdps"
     Config = MDPSConfig
     config: MDPSConfig
+    network: nn.ModuleDict
     inference_fields = Method.inference_fields | {
         *("mode", "noise_level", "mask_level", "steps", "guidance", "mask_guidance", "n_samples"),
         *("mask", "mask_quantile", "mask_sigma", "input_size", "pixel_weight", "score"),

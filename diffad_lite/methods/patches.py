@@ -72,6 +72,7 @@ class PatchMethod(Method):
 
     Config = PatchConfig
     config: PatchConfig
+    network: nn.ModuleDict
 
     def _build(self) -> nn.Module:
         c = self.config

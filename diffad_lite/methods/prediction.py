@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,11 @@ class Prediction:
     def cat(parts: Sequence["Prediction"]) -> "Prediction":
         """Batches joined along the first axis."""
         first = parts[0]
-        reconstruction = None
-        if first.reconstruction is not None:
-            reconstruction = torch.cat([p.reconstruction for p in parts])
+        reconstructions = [p.reconstruction for p in parts if p.reconstruction is not None]
         return Prediction(
             torch.cat([p.image_score for p in parts]),
             torch.cat([p.anomaly_map for p in parts]),
-            reconstruction,
+            torch.cat(reconstructions) if reconstructions else None,
             {name: torch.cat([p.extras[name] for p in parts]) for name in first.extras},
         )
 
@@ -45,3 +44,7 @@ class Buffers(nn.Module):
         super().__init__()
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor: ...

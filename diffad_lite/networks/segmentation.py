@@ -5,6 +5,7 @@ of their differences matter. It works at full resolution: behind a pixel-unshuff
 as fast, and clearly worse on development defects.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,9 @@ class SegmentationConfig:
 class DoubleConv(nn.Sequential):
     """Two 3x3 convolutions, each normalised and rectified."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm: type[nn.Module]) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, norm: Callable[[int], nn.Module]
+    ) -> None:
         super().__init__(
             ConvNorm(in_channels, out_channels, norm), ConvNorm(out_channels, out_channels, norm)
         )
@@ -52,7 +55,9 @@ class DoubleConv(nn.Sequential):
 class ConvNorm(nn.Sequential):
     """A 3x3 convolution, normalised and rectified."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm: type[nn.Module]) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, norm: Callable[[int], nn.Module]
+    ) -> None:
         conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         super().__init__(conv, norm(out_channels), nn.ReLU())
 
@@ -67,7 +72,7 @@ class SegmentationNet(nn.Module):
 
     def __init__(self, in_channels: int, config: SegmentationConfig) -> None:
         super().__init__()
-        norm = nn.BatchNorm2d if config.batch_norm else group_norm
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d if config.batch_norm else group_norm
         widths = [config.base_channels * m for m in config.channel_mults]
         self.multiple = 2 ** (len(widths) - 1)  # sides are padded to this
         self.down, self.up, self.merge = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
