@@ -5,7 +5,9 @@ so that all hold the same weights, and the first process alone writes files. In 
 not started so, everything here does nothing.
 """
 
+import atexit
 import os
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -69,8 +71,9 @@ def gathered(value: T) -> list[T]:
     return gather_object([value])
 
 
+@cache
 def _state() -> Any:
-    """Accelerate's view of the processes; the first call connects them."""
+    """Accelerate's view of the processes; the first call connects them, the exit parts them."""
     try:
         from accelerate import PartialState
     except ImportError:
@@ -83,4 +86,6 @@ def _state() -> Any:
             f"WORLD_SIZE is {count()}, but {state.num_processes} processes are connected; start "
             "them by accelerate launch, or unset WORLD_SIZE"
         )
+    # Threads of a connection that still stands at the exit may abort the process.
+    atexit.register(state.destroy_process_group)
     return state
