@@ -30,7 +30,7 @@ class GRADConfig(MethodConfig):
         levels: range of the noise levels that they begin at, as fractions of T.
         twin_level: t that normal images are noised to and denoised from by each PatchDiff, to
             stand among the normal ones: so its touch alone is not what the detector learns.
-        extra: convolutions that widen the detector's receptive field, 21 + 8 extra pixels.
+        extra: convolutions that widen the detector's receptive field, 22 + 8 extra pixels.
         train: the detector, weights being 1 in the first third.
         reweight: give patterns their weights after it.
         weights: how.

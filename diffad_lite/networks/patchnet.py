@@ -94,7 +94,7 @@ class PatchDetector(nn.Module):
     """One logit for each cell of 4 x 4 pixels: does the window around it look anomalous?
 
     Args:
-        channels: of the image.
+        channels: of the image, whose sides must be multiples of 4.
         extra: further 3x3 convolutions on the coarse grid; each widens the window by 8 pixels.
         width: channels on the coarse grid.
         padding: see :class:`PatchDiff`.
@@ -104,10 +104,12 @@ class PatchDetector(nn.Module):
         self, channels: int, *, extra: int = 0, width: int = 64, padding: str = "reflect"
     ) -> None:
         super().__init__()
-        self.receptive_field = 21 + 8 * extra
-        steps = [(width // 2, 1), (3 * width // 4, 2), (3 * width // 4, 1), (width, 2)]
-        layers: list[nn.Module] = []
-        for out, stride in [*steps, *[(width, 1)] * (1 + extra)]:
+        self.receptive_field = 22 + 8 * extra
+        fine = 3 * width // 4
+        steps = [(fine, 1), (fine, 1), (width, 2), *[(width, 1)] * (1 + extra)]
+        layers: list[nn.Module] = [nn.PixelUnshuffle(2)]
+        channels *= 4
+        for out, stride in steps:
             layers += [conv3(channels, out, padding, stride), ChannelNorm(out), nn.ReLU()]
             channels = out
         self.trunk = nn.Sequential(*layers)
