@@ -13,9 +13,16 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from diffad_lite.config import read_json, unknown_name
+from diffad_lite.config import unknown_name
 from diffad_lite.metrics import verdict
-from diffad_lite.results import METHOD_NAMES, Result, difference_of, grouped, select
+from diffad_lite.results import (
+    METHOD_NAMES,
+    Result,
+    difference_of,
+    grouped,
+    read_speeds,
+    select,
+)
 
 MEASURES = {"auroc": "image AUROC", "time": "time saved", "memory": "memory saved"}
 NOT_TESTABLE = "not testable at this scale"
@@ -144,11 +151,11 @@ def judge_all(results: Sequence[Result], folder: str | Path) -> list[Judged]:
     Raises:
         ValueError: the file is broken.
     """
-    path, speeds = Path(folder).parent / "claims.yaml", Path(folder) / "speed.json"
+    path = Path(folder).parent / "claims.yaml"
     if not path.exists():
         return []
-    measured = read_json(speeds, "record of times")["settings"] if speeds.exists() else {}
-    return [judge(claim, results, measured) for claim in read_claims(path)]
+    speeds = read_speeds(folder)
+    return [judge(claim, results, speeds) for claim in read_claims(path)]
 
 
 def claims_table(judged: Sequence[Judged]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from diffad_lite.results import (
     mean,
     read_results,
     read_scores,
+    read_speeds,
     select,
 )
 
@@ -37,8 +39,10 @@ __all__ = [
     "pixel_table",
     "read_results",
     "read_scores",
+    "read_speeds",
     "render",
     "select",
+    "speed_table",
     "tables",
 ]
 
@@ -127,6 +131,20 @@ def overview_table(results: Iterable[Result]) -> str:
     return "\n".join(lines)
 
 
+def speed_table(speeds: Mapping[str, Any]) -> str:
+    """Settings that were timed in one run as Markdown, the fastest first; the median round."""
+    lines = [
+        "| setting | ms / image [least, most] | network evaluations | MB of tensors | parameters |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, found in sorted(speeds.items(), key=lambda item: np.median(item[1]["ms"])):
+        ms = found["ms"]
+        times = f"{np.median(ms):.1f} [{min(ms):.1f}, {max(ms):.1f}]"
+        cells = [name, times, f"{found['evaluations']:.0f}", f"{found['mb']:.1f}"]
+        lines.append("| " + " | ".join([*cells, f"{found['parameters'] / 1e6:.2f} M"]) + " |")
+    return "\n".join(lines)
+
+
 def tables(results: Sequence[Result]) -> dict[str, str]:
     """Every table of the course: name -> Markdown."""
     found = {}
@@ -169,6 +187,8 @@ def render(results: str | Path, documents: Iterable[Path]) -> list[Path]:
     """
     records = read_results(results)
     rendered = tables(records)
+    if speeds := read_speeds(results):
+        rendered["speed"] = speed_table(speeds)
     if judged := judge_all(records, results):
         rendered["claims"] = claims_table(judged)
     parts = [f"## {name}\n\n{table}\n" for name, table in rendered.items()]

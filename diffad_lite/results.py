@@ -59,6 +59,16 @@ def read_scores(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return labels, np.array([float(row["image_score"]) for row in rows])
 
 
+def read_speeds(folder: str | Path) -> dict[str, Any]:
+    """What ``diffad speed`` measured in one run, setting by setting; empty where it did not run.
+
+    Raises:
+        ValueError: ``speed.json`` in the folder is broken.
+    """
+    path = Path(folder) / "speed.json"
+    return read_json(path, "record of times")["settings"] if path.exists() else {}
+
+
 def collect(runs: str | Path, results: str | Path) -> int:
     """Copy the records (not weights) of finished runs into ``results``; returns how many."""
     runs, results = Path(runs), Path(results)

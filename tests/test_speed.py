@@ -9,6 +9,7 @@ from diffad_lite.cli import main
 from diffad_lite.datasets import load_dataset
 from diffad_lite.experiments import Run
 from diffad_lite.methods import get_method
+from diffad_lite.report import speed_table
 from diffad_lite.speed import SETTINGS, TensorsAlive, measure
 
 
@@ -58,3 +59,13 @@ def test_the_command_writes_what_is_there(tmp_path, monkeypatch, capsys):
     assert {"threads", "device", "versions"} <= record.keys()
     assert capsys.readouterr().out.count("ms an image") == 3
     assert len(load_dataset("elpv", "mono").test_images) > 2
+
+
+def test_the_table_has_the_fastest_first_with_all_rounds():
+    slow = {"ms": [30.0, 20.0, 25.0], "mb": 12.34, "evaluations": 4, "parameters": 2_740_000}
+    fast = {"ms": [0.2, 0.1, 0.4], "mb": 1.0, "evaluations": 0, "parameters": 0}
+    rows = speed_table({"slow": slow, "fast": fast}).splitlines()[2:]
+    assert rows == [
+        "| fast | 0.2 [0.1, 0.4] | 0 | 1.0 | 0.00 M |",
+        "| slow | 25.0 [20.0, 30.0] | 4 | 12.3 | 2.74 M |",
+    ]
