@@ -32,11 +32,13 @@ class GRADConfig(MethodConfig):
             stand among the normal ones: so its touch alone is not what the detector learns.
         extra: convolutions that widen the detector's receptive field, 22 + 8 extra pixels.
         train: the detector, weights being 1 in the first third.
-        reweight: give patterns their weights after it.
+        reweight: give patterns their weights after it; on development defects it does harm.
         weights: how.
     """
 
-    standardise: bool = True  # chosen on development defects and uncertain cells
+    # Chosen on development defects and uncertain cells, as are windows, twins and no weights:
+    standardise: bool = True
+    calibrate: bool = False
     beta_schedule: BetaSchedule = "linear"
     num_timesteps: int = 1000
     blocks: tuple[int, ...] = (2, 4)
@@ -56,7 +58,7 @@ class GRADConfig(MethodConfig):
             steps=1500, batch_size=24, learning_rate=1e-3, ema_decay=0.995
         )
     )
-    reweight: bool = True
+    reweight: bool = False
     weights: WeightConfig = field(default_factory=WeightConfig)
 
     def __post_init__(self) -> None:
@@ -112,7 +114,7 @@ class GRADConfig(MethodConfig):
             steps=50,
             extra=8,
             train=TrainConfig(20_000, 24, 5e-4, flip_axes=flips),
+            reweight=True,
             weights=WeightConfig(128),
-            calibrate=False,
             smooth_sigma=4.0,
         )
