@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
-from diffad_lite.config import unknown_name
+from diffad_lite.config import from_dict, read_yaml, unknown_name
 from diffad_lite.metrics import verdict
 from diffad_lite.results import (
+    FORMS,
     METHOD_NAMES,
     Result,
     difference_of,
@@ -88,18 +88,33 @@ def read_claims(path: str | Path) -> list[Claim]:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no table of claims at {path}")
-    entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    entries = read_yaml(path)
     if not isinstance(entries, list):
         raise ValueError(f"{path} must be a list of claims")
     claims = []
     for i, entry in enumerate(entries, 1):
+        measure = entry.get("measure") if isinstance(entry, dict) else None
+        if measure not in (None, *MEASURES):
+            raise unknown_name(f"measure in {path}, claim {i}", str(measure), MEASURES)
         try:
-            claims.append(Claim(**entry))
-        except TypeError as error:
+            claims.append(from_dict(Claim, entry))
+            _check_settings(claims[-1])
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}, claim {i}: {error}") from None
-        if claims[-1].measure not in (None, *MEASURES):
-            raise unknown_name(f"measure in {path}, claim {i}", claims[-1].measure, MEASURES)
     return claims
+
+
+def _check_settings(claim: Claim) -> None:
+    """Raise ValueError for settings that results or times cannot have."""
+    for own in (claim.better, claim.than) if claim.measure else ():
+        known = FORMS if claim.measure == "auroc" else ("name",)
+        for key in own:
+            if key not in known:
+                raise unknown_name("key of a setting", key, known)
+        if claim.measure != "auroc" and not isinstance(own.get("name"), str):
+            raise ValueError("a setting has no name")
+        if claim.measure == "auroc" and own.get("method") not in list(METHOD_NAMES):
+            raise unknown_name("method", str(own.get("method")), METHOD_NAMES)
 
 
 def judge(claim: Claim, results: Sequence[Result], speeds: Mapping[str, Any]) -> Judged:
@@ -112,8 +127,7 @@ def judge(claim: Claim, results: Sequence[Result], speeds: Mapping[str, Any]) ->
     """
     if claim.measure is None:
         return Judged(claim, None, None, None, [], NOT_TESTABLE)
-    effect_of = _difference if claim.measure == "auroc" else _ratio
-    found = effect_of(claim, results if claim.measure == "auroc" else speeds)
+    found = _difference(claim, results) if claim.measure == "auroc" else _ratio(claim, speeds)
     if found is None:
         return Judged(claim, None, None, None, [], NOT_MEASURED)
     effect, low, high, seeds = found

@@ -29,6 +29,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError, ImportError) as error:
         commands.say(error)
         return 2
+    except MemoryError as error:
+        why = f"the memory does not suffice ({error})".replace(" ()", "")
+        commands.say(f"{why}; take a smaller --image-size, or fewer or smaller images")
+        return 2
     except KeyboardInterrupt:
         commands.say("interrupted; the same command goes on from here")
         return 130
@@ -50,7 +54,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"diffad: {message}; see '{self.prog} --help'\n")
+        commands.say(f"{message}; see '{self.prog} --help'")
+        self.exit(2)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,6 +5,10 @@ import json
 import math
 import shlex
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffad_lite.runs import Run
 
 
 def say(what: object) -> None:
@@ -12,8 +16,8 @@ def say(what: object) -> None:
     print("diffad:", " ".join(str(what).splitlines()), file=sys.stderr)
 
 
-def _run_of(arguments: argparse.Namespace):
-    from diffad_lite.experiments import Run
+def _run_of(arguments: argparse.Namespace) -> "Run":
+    from diffad_lite.runs import Run
 
     settings = {}
     for assignment in arguments.set:
@@ -28,7 +32,7 @@ def _run_of(arguments: argparse.Namespace):
 
 def _budget(arguments: argparse.Namespace) -> float | None:
     minutes = arguments.max_minutes
-    if minutes is not None and not 0 < minutes < math.inf:
+    if minutes is not None and not 0 < 60 * minutes < math.inf:
         raise ValueError(f"--max-minutes takes a number above 0, got {minutes}; or leave it out")
     return None if minutes is None else 60 * minutes
 
@@ -186,7 +190,7 @@ def notebooks(arguments: argparse.Namespace) -> int:
     for name, text in arguments.p:
         try:
             parameters[name] = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             parameters[name] = text
     failures = run_notebooks(
         arguments.folder, arguments.out, parameters=parameters, only=arguments.only

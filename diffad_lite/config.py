@@ -7,17 +7,34 @@ import json
 import math
 import os
 import re
+import reprlib
 import tempfile
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import yaml
 from safetensors import SafetensorError
 
-Config = TypeVar("Config")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Config = TypeVar("Config", bound="DataclassInstance")
 Profile = typing.Literal["ci", "lite", "paper"]
+LARGEST_YAML = 100_000  # entries, those behind an alias as often as they are meant
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 3, 120, 120, 60
+
+
+def shown(value: Any) -> str:
+    """``repr`` for messages: short, whatever the value is."""
+    try:
+        text = _short.repr(value)
+    except ValueError:  # numbers of thousands of digits have no decimal form
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
@@ -25,7 +42,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return ValueError(f"unknown {what} {name!r}; {hint}known: {', '.join(known)}")
+    return ValueError(f"unknown {what} {shown(name)}; {hint}known: {', '.join(known)}")
 
 
 def check_profile(profile: str) -> None:
@@ -45,6 +62,8 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: a key that ``cls`` does not have, or a value that does not fit its field.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{cls.__qualname__} must be a mapping, got {shown(values)}")
     types = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     kwargs = {}
@@ -63,18 +82,18 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     """
     if kind is Any:
         return value
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} has fields of its own, got {value!r}")
+            raise ValueError(f"{where} has fields of its own, got {shown(value)}")
         return from_dict(kind, value)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where} must be a list, got {value!r}")
+            raise ValueError(f"{where} must be a list, got {shown(value)}")
         return tuple(convert(v, args[0], where) for v in value)
-    if origin is dict:
+    if origin in (dict, Mapping):
         if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, got {value!r}")
+            raise ValueError(f"{where} must be a mapping, got {shown(value)}")
         for name, inner in value.items():
             convert(name, args[0], f"a name in {where}")
             convert(inner, args[1], f"{where}.{name}")
@@ -82,16 +101,17 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     if origin is typing.Literal:
         if value in args:
             return value
-        raise ValueError(f"{where} must be one of {', '.join(map(repr, args))}, got {value!r}")
+        known = ", ".join(map(repr, args))
+        raise ValueError(f"{where} must be one of {known}, got {shown(value)}")
     if type(None) in args:
         if value is None:
             return None
         kind = next(a for a in args if a is not type(None))
         return convert(value, kind, where)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value) if abs(value) < 2**1000 else math.inf
     if isinstance(kind, type) and type(value) is not kind:
-        raise ValueError(f"{where} must be of type {kind.__name__}, got {value!r}")
+        raise ValueError(f"{where} must be of type {kind.__name__}, got {shown(value)}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{where} must be a finite number, got {value}")
     return value
@@ -107,7 +127,8 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
         value = getattr(config, name)
         if not low <= value <= high:
             wanted = f"at least {low}" if high == math.inf else f"in {low}..{high}"
-            raise ValueError(f"{type(config).__qualname__}.{name} must be {wanted}, got {value}")
+            where = f"{type(config).__qualname__}.{name}"
+            raise ValueError(f"{where} must be {wanted}, got {shown(value)}")
 
 
 def override(config: Config, assignments: Mapping[str, str]) -> Config:
@@ -132,7 +153,7 @@ def override(config: Config, assignments: Mapping[str, str]) -> Config:
             raise unknown_name("field", dotted, _dotted_names(values))
         try:
             node[last] = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             node[last] = text
     return from_dict(type(config), values)
 
@@ -232,5 +253,36 @@ def read_json(path: Path, what: str, fix: str = "") -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no {what} at {path}{fix}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of too many digits, or no text
         raise ValueError(f"{path} is not a readable {what}: {error}{fix}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Read YAML: plain values only.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, or aliases that make it very large or endless.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        size = _entries(values, {})
+    except OSError:
+        raise
+    except Exception as error:  # values of a wrong form escape PyYAML as they come
+        words = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{path} is not valid YAML: {words}; correct it there") from None
+    if size > LARGEST_YAML:
+        raise ValueError(f"{path} has {size} entries, most of them by aliases; write it plainly")
+    return values
+
+
+def _entries(value: Any, known: dict[int, float]) -> float:
+    """How many values there are, all levels together; infinitely many where one holds itself."""
+    if not isinstance(value, (dict, list, tuple, set)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf  # until its parts are counted
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_entries(part, known) for part in parts)
+    return known[id(value)]

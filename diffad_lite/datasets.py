@@ -20,10 +20,11 @@ from diffad_lite.config import unknown_name
 from diffad_lite.images import Resize, read_image, resize_image, to_float
 from diffad_lite.planting import KINDS, plant_on
 from diffad_lite.readers import READERS
-from diffad_lite.source import Source
+from diffad_lite.source import Source, check_inside
 from diffad_lite.splits import halves, split
 
 UNCERTAIN = "uncertain"
+LARGEST_IMAGE = 4096  # pixels of a side
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def load_dataset(
         FileNotFoundError: ``root`` does not exist.
     """
     check_arguments(name, plant, resize, image_size)
+    check_inside(category or "", "category")
     source = READERS[name](category, Path(root) if root is not None else None)
     train, calibration, test = split(source, split_seed)
     fingerprint = _fingerprint(train, calibration)
@@ -170,8 +172,9 @@ def check_arguments(name: str, plant: str | None, resize: str, image_size: int) 
         raise unknown_name("family of planted defects", plant, (*KINDS, UNCERTAIN))
     if resize not in get_args(Resize):
         raise unknown_name("resize", resize, get_args(Resize))
-    if image_size < 8:
-        raise ValueError(f"image_size must be at least 8 pixels, got {image_size}; 64 is usual")
+    if not 8 <= image_size <= LARGEST_IMAGE:
+        wanted = "at least 8" if image_size < 8 else f"at most {LARGEST_IMAGE}"
+        raise ValueError(f"image_size must be {wanted} pixels, got {image_size}; 64 is usual")
 
 
 def data_dir() -> Path:

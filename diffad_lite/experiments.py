@@ -15,6 +15,7 @@ import torch
 from diffad_lite import processes
 from diffad_lite.config import (
     check_writable,
+    convert,
     from_dict,
     override,
     read_json,
@@ -48,7 +49,12 @@ def train(
     if (checkpoint / "config.json").exists():
         stored = read_record(checkpoint)
         same_run = {key: stored.get(key) for key in identity} == identity
-        if same_run and from_dict(type(config), stored["config"]) == config:
+        try:
+            same_run = same_run and from_dict(type(config), stored["config"]) == config
+        except ValueError as error:
+            fix = f"delete {checkpoint} to train anew"
+            raise ValueError(f"{checkpoint / 'config.json'}: {error}; {fix}") from None
+        if same_run:
             return load_checkpoint(checkpoint, run, data)
         raise ValueError(
             f"{checkpoint} was trained with another configuration, seed, data or time budget; "
@@ -96,7 +102,8 @@ def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
     config = override(method.config, run.settings)
     if config != method.config:
         method = cls.from_pretrained(folder, **to_dict(config))
-    if method.threshold_ is None or len(method.calibration_scores_) != len(data.calibration):
+    scores = method.calibration_scores_
+    if method.threshold_ is None or scores is None or len(scores) != len(data.calibration):
         method.calibrate(data.calibration)
     return method
 
@@ -119,6 +126,7 @@ def bundle(run: Run, data: AnomalyData, method: Method, *, command: str) -> Path
     stored.save_pretrained(folder, dtype=torch.float16, **record)
     path = folder.parent / "index.json"
     index = read_json(path, "index of checkpoints") if path.exists() else {}
+    index = convert(index, dict[str, Any], str(path))
     scores = stored.predict(data.test_images).image_score.numpy()
     index[folder.name] = {
         "file": f"{folder.name}/model.safetensors",
@@ -206,6 +214,7 @@ def evaluate(
         method = train(run, data, out, budget=budget, progress=progress)
     else:
         method = load_checkpoint(checkpoint, run, data)
+    assert method.threshold_ is not None  # trained or loaded, hence calibrated
     started = time.perf_counter()
     with method.count_evaluations() as evaluations:
         prediction = method.predict(data.test_images)

@@ -55,6 +55,9 @@ class ImageNetFeatures(nn.Module):
         ValueError: no such network or layer.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, name: str, layers: Sequence[str], input_size: int) -> None:
         super().__init__()
         self.name, self.input_size = name, input_size

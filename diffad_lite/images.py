@@ -15,15 +15,27 @@ STANDARD_DEVIATION = 0.35  # of a standardised image, so that few pixels leave [
 CACHED_BYTES = 200_000  # larger files, such as photographs, are decoded anew each time
 STACK = ".npy"  # several channels in one array, such as the sequences of a scanner
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", STACK}
+# What a file may be, whatever its suffix; Pillow's others include one that starts a program.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Image files directly inside ``folder``, sorted; hidden files are passed over."""
-    return sorted(
+    """Image files directly inside ``folder``, sorted; hidden files are passed over.
+
+    Raises:
+        ValueError: a name is not text, so that no table could hold it.
+    """
+    found = sorted(
         p
         for p in folder.iterdir()
         if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
     )
+    for path in found:
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the name {str(path)!r} is not text in UTF-8; rename it") from None
+    return found
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -40,6 +52,8 @@ def read_image(path: Path) -> np.ndarray:
     """
     if not path.exists():
         raise FileNotFoundError(f"no image at {path}, or it is a broken link; repair or remove it")
+    if not (path.is_file() or path.is_dir()):  # reading from a pipe would wait for ever
+        raise ValueError(f"cannot read {path} as an image (no regular file); repair or remove it")
     stat = path.stat()
     if stat.st_size > CACHED_BYTES:
         return _read(str(path))
@@ -55,7 +69,7 @@ def _read(path: str) -> np.ndarray:
     if path.lower().endswith(STACK):
         return _read_stack(path)
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=FORMATS) as file:
             image = ImageOps.exif_transpose(file)
             image.info.pop("transparency", None)  # Pillow warns of it on conversion
             if image.mode == "F":
@@ -68,9 +82,9 @@ def _read(path: str) -> np.ndarray:
                 pixels = np.asarray(image.convert("L" if is_grey else "RGB"))
     except PermissionError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders of spoilt files raise what they like
         unknown = isinstance(error, UnidentifiedImageError)
-        why = "of no known format" if unknown else getattr(error, "strerror", None) or error
+        why = "of no known format" if unknown else getattr(error, "strerror", None) or _words(error)
         raise ValueError(f"cannot read {path} as an image ({why}); repair or remove it") from None
     pixels = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
     pixels.setflags(write=False)  # the cache hands out the same array again
@@ -80,17 +94,23 @@ def _read(path: str) -> np.ndarray:
 def _read_stack(path: str) -> np.ndarray:
     fix = "save uint8 (C, H, W), C from 1 to 4, with numpy.save"
     try:
-        pixels = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            pixels = np.lib.format.read_array(file, allow_pickle=False)
     except PermissionError:
         raise
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"cannot read {path} as a stack of channels ({error}); {fix}") from None
-    whole = isinstance(pixels, np.ndarray) and pixels.ndim == 3 and pixels.dtype == np.uint8
+    except Exception as error:  # a spoilt header is parsed as Python is
+        fault = f"cannot read {path} as a stack of channels ({_words(error)})"
+        raise ValueError(f"{fault}; {fix}") from None
+    whole = pixels.ndim == 3 and pixels.dtype == np.uint8
     if not whole or not 1 <= len(pixels) <= 4 or 0 in pixels.shape:
-        shape, dtype = getattr(pixels, "shape", ()), getattr(pixels, "dtype", "no array")
-        raise ValueError(f"{path} holds {dtype} {shape}; {fix}")
+        raise ValueError(f"{path} holds {pixels.dtype} {pixels.shape}; {fix}")
     pixels.setflags(write=False)
     return pixels
+
+
+def _words(error: Exception) -> str:
+    """What an error of a library says, in at most 200 letters."""
+    return (str(error) or type(error).__name__)[:200]
 
 
 def resize_image(image: np.ndarray, size: int, resize: Resize) -> np.ndarray:

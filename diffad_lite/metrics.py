@@ -168,9 +168,9 @@ def paired_bootstrap_auroc(
 
 def _wins(labels: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
     """Defect beats normal image: 1, tie: 1/2, (n_defects, n_normal); its mean is the AUROC."""
-    rows = [_checked_images(labels, row) for row in np.atleast_2d(np.asarray(scores))]
-    wins = sum(np.sign(row[defect, None] - row[~defect]) for defect, row in rows)
-    return 0.5 + 0.5 * wins / len(rows)
+    seeds = np.atleast_2d(np.asarray(scores)) if np.size(scores) else [scores]
+    rows = [_checked_images(labels, row) for row in seeds]
+    return 0.5 + 0.5 * sum(np.sign(row[d, None] - row[~d]) for d, row in rows) / len(rows)
 
 
 def _interval(wins: NDArray, n_boot: int, seed: int, level: float) -> tuple[float, float]:

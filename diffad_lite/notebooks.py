@@ -12,6 +12,7 @@ from diffad_lite.config import (
     check_profile,
     check_writable,
     config_hash,
+    convert,
     read_json,
     unknown_name,
     write_atomically,
@@ -165,4 +166,6 @@ def _finished_before(record: Path, key: str) -> list[str]:
     if not record.exists():
         return []
     values = read_json(record, "record of an interrupted run", "delete it")
-    return values["done"] if values["key"] == key else []
+    if not isinstance(values, dict) or values.get("key") != key:
+        return []
+    return list(convert(values.get("done"), tuple[str, ...], f"{record}: done"))

@@ -3,7 +3,7 @@
 import csv
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from diffad_lite.config import check_writable, write_atomically
 from diffad_lite.images import Resize, list_images, read_image, resize_image, to_float
 from diffad_lite.methods import Method
 from diffad_lite.plots import show_detections
-from diffad_lite.scoring import at_original_size
+from diffad_lite.scoring import at_original_size, plain
 
 FEW = 50  # normal images below which both training and threshold are rough
 OUTLYING = 6.0  # deviations (of the median's kind) from which an image stands out
@@ -93,7 +93,8 @@ def _outlying(values: np.ndarray) -> list[int]:
 
 def survey(paths: Sequence[Path]) -> Survey:
     """Open every image once; files that cannot be read are listed, not raised."""
-    found = Survey([], [], [], {"brightness": [], "contrast": [], "sharpness": []}, [], [])
+    found = Survey([], [], [], {}, [], [])
+    looks: dict[str, list[float]] = {"brightness": [], "contrast": [], "sharpness": []}
     seen: dict[str, str] = {}
     for path in paths:
         try:
@@ -110,11 +111,11 @@ def survey(paths: Sequence[Path]) -> Survey:
         found.names.append(path.name)
         found.sizes.append(image.shape[1:])
         found.channels.append(len(image))
-        for look, value in zip(
-            found.looks, (grey.mean(), grey.std(), np.mean(steps or 0)), strict=True
+        for values, value in zip(
+            looks.values(), (grey.mean(), grey.std(), np.mean(steps or 0)), strict=True
         ):
-            found.looks[look].append(value)
-    return Survey(**vars(found) | {"looks": {k: np.array(v) for k, v in found.looks.items()}})
+            values.append(float(value))
+    return replace(found, looks={look: np.array(values) for look, values in looks.items()})
 
 
 def shifts(normal: Survey, new: Survey) -> list[str]:
@@ -125,11 +126,15 @@ def shifts(normal: Survey, new: Survey) -> list[str]:
     """
     found = []
     labels = np.repeat([0, 1], [len(normal.names), len(new.names)])
-    words = {"brightness": "brighter", "contrast": "more contrasty", "sharpness": "sharper"}
-    for look, word in words.items() if len(set(labels)) == 2 else ():
+    words = {
+        "brightness": ("brighter", "darker"),
+        "contrast": ("richer in contrast", "poorer in contrast"),
+        "sharpness": ("sharper", "less sharp"),
+    }
+    for look, (more, less) in words.items() if len(set(labels)) == 2 else ():
         share = roc_auc_score(labels, np.concatenate([normal.looks[look], new.looks[look]]))
         if max(share, 1 - share) >= SHIFTED:
-            what = word if share > 0.5 else f"less {word.removeprefix('more ')}"
+            what = more if share > 0.5 else less
             found.append(
                 f"the new images are {what} than the normal ones in {max(share, 1 - share):.0%} of "
                 "all pairs; take them alike, or train with standardise=true"
@@ -200,7 +205,7 @@ def score_folder(
         size = read_image(path).shape[1:]
         pixels = at_original_size(anomaly_map, size, resize, c.image_size)
         target = out / "maps" / f"{path.name}.tiff"
-        write_atomically(target, lambda p, pixels=pixels: Image.fromarray(pixels).save(p))
+        write_atomically(target, Image.fromarray(pixels).save)
     _write_gallery(out / "gallery.png", images, maps, rows, order, method)
     write_atomically(out / "scores.csv", lambda p: _write_rows(p, rows, threshold))
     return rows
@@ -225,7 +230,7 @@ def _write_gallery(
 ) -> None:
     """The images with the highest scores, on one scale of colours that ends above normal pixels."""
     chosen = torch.as_tensor(order[:SHOWN].copy())
-    titles = [("ALARM " if row["alarm"] else "") + row["file"][-16:] for row in rows[:SHOWN]]
+    titles = [("ALARM " if row["alarm"] else "") + plain(row["file"][-16:]) for row in rows[:SHOWN]]
     low, high = np.quantile(maps.numpy(), (0.05, 0.999))
     fig, _ = show_detections(
         images[chosen],

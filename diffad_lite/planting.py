@@ -6,7 +6,7 @@ may import this module.
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -87,7 +87,8 @@ def plant_on(
 
 
 def _check(image: np.ndarray, kind: str, severity: float) -> None:
-    shape, dtype = getattr(image, "shape", ()), getattr(image, "dtype", type(image).__name__)
+    shape: tuple[int, ...] = getattr(image, "shape", ())
+    dtype = getattr(image, "dtype", type(image).__name__)
     if dtype != np.uint8 or len(shape) != 3 or shape[0] not in (1, 3, 4) or min(shape[1:]) < 16:
         fault = f"expected uint8 (C, H, W), C = 1, 3 or 4, H and W >= 16, got {dtype} {shape}; "
         fault += "convert it to 0..255, put the channels first, or take a larger image"
@@ -132,7 +133,7 @@ class _Brush:
         profiles = self.image.mean(axis=(0, 2)), self.image.mean(axis=(0, 1))
         return np.eye(2)[np.argmax([np.abs(np.diff(profile)).mean() for profile in profiles])]
 
-    def _stroke(self, lines: Sequence[np.ndarray], width: float) -> np.ndarray:
+    def _stroke(self, lines: Iterable[Iterable[np.ndarray]], width: float) -> np.ndarray:
         """Return the anti-aliased weight (H, W) of polylines (points, 2), at least 1 px wide."""
         weight, reach = np.zeros(self.image.shape[1:]), max(width, 1.0) / 2 + 0.5
         for start, end in itertools.chain(*map(itertools.pairwise, lines)):
@@ -150,7 +151,7 @@ class _Brush:
         share = min(strength * self.severity, 0.95) * weight
         return self.image + share * (255 - self.image if bright else -self.image), weight > _EDGE
 
-    def _move(self, here: tuple, content: np.ndarray) -> _Planted:
+    def _move(self, here: tuple | np.ndarray, content: np.ndarray) -> _Planted:
         """Replace the pixels of an index (rows, columns) by content (C, ...)."""
         drawn, region = self.image.copy(), np.zeros(self.image.shape[1:], bool)
         drawn[:, *here], region[*here] = content, True
@@ -176,7 +177,8 @@ class _Brush:
     def inactive(self) -> _Planted:
         """Darken what lies beyond two jagged cuts, up to a share of the bright pixels."""
         share, angle, spread = self.rng.uniform([0.07, 0, 0], [0.2, 2 * np.pi, 1.1])
-        far, depth = sum(self.image.shape[1:]), np.inf
+        shape = self.image.shape[1:]
+        far, depth = sum(shape), np.full(shape, np.inf)
         knots = np.arange(-far, far, self.side / 12)
         for normal in (angle - spread, angle + spread):
             turned = self._plane(self.point) * np.exp(-1j * normal)
@@ -189,7 +191,7 @@ class _Brush:
 
     def finger(self) -> _Planted:
         """Draw two to five short dark dashes across the busbars."""
-        points = self._points(self.rng.integers(2, 6))
+        points = self._points(int(self.rng.integers(2, 6)))
         halves = self.side * self.rng.uniform(0.05, 0.15, (len(points), 1)) * self._across()
         lines = np.stack([points - halves, points + halves], axis=1)
         return self._shade(self._stroke(lines, self.side / 300 * self.rng.uniform(2, 4)), 0.4)
@@ -233,7 +235,7 @@ class _Brush:
         shift = self.rng.choice([-1, 1]) * self._across() + self.rng.uniform(-0.4, 0.4, 2)
         there = here + 0.22 * radius * self.severity * shift[:, None] * bump[here]
         warped = [ndimage.map_coordinates(c, there, order=1, mode="nearest") for c in self.image]
-        return self._move(here, warped)
+        return self._move(here, np.stack(warped))
 
     def scratch(self) -> _Planted:
         """Add a constant along one straight line."""

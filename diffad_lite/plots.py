@@ -261,9 +261,9 @@ def show_scores(
     fig, ax = plt.subplots(figsize=(6.2, 3.2))
     for label, name in enumerate(("normal", "anomalous")):
         values = scores[labels == label].clip(max=bins[-1])
-        style = {"histtype": "stepfilled" if label == 0 else "step", "linewidth": 2}
-        ax.hist(values, bins, color=COLOURS[label], alpha=0.6 if label == 0 else 1,
-                label=f"{name} (n = {len(values)})", **style)  # fmt: skip
+        ax.hist(values, bins.tolist(), color=COLOURS[label], alpha=0.6 if label == 0 else 1,
+                histtype="stepfilled" if label == 0 else "step", linewidth=2,
+                label=f"{name} (n = {len(values)})")  # fmt: skip
     if threshold is not None:
         ax.axvline(threshold, color="black", linestyle="--", label="threshold")
     ax.set(xlabel=xlabel, ylabel="images", title=f"image AUROC {metrics['image_auroc']:.3f}")

@@ -1,14 +1,18 @@
 """Readers of published sets that have a layout of their own; the rest is read by ``folder``."""
 
-import csv
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from diffad_lite.config import unknown_name
 from diffad_lite.images import list_images
-from diffad_lite.source import DEFAULT_CATEGORIES, Source, existing_root
+from diffad_lite.source import (
+    DEFAULT_CATEGORIES,
+    Source,
+    check_inside,
+    existing_root,
+    read_rows,
+)
 
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
 
@@ -23,12 +27,18 @@ def read_visa(category: str | None, root: Path | None) -> Source:
     table = root / VISA_SPLIT
     if not table.is_file():
         raise FileNotFoundError(f"no table {table}; --root takes {root.name} as it is unpacked")
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+    head, *lines = read_rows(table) or [[]]
     columns = {"object", "split", "label", "image", "mask"}
-    if not rows or not columns <= rows[0].keys():
+    if not lines or not columns <= set(head):
         raise ValueError(f"{table} lacks rows, or one of the columns {sorted(columns)}")
-    objects = sorted({row["object"] for row in rows})
+    rows: list[dict[str, str]] = []
+    for number, line in enumerate(lines, start=2):
+        if len(line) != len(head):
+            raise ValueError(f"line {number} of {table} has {len(line)} columns, not {len(head)}")
+        rows.append(row := dict(zip(head, line, strict=True)))
+        for key in ("image", "mask"):
+            check_inside(row[key], f"the {key} in line {number} of {table}")
+    objects: list[str] = sorted({row["object"] for row in rows})
     if category not in objects:
         raise unknown_name("visa category", str(category), objects)
     source = Source(category, {}, (0.2, 0.0))
@@ -95,11 +105,14 @@ def read_medmnist(category: str | None, root: Path | None) -> Source:
     try:
         with np.load(path) as arrays:  # no pickles
             parts = {
-                part: (arrays[f"{part}_images"], arrays[f"{part}_labels"].ravel())
+                part: _checked(arrays[f"{part}_images"], arrays[f"{part}_labels"], part)
                 for part in ("train", "val", "test")
             }
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        fault = f"{path} is broken, or not a file of MedMNIST ({error})"
+    except PermissionError:
+        raise
+    except Exception as error:  # archives and headers that are spoilt raise what they like
+        why = (str(error) or type(error).__name__)[:200]
+        fault = f"{path} is broken, or not a file of MedMNIST ({why})"
         raise ValueError(f"{fault}; download it again") from None
     types = dict(enumerate(MEDMNIST_LABELS[kind]))
     named: dict[str, dict[str, np.ndarray]] = {}
@@ -119,3 +132,14 @@ def read_medmnist(category: str | None, root: Path | None) -> Source:
             named[part][name] = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
     source.normals, source.calibration, source.test = named.values()
     return source
+
+
+def _checked(images: np.ndarray, labels: np.ndarray, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (n, H, W) or (n, H, W, 3) and labels (n,) of one part, if they are so."""
+    labels, shape = labels.reshape(-1), images.shape
+    grey, colour = images.ndim == 3, images.ndim == 4 and shape[-1] == 3
+    if images.dtype != np.uint8 or not (grey or colour) or 0 in shape:
+        raise ValueError(f"the images of {part} are {images.dtype} {shape}")
+    if labels.dtype.kind not in "iu" or len(labels) != len(images):
+        raise ValueError(f"the labels of {part} are {labels.dtype} {labels.shape}")
+    return images, labels

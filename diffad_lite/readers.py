@@ -1,17 +1,22 @@
 """One reader for each kind of data set: what images there are, and what is known of them."""
 
-import csv
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from diffad_lite.config import unknown_name
+from diffad_lite.config import shown, unknown_name
 from diffad_lite.images import list_images
 from diffad_lite.published import read_dagm, read_medmnist, read_visa
 from diffad_lite.shapes import KINDS, draw_shape
-from diffad_lite.source import DEFAULT_CATEGORIES, Source, existing_root, named_images
+from diffad_lite.source import (
+    DEFAULT_CATEGORIES,
+    Source,
+    existing_root,
+    named_images,
+    read_rows,
+)
 
 # Axes along which a set has no preferred direction, so that training may flip its images.
 FLIP_AXES: dict[str, tuple[int, ...]] = {"elpv": (-1, -2), "shapes": (-1,)}
@@ -112,9 +117,9 @@ def _subjects(base: Path, source: Source) -> dict[str, str]:
     if not path.is_file():
         return {}
     known = {}
-    for number, row in enumerate(csv.reader(path.read_text().splitlines()), start=1):
+    for number, row in enumerate(read_rows(path), start=1):
         if len(row) != 2:
-            raise ValueError(f"line {number} of {path} is not 'file,subject': {','.join(row)!r}")
+            raise ValueError(f"line {number} of {path} is not 'file,subject': {shown(row)}")
         known[row[0].strip()] = row[1].strip()
     images = source.normals | source.calibration | source.test
     files = {name: value.relative_to(base).as_posix() for name, value in images.items()}

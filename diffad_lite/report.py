@@ -1,6 +1,7 @@
 """Tables and figures rendered from result files; no number in the course is typed by hand."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def render(results: str | Path, documents: Iterable[Path]) -> list[Path]:
     changed = []
     for path, text in targets.items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            write_atomically(path, lambda p, text=text: p.write_text(text, encoding="utf-8"))
+            write_atomically(path, partial(Path.write_text, data=text, encoding="utf-8"))
             changed.append(path)
     return changed
 

@@ -1,6 +1,5 @@
 """Records of runs: reading them, grouping their seeds, comparing two settings image by image."""
 
-import csv
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from diffad_lite.config import read_json, write_atomically
+from diffad_lite.config import convert, read_json, write_atomically
 from diffad_lite.metrics import bootstrap_auroc, paired_bootstrap_auroc
+from diffad_lite.source import read_rows
 
 Result = dict[str, Any]
 Key = tuple[str, str, int, str]  # method, variant, image size, training
@@ -30,6 +30,15 @@ METHOD_NAMES = {
     "grad": "GRAD-style",
 }
 VARIANTS = ("raw", "default", "calibrated")  # first in tables, in this order
+# What tables need of a record; its other fields are as they are.
+WORDS = ("method", "dataset", "category", "resize", "profile", "variant", "training")
+NUMBERS = ("image_auroc", "image_ap", "f1_at_normal_threshold", "false_alarms_at_normal_threshold")
+NUMBERS += ("train_seconds", "train_steps", "ms_per_image", "network_evaluations_per_image")
+MASKED = ("pixel_auroc", "pixel_ap", "aupro", "dice_oracle")  # None where no mask is known
+FORMS: dict[str, Any] = dict.fromkeys(WORDS, str) | dict.fromkeys(NUMBERS, float)
+FORMS |= dict.fromkeys(MASKED, float | None) | {"plant": str | None, "seed": int, "image_size": int}
+FORMS |= {"config": dict[str, Any], "per_defect": dict[str, dict[str, float | None]]}
+SPEED = {"ms": tuple[float, ...], "mb": float, "evaluations": float, "parameters": int}
 
 
 def read_results(folder: str | Path) -> list[Result]:
@@ -47,16 +56,45 @@ def read_results(folder: str | Path) -> list[Result]:
         result = read_json(path, "result")
         if not isinstance(result, dict) or "image_auroc" not in result:
             raise ValueError(f"{path} is no record of a run; delete it, or run 'diffad evaluate'")
-        results.append({"training": ""} | result | {"folder": path.parent})
+        result = {"training": ""} | result | {"folder": path.parent}
+        where = f"{path} is not whole; run 'diffad evaluate' again: its record"
+        _check_forms(result, FORMS, where)
+        for kind, found in result["per_defect"].items():
+            _check_forms(found, {"aupro": float | None}, f"{where}: per_defect.{kind}")
+        if len({result[key] is None for key in MASKED}) > 1:
+            raise ValueError(f"{where} has some of {', '.join(MASKED)}, but not all")
+        results.append(result)
     return results
 
 
+def _check_forms(values: Any, forms: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError where ``values`` is no mapping, lacks a key, or has it wrong."""
+    convert(values, dict[str, Any], where)
+    for key, form in forms.items():
+        if key not in values:
+            raise ValueError(f"{where} lacks {key!r}")
+        convert(values[key], form, f"{where}: {key}")
+
+
 def read_scores(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Labels (n,) and image scores (n,) of a run, in the order of the data set."""
-    with (folder / "scores.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    labels = np.array([int(row["label"]) for row in rows])
-    return labels, np.array([float(row["image_score"]) for row in rows])
+    """Labels (n,) and image scores (n,) of a run, in the order of the data set.
+
+    Raises:
+        FileNotFoundError: no ``scores.csv`` there.
+        ValueError: it is broken.
+    """
+    path = folder / "scores.csv"
+    head, *rows = read_rows(path) or [[]]
+    try:
+        label, score = head.index("label"), head.index("image_score")
+        labels = np.array([int(row[label]) for row in rows])
+        scores = np.array([float(row[score]) for row in rows])
+        if not np.isfinite(scores).all():
+            raise ValueError("a score is not finite")
+    except (ValueError, IndexError, OverflowError) as error:
+        fault = f"{path} is no table of scores ({str(error)[:200]})"
+        raise ValueError(f"{fault}; run 'diffad evaluate' again") from None
+    return labels, scores
 
 
 def read_speeds(folder: str | Path) -> dict[str, Any]:
@@ -66,7 +104,17 @@ def read_speeds(folder: str | Path) -> dict[str, Any]:
         ValueError: ``speed.json`` in the folder is broken.
     """
     path = Path(folder) / "speed.json"
-    return read_json(path, "record of times")["settings"] if path.exists() else {}
+    if not path.exists():
+        return {}
+    values, where = read_json(path, "record of times"), f"{path}: settings"
+    settings = values.get("settings") if isinstance(values, dict) else None
+    for name, setting in convert(settings, dict[str, Any], where).items():
+        _check_forms(setting, SPEED, f"{where}.{name}")
+        if min(*setting["ms"], setting["mb"], 1) <= 0:
+            raise ValueError(f"{where}.{name}: times and memory must be above 0")
+    if 0 in (rounds := {len(setting["ms"]) for setting in settings.values()}) or len(rounds) > 1:
+        raise ValueError(f"{where} differ in their number of rounds; run 'diffad speed' again")
+    return settings
 
 
 def collect(runs: str | Path, results: str | Path) -> int:
@@ -110,9 +158,18 @@ def grouped(results: Iterable[Result]) -> dict[Key, list[Result]]:
 
 def auroc_over_seeds(group: Sequence[Result]) -> tuple[float, float, float]:
     """Mean image AUROC of the seeds and its bootstrap interval over images."""
-    scores = [read_scores(result["folder"]) for result in group]
-    low, high = bootstrap_auroc(scores[0][0], np.stack([s for _, s in scores]))
+    low, high = bootstrap_auroc(*_scores_over_seeds(group))
     return float(np.mean([r["image_auroc"] for r in group])), low, high
+
+
+def _scores_over_seeds(group: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,) and image scores (seeds, n); ValueError where runs scored different images."""
+    found = [read_scores(result["folder"]) for result in group]
+    labels = found[0][0]
+    if not all(np.array_equal(labels, others) for others, _ in found):
+        folders = ", ".join(str(r["folder"]) for r in group)
+        raise ValueError(f"these runs did not score the same test images: {folders}")
+    return labels, np.stack([scores for _, scores in found])
 
 
 def select(results: Iterable[Result], **wanted: Any) -> list[Result]:
@@ -123,8 +180,9 @@ def select(results: Iterable[Result], **wanted: Any) -> list[Result]:
 def label_of(group: Sequence[Result]) -> str:
     """How a table names a group; the size is named where it is not the lite profile's."""
     first = group[0]
-    method, variant, size = first["method"], first["variant"], first["image_size"]
-    words: list[str] = [METHOD_NAMES.get(method, method)]
+    method: str = first["method"]
+    variant, size = first["variant"], first["image_size"]
+    words = [METHOD_NAMES.get(method, method)]
     words += [] if size == 64 else [f"{size} px"]
     if variant in VARIANTS:
         words.append("calibrated" if first["config"]["calibrate"] else "raw maps")
@@ -145,9 +203,8 @@ def is_ablation(result: Result) -> bool:
 
 def difference_of(a: Sequence[Result], b: Sequence[Result]) -> tuple[float, float, float]:
     """Image AUROC of runs ``a`` minus that of runs ``b``, with its paired bootstrap interval."""
-    labels = read_scores(a[0]["folder"])[0]
-    scores = [np.stack([read_scores(r["folder"])[1] for r in group]) for group in (a, b)]
-    return paired_bootstrap_auroc(labels, *scores)
+    labels, scores = _scores_over_seeds([*a, *b])
+    return paired_bootstrap_auroc(labels, scores[: len(a)], scores[len(a) :])
 
 
 def mean(group: Sequence[Mapping[str, Any]], key: str) -> float:

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffad_lite.config import check_ranges, config_hash, override, to_dict
+from diffad_lite.config import Profile, check_ranges, config_hash, override, shown, to_dict
 from diffad_lite.datasets import AnomalyData, load_dataset
+from diffad_lite.images import Resize
 from diffad_lite.methods import MethodConfig, get_method
+from diffad_lite.source import check_inside
 
 CI_TEST_IMAGES = 32
 
@@ -36,23 +38,34 @@ class Run:
     category: str | None = None
     root: str | None = None
     image_size: int | None = None
-    resize: str = "squash"
+    resize: Resize = "squash"
     plant: str | None = None
-    profile: str = "lite"
+    profile: Profile = "lite"
     seed: int = 0
     variant: str = "default"
     training: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Fill in the image size; raise ValueError for a seed or variant that cannot be."""
-        if self.image_size is None:
-            object.__setattr__(self, "image_size", 256 if self.profile == "paper" else 64)
+        """Fill in the image size; raise ValueError for a seed, or for names that cannot be.
+
+        Folders are called after them, and must not leave the folder of all runs.
+        """
+        object.__setattr__(self, "image_size", self.side)
         check_ranges(self, seed=(0, 2**32 - 1))  # what scikit-learn takes
-        for name in ("variant", "training"):
+        for name in ("method", "dataset", "resize", "variant", "training"):
             value = getattr(self, name)
-            if "/" in value or "\\" in value or not (value or name == "training"):
-                raise ValueError(f"{name} must be a name without slashes, got {value!r}")
+            empty = not value and name != "training"
+            if empty or value in (".", "..") or set(value) & set("/\\\0"):
+                raise ValueError(f"{name} must be a name without slashes, got {shown(value)}")
+        check_inside(self.category or "", "category")
+
+    @property
+    def side(self) -> int:
+        """Of the images, in pixels: ``image_size``, or what the profile has in its place."""
+        if self.image_size is None:
+            return 256 if self.profile == "paper" else 64
+        return self.image_size
 
     def load_data(self) -> AnomalyData:
         """The data of this run; the ci profile scores few images."""
@@ -60,7 +73,7 @@ class Run:
             self.dataset,
             self.category,
             root=self.root,
-            image_size=self.image_size,
+            image_size=self.side,
             resize=self.resize,
             plant=self.plant,
         )
@@ -71,7 +84,7 @@ class Run:
         config = get_method(self.method).Config.for_profile(
             self.profile,
             channels=data.info["channels"],
-            image_size=self.image_size,
+            image_size=self.side,
             dataset=self.dataset,
             category=data.info["category"],
         )

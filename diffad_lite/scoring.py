@@ -46,11 +46,10 @@ def quality(data: AnomalyData, prediction: Prediction, threshold: float) -> dict
 def _pixel_quality(data: AnomalyData, maps: Tensor, chosen: np.ndarray) -> dict[str, Any]:
     if data.test_masks is None:
         return dict.fromkeys(PIXEL_METRICS)
-    known = [i for i in np.flatnonzero(chosen) if data.test_masks[i] is not None]
-    masks = [data.test_masks[i] for i in known]
-    if not any(mask.any() for mask in masks):
+    known = {i: m for i, m in enumerate(data.test_masks) if chosen[i] and m is not None}
+    if not any(mask.any() for mask in known.values()):
         return dict.fromkeys(PIXEL_METRICS)
-    return pixel_metrics(masks, [map_at_original_size(data, maps, i) for i in known])
+    return pixel_metrics(list(known.values()), [map_at_original_size(data, maps, i) for i in known])
 
 
 def map_at_original_size(data: AnomalyData, maps: Tensor, i: int) -> np.ndarray:
@@ -74,14 +73,14 @@ def export_maps(data: AnomalyData, maps: Tensor, folder: Path) -> None:
     for i, name in enumerate(data.test_ids):
         pixels = map_at_original_size(data, maps, i).astype(np.float32)
         path = folder / "test" / data.defect_types[i] / f"{Path(name).name}.tiff"
-        write_atomically(path, lambda p, pixels=pixels: Image.fromarray(pixels).save(p))
+        write_atomically(path, Image.fromarray(pixels).save)
 
 
 def write_scores(path: Path, data: AnomalyData, prediction: Prediction) -> None:
     """One row a test image: id, label, defect_type, image_score."""
 
     def write(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(("id", "label", "defect_type", "image_score"))
             rows = zip(data.test_ids, data.test_labels, data.defect_types, strict=True)
@@ -89,6 +88,11 @@ def write_scores(path: Path, data: AnomalyData, prediction: Prediction) -> None:
                 writer.writerow((*row, f"{score:.6g}"))
 
     write_atomically(path, write)
+
+
+def plain(name: str) -> str:
+    """A name of a file or folder for a figure, which would read $...$ as mathematics."""
+    return name.replace("$", r"\$")
 
 
 def write_figure(path: Path, data: AnomalyData, prediction: Prediction, method: Method) -> None:
@@ -108,10 +112,12 @@ def write_figure(path: Path, data: AnomalyData, prediction: Prediction, method: 
         if prediction.reconstruction is None
         else prediction.reconstruction[chosen],
         masks=[data.test_masks[i] for i in chosen] if data.test_masks else None,
-        titles=[data.defect_types[i] for i in chosen],
+        titles=[plain(data.defect_types[i]) for i in chosen],
         scale=(0.0, 2 * max(top, 1e-6)),
-        caption=f"{method.name} on {data.info['name']} {data.info['category']}; the colour scale "
-        "ends at twice the 99.9 % quantile of normal pixels",
+        caption=plain(
+            f"{method.name} on {data.info['name']} {data.info['category']}; the colour scale "
+            "ends at twice the 99.9 % quantile of normal pixels"
+        ),
     )
     write_atomically(path, fig.savefig)
     plt.close(fig)

@@ -1,9 +1,11 @@
 """What a reader finds in a data set, before anything is split, resized or even opened."""
 
+import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffad_lite.config import shown
 from diffad_lite.images import list_images
 
 DEFAULT_CATEGORIES = {"elpv": "mono", "medmnist": "pneumoniamnist"}
@@ -58,6 +60,31 @@ def existing_root(root: Path | None, name: str, what: str, takes: str = "") -> P
         fault = "is a file" if root.exists() else "does not exist"
         raise FileNotFoundError(f"the folder {root} {fault}; --root takes {takes or what}")
     return root
+
+
+def check_inside(name: str, what: str) -> None:
+    """Check that a name out of a file or a command leads to no place outside its folder.
+
+    Raises:
+        ValueError: it is absolute, or goes up.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(f"{what} must lie inside its folder, got {shown(name)}")
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """Read a table of comma-separated values.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not text in UTF-8, or not a table.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a readable table: {error}; save it as UTF-8") from None
 
 
 def named_images(folder: Path, prefix: str) -> dict[str, Path]:

@@ -37,8 +37,9 @@ def split(source: Source, split_seed: int) -> tuple[dict, dict, dict]:
     parts = (names[:first], names[first:second], names[second:])
     train, calibration, held_out = ({n: source.normals[n] for n in sorted(p)} for p in parts)
     calibration, test = calibration | source.calibration, held_out | source.test
-    shared = {source.subjects.get(n) for n in [*train, *calibration]} - {None}
-    if leaked := sorted(shared & {source.subjects.get(n) for n in test}):
+    subjects = source.subjects
+    shared = {subjects[n] for n in [*train, *calibration] if n in subjects}
+    if leaked := sorted(shared & {subjects[n] for n in test if n in subjects}):
         raise ValueError(
             f"{len(leaked)} subjects are in training or calibration and in the test as well, e.g. "
             f"{leaked[0]}; move all images of a subject to one side"

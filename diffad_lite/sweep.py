@@ -34,14 +34,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffad_lite.config import (
+    Profile,
     check_writable,
     convert,
     from_dict,
     override,
     read_json,
+    read_yaml,
+    shown,
     unknown_name,
     write_atomically,
 )
@@ -83,12 +84,9 @@ def read_grid(path: str | Path) -> dict[str, Any]:
         ValueError: not YAML, an unknown key, a value of another form, or no methods or data.
     """
     try:
-        grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        grid = read_yaml(Path(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"no grid at {path}; see data/grid.yaml for one") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        words = " ".join(str(error).split())
-        raise ValueError(f"{path} is not valid YAML: {words}; correct it there") from None
     if not isinstance(grid, dict):
         raise ValueError(f"{path} must be a mapping with the keys {', '.join(KEYS)}")
     for key in grid:
@@ -100,7 +98,8 @@ def read_grid(path: str | Path) -> dict[str, Any]:
     _check_forms(grid, path)
     for entry in grid["data"]:
         if not isinstance(entry, dict) or "dataset" not in entry:
-            raise ValueError(f"{path}: each entry of data is like {{dataset: elpv}}, got {entry!r}")
+            like = f"{path}: each entry of data is like {{dataset: elpv}}"
+            raise ValueError(f"{like}, got {shown(entry)}")
         for key in entry:
             if key not in (*DATA_KEYS, *OWN_KEYS):
                 raise unknown_name(f"key of data in {path}", str(key), (*DATA_KEYS, *OWN_KEYS))
@@ -121,7 +120,7 @@ def trainings(grid: Grid) -> Iterator[tuple[Run, Grid]]:
     Raises:
         ValueError: a root names an environment variable that is not set.
     """
-    profile = grid.get("profile") or "lite"
+    profile: Profile = grid.get("profile") or "lite"
     for entry in grid["data"]:
         own = {**grid, **{key: entry[key] for key in OWN_KEYS if entry.get(key)}}
         data = {key: entry[key] for key in DATA_KEYS if entry.get(key) is not None}
@@ -146,7 +145,13 @@ def scorings(grid: Grid, run: Run) -> Iterator[Run]:
 
 
 def _as_json(settings: Mapping[str, Any]) -> dict[str, str]:
-    return {key: json.dumps(value) for key, value in settings.items()}
+    texts = {}
+    for key, value in settings.items():
+        try:
+            texts[key] = json.dumps(value)
+        except (TypeError, ValueError) as error:  # a date, a set, thousands of digits
+            raise ValueError(f"setting {key} cannot be {shown(value)}: {error}") from None
+    return texts
 
 
 def folder_of(run: Run, out: Path) -> Path:
@@ -224,7 +229,7 @@ def _run_one(grid: Grid, run: Run, out: Path, progress: bool) -> None:
     planned = list(scorings(grid, run))
     for scoring in planned:  # a misspelt setting fails before the training, not after it
         override(run.configure(data), scoring.settings)
-        check_arguments(run.dataset, scoring.plant, run.resize, run.image_size)
+        check_arguments(run.dataset, scoring.plant, run.resize, run.side)
     take_over_prior(run, run.configure(data).first_stage, out)
     trained = train(run, data, folder, progress=progress).config
     del data  # each scoring loads its own

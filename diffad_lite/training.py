@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from diffad_lite import processes
 from diffad_lite.interrupts import DeferredInterrupt
 from diffad_lite.training_state import TrainConfig, TrainingState
 
-LossFunction = Callable[[nn.Module, Tensor, torch.Generator], Tensor]
+Network = TypeVar("Network", bound=nn.Module)
+LossFunction = Callable[[Network, Tensor, torch.Generator], Tensor]
 SAVE_EVERY_SECONDS = 30.0  # what a killed process can lose; Ctrl-C loses nothing
 TIMED_STEPS = 20  # a time budget is turned into a number of steps after so many
 
@@ -61,8 +62,8 @@ def random_flips(images: Tensor, axes: tuple[int, ...], generator: torch.Generat
 
 
 def train_network(
-    network: nn.Module,
-    loss_function: LossFunction,
+    network: Network,
+    loss_function: LossFunction[Network],
     images: Tensor,
     config: TrainConfig,
     *,

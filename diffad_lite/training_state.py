@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffad_lite import processes
-from diffad_lite.config import check_ranges, config_hash, to_dict, write_atomically
+from diffad_lite.config import check_ranges, config_hash, convert, to_dict, write_atomically
 
 RANDOM = ("generator", "global_rng")  # states of random numbers, a row for each process
 
@@ -166,37 +166,54 @@ class TrainingState:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self.path} is broken ({error}); {fix}") from None
+            raise ValueError(f"{self.path} is broken ({str(error)[:200]}); {fix}") from None
         if metadata.get("identity") != self.identity:
             raise ValueError(
                 f"{self.path} belongs to a training with another configuration, seed or data; "
                 "choose another output folder, or delete that file to start anew"
             )
+        count, length = processes.count(), self.global_rng.numel()
+        written_by = tensors[RANDOM[0]].numel() // length if RANDOM[0] in tensors else count
+        if written_by != count:
+            raise ValueError(
+                f"{self.path} was written by {written_by} processes, not {count}; "
+                "start as many as then, or delete it to start anew"
+            )
         try:
             self._restore(json.loads(metadata["numbers"]), tensors)
-        except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
-            why = " ".join(str(error).split())
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            why = " ".join(str(error).split())[:300]
             raise ValueError(f"{self.path} is not whole ({why}); {fix}") from None
 
     def _restore(self, numbers: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.step, self.total, self.seconds = (numbers[k] for k in ("step", "total", "seconds"))
+        for name, value in tensors.items():
+            if value.is_complex() or not value.double().isfinite().all():
+                raise ValueError(f"no finite numbers in {name}")
+        self.step, self.total = (convert(numbers[k], int, k) for k in ("step", "total"))
+        self.seconds = convert(numbers["seconds"], float, "seconds")
+        if not 0 <= self.step <= self.total <= self.config.steps or self.seconds < 0:
+            raise ValueError(f"step {self.step} of {self.total}, {self.seconds} s")
+        if tensors["losses"].shape != (self.step,):
+            raise ValueError(f"{tuple(tensors['losses'].shape)} losses of {self.step} steps")
         self.losses = tensors["losses"].tolist()
         self.network.load_state_dict(_under(tensors, "network."))
         self.ema.load_state_dict(_under(tensors, "ema."))
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in _under(tensors, "optimizer.").items():
             index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
+            state.setdefault(int(index), {})[key] = value.float()
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for i, moments in state.items():
+            shape = trained[i].shape if i in range(len(trained)) else None
+            wanted = {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}
+            fits = {key: value.shape for key, value in moments.items()} == wanted
+            if not fits or not 1 <= moments["step"] <= self.step or moments["exp_avg_sq"].min() < 0:
+                raise ValueError(f"optimizer.{i} does not fit the network")
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        length = self.global_rng.numel()
-        states = [tensors[name].view(-1, length) for name in RANDOM]
-        if len(states[0]) != processes.count():
-            raise ValueError(
-                f"{self.path} was written by {len(states[0])} processes, not {processes.count()}; "
-                "start as many as then, or delete it to start anew"
-            )
-        own, self.global_rng = (rows[processes.rank()].clone() for rows in states)
+        length, rank = self.global_rng.numel(), processes.rank()
+        own, self.global_rng = (tensors[name].view(-1, length)[rank].clone() for name in RANDOM)
+        torch.Generator().set_state(self.global_rng)  # raises if it is none
         self.generator.set_state(own)
 
 

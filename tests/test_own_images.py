@@ -65,7 +65,7 @@ def test_what_all_new_images_share_is_a_shift(tmp_path):
     assert shifts(normal, alike) == []
     (said,) = shifts(normal, brighter)
     assert said.startswith("the new images are brighter than the normal ones in 100%")
-    assert shifts(brighter, normal)[0].startswith("the new images are less bright")
+    assert shifts(brighter, normal)[0].startswith("the new images are darker")
     assert shifts(normal, survey([])) == []
 
 

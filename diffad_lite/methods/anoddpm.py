@@ -103,9 +103,10 @@ class AnoDDPM(Method):
     name = "anoddpm"
     Config = AnoDDPMConfig
     config: AnoDDPMConfig
+    network: UNet
     inference_fields = Method.inference_fields | {"noise_level", "steps", "n_noises"}
 
-    def _build(self, **unet: Any) -> nn.Module:
+    def _build(self, **unet: Any) -> UNet:
         c = self.config
         self.diffusion = GaussianDiffusion(NoiseSchedule.named(c.beta_schedule, c.num_timesteps))
         self.diffusion.schedule.timesteps(c.noise_level, c.steps)  # raises if out of range
@@ -229,15 +230,15 @@ class AnoDDPMSimplexConfig(AnoDDPMConfig):
         check_ranges(self, wavelength=(1, math.inf), octaves=(1, 16), persistence=(0, 1))
 
     @classmethod
-    def for_profile(cls, profile: Profile, *, image_size: int, **shape: Any) -> Self:
+    def for_profile(cls, profile: Profile, **shape: Any) -> Self:
         """The first wavelength is a quarter of the image, the last is two pixels.
 
         At 256 pixels these are the public code's 64 pixels and six octaves
         (GaussianDiffusion.py, ``generate_simplex_noise``).
         """
-        base = super().for_profile(profile, image_size=image_size, **shape)
-        octaves = max(1, int(math.log2(image_size)) - 2)
-        return replace(base, wavelength=max(2, image_size // 4), octaves=octaves)
+        base = super().for_profile(profile, **shape)
+        octaves = max(1, int(math.log2(base.image_size)) - 2)
+        return replace(base, wavelength=max(2, base.image_size // 4), octaves=octaves)
 
 
 class AnoDDPMSimplex(AnoDDPM):

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, Unpack
 
 import torch
 from sklearn.decomposition import PCA
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffad_lite.config import Profile, check_ranges
 from diffad_lite.methods.base import Method
@@ -61,9 +61,10 @@ class Brightness(Method):
     name = "brightness"
     Config = BrightnessConfig
     config: BrightnessConfig
+    network: Buffers
     inference_fields = Method.inference_fields | {"side"}
 
-    def _build(self) -> nn.Module:
+    def _build(self) -> Buffers:
         return Buffers(mean=torch.zeros(()), std=torch.ones(()))
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
@@ -90,8 +91,9 @@ class MeanImage(Method):
 
     name = "mean_image"
     any_size = False
+    network: Buffers
 
-    def _build(self) -> nn.Module:
+    def _build(self) -> Buffers:
         c = self.config
         return Buffers(mean=torch.zeros(c.channels, c.image_size, c.image_size))
 
@@ -113,8 +115,9 @@ class PCAResidual(Method):
     any_size = False
     Config = PCAConfig
     config: PCAConfig
+    network: Buffers
 
-    def _build(self) -> nn.Module:
+    def _build(self) -> Buffers:
         c = self.config
         pixels = c.channels * c.image_size**2
         return Buffers(mean=torch.zeros(pixels), components=torch.zeros(c.n_components, pixels))

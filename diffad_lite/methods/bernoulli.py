@@ -22,6 +22,7 @@ from diffad_lite.config import Profile, check_ranges
 from diffad_lite.gaussian import noise_generators
 from diffad_lite.images import image_keys
 from diffad_lite.methods.base import Method
+from diffad_lite.methods.prediction import Networks
 from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.networks import AutoencoderConfig, BinaryAutoencoder, UNet
 from diffad_lite.readers import FLIP_AXES
@@ -148,12 +149,12 @@ class Bernoulli(Method):
     name = "bernoulli"
     Config = BernoulliConfig
     config: BernoulliConfig
-    network: nn.ModuleDict
+    network: Networks
     inference_fields = Method.inference_fields | {
         *("noise_level", "steps", "threshold", "suspect", "n_chains")
     }
 
-    def _build(self) -> nn.Module:
+    def _build(self) -> Networks:
         c = self.config
         schedule = NoiseSchedule.named(c.beta_schedule, c.num_timesteps)
         self.diffusion = BernoulliDiffusion(schedule, c.process)
@@ -165,7 +166,7 @@ class Bernoulli(Method):
             attention_levels=c.attention_levels,
         )
         autoencoder = BinaryAutoencoder(c.channels, c.autoencoder)
-        return nn.ModuleDict({"autoencoder": autoencoder, "flips": flips})
+        return Networks({"autoencoder": autoencoder, "flips": flips})
 
     # Training: first the bits, then which of them are wrong.
 
@@ -185,7 +186,7 @@ class Bernoulli(Method):
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         c, budget = self.config, options["budget"]
-        autoencoder = self.network["autoencoder"]
+        autoencoder: BinaryAutoencoder = self.network["autoencoder"]
         share = None if budget is None else AUTOENCODER_SHARE * budget
         first = train_network(
             autoencoder,

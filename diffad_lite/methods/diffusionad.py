@@ -23,6 +23,7 @@ from diffad_lite.gaussian import Denoiser, noise_generators, randn
 from diffad_lite.images import image_keys
 from diffad_lite.methods.anoddpm import AnoDDPMConfig, PriorConfig, prior_of
 from diffad_lite.methods.base import Method
+from diffad_lite.methods.prediction import Networks
 from diffad_lite.networks import SegmentationConfig, SegmentationNet, segmentation_loss
 from diffad_lite.synthesis import Synthesis, SynthesisConfig, foreground_of
 from diffad_lite.training import FitOptions, TrainConfig, TrainReport, train_network
@@ -151,19 +152,19 @@ class DiffusionAD(Method):
     name = "diffusionad"
     Config = DiffusionADConfig
     config: DiffusionADConfig
-    network: nn.ModuleDict
+    network: Networks
     inference_fields = Method.inference_fields | {"guidance", "steps"}
     inference_fields |= {"noise_level", "noise_level_big"}
 
-    def _build(self) -> nn.Module:
+    def _build(self) -> Networks:
         c = self.config
         self.synthesis = Synthesis(c.synthesis)
-        networks = {}
+        networks: dict[str, nn.Module] = {}
         if c.reconstruction == "guided":
             self.prior = prior_of(c.prior, residual_resampling=c.residual_resampling)
             networks["denoiser"], self.diffusion = self.prior.network, self.prior.diffusion
         networks["segmentation"] = SegmentationNet(2 * c.channels, c.segmentation)
-        return nn.ModuleDict(networks)
+        return Networks(networks)
 
     # Reconstruction: one evaluation of the denoiser at each scale.
 

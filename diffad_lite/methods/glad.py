@@ -33,7 +33,7 @@ from diffad_lite.images import image_keys
 from diffad_lite.methods.anoddpm import prior_of
 from diffad_lite.methods.base import BATCH_SIZE, Method
 from diffad_lite.methods.glad_config import GLADConfig
-from diffad_lite.methods.prediction import Buffers
+from diffad_lite.methods.prediction import Buffers, Networks
 from diffad_lite.metrics import conformal_threshold
 from diffad_lite.synthesis import Synthesis
 from diffad_lite.training import FitOptions, TrainReport, train_network
@@ -68,23 +68,23 @@ class GLAD(Method):
     name = "glad"
     Config = GLADConfig
     config: GLADConfig
-    network: nn.ModuleDict
+    network: Networks
     inference_fields = Method.inference_fields | {"noise_level", "steps", "adaptive", "min_level"}
     inference_fields |= {"delta", "delta_quantile", "fusion", "radius", "pixel_weight"}
     inference_fields |= {"input_size"}
 
-    def _build(self) -> nn.Module:
+    def _build(self) -> Networks:
         c = self.config
         self.synthesis = Synthesis(c.synthesis)
         self.prior = prior_of(c.prior)
         self.diffusion = self.prior.diffusion
-        networks = {"denoiser": self.prior.network}
+        networks: dict[str, nn.Module] = {"denoiser": self.prior.network}
         for name in sorted({c.drift_features, c.map_features} - {DENOISER}):
             networks[name] = ImageNetFeatures(name, c.layers, c.input_size)
         networks["statistics"] = Buffers(
             delta=torch.tensor(torch.inf), spread=torch.tensor(1.0), pixel_scale=torch.tensor(1.0)
         )
-        return nn.ModuleDict(networks)
+        return Networks(networks)
 
     # Training: Ho et al. 2020, algorithm 1, and then the anomaly as a part of the noise.
 

@@ -16,7 +16,7 @@ from typing import Any, Self, Unpack
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffad_lite.features import ImageNetFeatures, peak_ratio, perceptual_distance
 from diffad_lite.gaussian import noise_generators, randn
@@ -24,7 +24,7 @@ from diffad_lite.images import image_keys
 from diffad_lite.methods.anoddpm import AnoDDPM, prior_of
 from diffad_lite.methods.base import BATCH_SIZE, Method, blur
 from diffad_lite.methods.mdps_config import MDPSConfig
-from diffad_lite.methods.prediction import Buffers
+from diffad_lite.methods.prediction import Buffers, Networks
 from diffad_lite.training import FitOptions, TrainReport
 
 
@@ -40,7 +40,7 @@ class MDPS(Method):
     name = "mdps"
     Config = MDPSConfig
     config: MDPSConfig
-    network: nn.ModuleDict
+    network: Networks
     inference_fields = Method.inference_fields | {
         *("mode", "noise_level", "mask_level", "steps", "guidance", "mask_guidance", "n_samples"),
         *("mask", "mask_quantile", "mask_sigma", "input_size", "pixel_weight", "score"),
@@ -50,7 +50,7 @@ class MDPS(Method):
         self.given = prior
         super().__init__(config)
 
-    def _build(self) -> nn.Module:
+    def _build(self) -> Networks:
         c = self.config
         self.prior = prior_of(c.prior, residual_resampling=c.residual_resampling)
         if self.given is not None:
@@ -59,7 +59,7 @@ class MDPS(Method):
         features = ImageNetFeatures(c.backbone, c.layers, c.input_size)
         statistics = Buffers(mask_threshold=torch.tensor(torch.inf), pixel_scale=torch.tensor(1.0))
         networks = {"denoiser": self.prior.network, "features": features, "statistics": statistics}
-        return nn.ModuleDict(networks)
+        return Networks(networks)
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         self.network["features"].load_weights()

@@ -16,7 +16,7 @@ from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffad_lite.config import Profile, check_ranges
 from diffad_lite.features import DENOISER, LITE0, DenoiserFeatures, ImageNetFeatures, on_grid
@@ -24,7 +24,7 @@ from diffad_lite.gaussian import noise_generators
 from diffad_lite.images import image_keys
 from diffad_lite.methods.anoddpm import AnoDDPMConfig, PriorConfig, prior_of
 from diffad_lite.methods.base import BATCH_SIZE, Method
-from diffad_lite.methods.prediction import Buffers
+from diffad_lite.methods.prediction import Buffers, Networks
 from diffad_lite.training import FitOptions, TrainReport
 
 COVARIANCE_FLOOR = 0.01  # added to the diagonal, as in PaDiM, section III-B
@@ -60,10 +60,10 @@ class PatchConfig(PriorConfig):
         return super().first_stage if self.backbone == DENOISER else None
 
     @classmethod
-    def for_profile(cls, profile: Profile, *, image_size: int, **shape: Any) -> Self:
+    def for_profile(cls, profile: Profile, **shape: Any) -> Self:
         """Maps are blurred as in PaDiM, 4 pixels of 224; ``ci`` sees smaller images."""
-        base = super().for_profile(profile, image_size=image_size, **shape)
-        base = replace(base, smooth_sigma=4 * image_size / 224)
+        base = super().for_profile(profile, **shape)
+        base = replace(base, smooth_sigma=4 * base.image_size / 224)
         return replace(base, input_size=64, grid=8) if profile == "ci" else base
 
 
@@ -72,11 +72,12 @@ class PatchMethod(Method):
 
     Config = PatchConfig
     config: PatchConfig
-    network: nn.ModuleDict
+    network: Networks
 
-    def _build(self) -> nn.Module:
+    def _build(self) -> Networks:
         c = self.config
         image = torch.zeros(1, c.channels, c.image_size, c.image_size)
+        features: DenoiserFeatures | ImageNetFeatures
         if c.backbone == DENOISER:
             self.prior = prior_of(c.prior)
             level = c.prior.noise_level
@@ -86,7 +87,7 @@ class PatchMethod(Method):
             features = ImageNetFeatures(c.backbone, c.layers, c.input_size)
             maps = features(image)
         statistics = self._statistics(sum(m.shape[1] for m in maps))
-        return nn.ModuleDict({"features": features, "statistics": statistics})
+        return Networks({"features": features, "statistics": statistics})
 
     def _statistics(self, dims: int) -> Buffers:
         """Untrained statistics of features with that many dimensions."""
@@ -189,7 +190,7 @@ class PaDiM(PatchMethod):
         return Buffers(mean=mean, whitening=whitening, picked=picked).to(self.device)
 
     def _distance(self, patches: Tensor) -> Tensor:
-        s = self.network["statistics"]
+        s: Buffers = self.network["statistics"]
         centred = patches[..., s.picked] - s.mean  # (B, P, D)
         return torch.einsum("pde,bpe->bpd", s.whitening, centred).norm(dim=-1)
 
@@ -231,7 +232,7 @@ class Bank(PatchMethod):
         return Buffers(bank=torch.cat([bank, bank[:1].expand(missing, -1)])).to(self.device)
 
     def _distance(self, patches: Tensor) -> Tensor:
-        bank = self.network["statistics"].bank
+        bank: Tensor = self.network["statistics"].bank
         return torch.stack([torch.cdist(own, bank).amin(1) for own in patches])
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -48,3 +48,11 @@ class Buffers(nn.Module):
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Tensor: ...
+
+
+class Networks(nn.ModuleDict):
+    """The networks of a method by name; what each is, the line that takes it out says."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> Any: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -12,9 +13,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffad_lite import processes
-from diffad_lite.config import changed_fields, from_dict, read_json, to_dict, write_json, writing
+from diffad_lite.config import (
+    changed_fields,
+    convert,
+    from_dict,
+    read_json,
+    shown,
+    to_dict,
+    write_json,
+    writing,
+)
 from diffad_lite.metrics import MapCalibration, conformal_threshold
 
 if TYPE_CHECKING:
@@ -22,6 +33,9 @@ if TYPE_CHECKING:
     from diffad_lite.methods.profiles import MethodConfig
 
 M = TypeVar("M", bound="Method")
+BESIDE_WEIGHTS = 2 * 10**8  # elements that a network may make beside those that its file holds
+EACH_CALL = 2000  # elements that one operation counts for at least
+MISFITS = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 
 
 def claim(folder: Path, method: Method, seed: int, budget: float | None) -> None:
@@ -84,7 +98,7 @@ def save(method: Method, folder: Path, dtype: torch.dtype, record: Mapping[str, 
         with writing(folder / "model.safetensors"):
             save_file(tensors, temporary / "model.safetensors")
         (temporary / "model.safetensors").chmod(0o644)  # safetensors makes it private
-        write_json(temporary / "config.json", values | record)
+        write_json(temporary / "config.json", {**values, **record})
         if folder.exists():  # a folder cannot replace another: move the old one aside
             folder.replace(aside)
         temporary.replace(folder)
@@ -104,15 +118,16 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not path.exists():  # also where the folder is a file
         raise FileNotFoundError(f"no {what} at {path}; give the folder 'checkpoint' of a run")
     values = read_json(path, what, fix)
-    reports = values.get("reports", {}) if isinstance(values, dict) else None
-    whole = (
-        isinstance(reports, dict)
-        and all(isinstance(r, dict) and {"steps", "seconds"} <= r.keys() for r in reports.values())
-        and isinstance(values.get("method"), str)
-        and isinstance(values.get("config"), dict)
-    )
-    if not whole:
+    whole = isinstance(values, dict) and isinstance(values.get("method"), str)
+    if not whole or not isinstance(values.get("config"), dict):
         raise ValueError(f"{path} lacks 'method' or 'config', or has them wrong; {fix}")
+    try:
+        reports = convert(values.get("reports", {}), dict[str, dict[str, float]], "reports")
+        for stage, report in reports.items():
+            if not {"steps", "seconds"} <= report.keys():
+                raise ValueError(f"reports.{shown(stage)} lacks steps or seconds")
+    except ValueError as error:
+        raise ValueError(f"{path} has them wrong: {str(error)[:300]}; {fix}") from None
     return values
 
 
@@ -121,8 +136,8 @@ def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:
     values = read_record(folder)
     if values["method"] != cls.name:
         raise ValueError(
-            f"{folder} is a checkpoint of {values['method']!r}, not of {cls.name!r}; "
-            f"choose another one, or --method {values['method']}"
+            f"{folder} is a checkpoint of {shown(values['method'])}, not of {cls.name!r}; "
+            f"choose another one, or --method {values['method'][:100]}"
         )
     try:
         stored = from_dict(cls.Config, values["config"])
@@ -135,36 +150,73 @@ def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:
             f"{', '.join(fixed)} cannot be changed on a trained model; train anew, or change "
             f"only: {', '.join(sorted(cls.inference_fields))}"
         )
-    method = cls(config)
     tensors = _read(folder / "model.safetensors")
+    method = _build(cls, config, folder, sum(value.numel() for value in tensors.values()))
     weights = {k[8:]: v.float() for k, v in tensors.items() if k.startswith("network.")}
     try:
         method.network.load_state_dict(weights)
     except RuntimeError as error:
-        summary = str(error).splitlines()[1].strip()[:200]
+        summary = " ".join(str(error).split("\n", 1)[-1].split())[:200]
         fault = f"{folder} does not fit its configuration: {summary} ..."
         raise ValueError(f"{fault}; {_fix(folder)}") from None
     if ("map_mean" in tensors) != ("map_std" in tensors):
         raise ValueError(f"{folder} holds one half of the map statistics; {_fix(folder)}")
     if not changed and "map_mean" in tensors:
-        mean, std = tensors["map_mean"].numpy(), tensors["map_std"].numpy()
+        mean, std = (tensors[name].double().numpy() for name in ("map_mean", "map_std"))
+        if mean.ndim != 2 or mean.shape != std.shape or not (std > 0).all():
+            raise ValueError(f"{folder} has map statistics that cannot be; {_fix(folder)}")
         method.map_calibration_ = MapCalibration(mean, std)
     if not changed and "calibration_scores" in tensors:
-        method.calibration_scores_ = tensors["calibration_scores"].numpy()
-        method.threshold_ = conformal_threshold(method.calibration_scores_, config.quantile)
+        method.calibration_scores_ = scores = tensors["calibration_scores"].float().numpy()
+        if scores.ndim != 1 or not len(scores):
+            raise ValueError(f"{folder} has calibration scores {scores.shape}; {_fix(folder)}")
+        method.threshold_ = conformal_threshold(scores, config.quantile)
     method.reports_ = values.get("reports", {})
     method.network.to(processes.device()).eval()
     return method
 
 
+def _build(cls: type[M], config: MethodConfig, folder: Path, held: int) -> M:
+    """The method, untrained; ``held`` elements are in its file of weights."""
+    try:
+        with _Modest(4 * held + BESIDE_WEIGHTS):
+            return cls(config)
+    except MISFITS as error:
+        why = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{folder / 'config.json'}: {why}; {_fix(folder)}") from None
+
+
+class _Modest(TorchDispatchMode):
+    """Refuses to make more than ``left`` elements: a configuration of its weights asks for less."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self.left = left
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count the sizes that an operation is called with, before it makes anything."""
+        self.left -= EACH_CALL
+        for size in args:
+            sizes = size if isinstance(size, (list, tuple)) else [size]
+            if sizes and all(isinstance(n, int) for n in sizes):
+                self.left -= abs(math.prod(sizes))
+        if self.left < 0:
+            raise ValueError("it asks for a network much larger than the weights")
+        return func(*args, **(kwargs or {}))
+
+
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no weights at {path}; {_fix(path.parent)}") from None
     except (SafetensorError, OSError) as error:
-        fault = f"{path} is broken or truncated ({error})"
+        fault = f"{path} is broken or truncated ({str(error)[:200]})"
         raise ValueError(f"{fault}; {_fix(path.parent)}") from None
+    for name, value in tensors.items():
+        if value.is_complex() or not value.double().isfinite().all():
+            raise ValueError(f"{path} has no finite numbers in {shown(name)}; {_fix(path.parent)}")
+    return tensors
 
 
 def _fix(folder: Path) -> str:

@@ -35,7 +35,7 @@ class MethodConfig:
         if self.channels not in (1, 3, 4):
             raise ValueError(f"expected images of 1, 3 or 4 channels, got {self.channels}")
         ranges = {"smooth_sigma": (0, math.inf), "top_fraction": (1e-6, 1)}
-        check_ranges(self, **ranges, quantile=(0.001, 0.999))
+        check_ranges(self, **ranges, quantile=(0.001, 0.999), image_size=(1, math.inf))
 
     @property
     def first_stage(self) -> "MethodConfig | None":

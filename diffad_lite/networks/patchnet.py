@@ -5,12 +5,15 @@ there is no attention, and no normalisation over space: one GroupNorm would let 
 the whole image. Normalisation is over the channels of each pixel.
 """
 
+from typing import Literal, get_args
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffad_lite.networks.unet import check_sizes, timestep_embedding, zero_init
 
-PADDINGS = ("reflect", "circular", "zeros")
+Padding = Literal["reflect", "circular", "zeros"]
+PADDINGS = get_args(Padding)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -21,7 +24,7 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def conv3(in_channels: int, out_channels: int, padding: str, stride: int = 1) -> nn.Conv2d:
+def conv3(in_channels: int, out_channels: int, padding: Padding, stride: int = 1) -> nn.Conv2d:
     """A 3x3 convolution that keeps the grid, or halves it."""
     return nn.Conv2d(in_channels, out_channels, 3, stride, 1, padding_mode=padding)
 
@@ -29,7 +32,7 @@ def conv3(in_channels: int, out_channels: int, padding: str, stride: int = 1) ->
 class PatchBlock(nn.Module):
     """norm-SiLU-conv3, the time, norm-SiLU-conv1, plus a skip: two more pixels of window."""
 
-    def __init__(self, channels: int, emb_dim: int, padding: str) -> None:
+    def __init__(self, channels: int, emb_dim: int, padding: Padding) -> None:
         super().__init__()
         self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
         self.conv1 = conv3(channels, channels, padding)
@@ -63,7 +66,7 @@ class PatchDiff(nn.Module):
         *,
         width: int = 48,
         unshuffle: int = 2,
-        padding: str = "reflect",
+        padding: Padding = "reflect",
     ) -> None:
         super().__init__()
         sizes = {"channels": channels, "blocks": blocks, "width": width, "unshuffle": unshuffle}
@@ -101,7 +104,7 @@ class PatchDetector(nn.Module):
     """
 
     def __init__(
-        self, channels: int, *, extra: int = 0, width: int = 64, padding: str = "reflect"
+        self, channels: int, *, extra: int = 0, width: int = 64, padding: Padding = "reflect"
     ) -> None:
         super().__init__()
         self.receptive_field = 22 + 8 * extra
