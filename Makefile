@@ -9,7 +9,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
 DOCUMENTS := README.md data/README.md
 
-.PHONY: run test lab lint check-notebooks test-notebooks tables notebooks
+.PHONY: run test lab lint check-notebooks test-notebooks tables notebooks test-browser fuzz
 
 run: $(VENV)/.installed
 	$(BIN)/diffad notebooks --profile lite --out runs/notebooks
@@ -36,6 +36,15 @@ test-notebooks: $(VENV)/.installed-test
 	$(BIN)/diffad notebooks --profile ci --out runs/ci
 	DIFFAD_PROFILE=ci DIFFAD_STATIC=1 $(BIN)/python -m pytest --nbval-lax \
 	    --nbval-cell-timeout=300 --timeout=600 $(LESSONS)
+
+# Notebook 09 in a real browser; skipped where Chromium or playwright is missing.
+test-browser: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet -e '.[browser]'
+	$(BIN)/python -m pytest tests/browser -rs --timeout=1800
+
+# Ten thousand spoilt inputs and a hundred kills; `make test` does a small part of both.
+fuzz: $(VENV)/.installed-test
+	DIFFAD_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz*.py --timeout=3600
 
 # Render every table from the result files; changes nothing when they are up to date.
 tables: $(VENV)/.installed
