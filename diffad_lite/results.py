@@ -32,8 +32,8 @@ METHOD_NAMES = {
 VARIANTS = ("raw", "default", "calibrated")  # first in tables, in this order
 # What tables need of a record; its other fields are as they are.
 WORDS = ("method", "dataset", "category", "resize", "profile", "variant", "training")
-NUMBERS = ("image_auroc", "image_ap", "f1_at_normal_threshold", "false_alarms_at_normal_threshold")
-NUMBERS += ("train_seconds", "train_steps", "ms_per_image", "network_evaluations_per_image")
+NUMBERS = ["image_auroc", "image_ap", "f1_at_normal_threshold", "false_alarms_at_normal_threshold"]
+NUMBERS += ["train_seconds", "train_steps", "ms_per_image", "network_evaluations_per_image"]
 MASKED = ("pixel_auroc", "pixel_ap", "aupro", "dice_oracle")  # None where no mask is known
 FORMS: dict[str, Any] = dict.fromkeys(WORDS, str) | dict.fromkeys(NUMBERS, float)
 FORMS |= dict.fromkeys(MASKED, float | None) | {"plant": str | None, "seed": int, "image_size": int}
@@ -53,7 +53,7 @@ def read_results(folder: str | Path) -> list[Result]:
         raise FileNotFoundError(f"no result.json below {folder}; run 'diffad evaluate' first")
     results = []
     for path in paths:
-        result = read_json(path, "result")
+        result: Result = read_json(path, "result")
         if not isinstance(result, dict) or "image_auroc" not in result:
             raise ValueError(f"{path} is no record of a run; delete it, or run 'diffad evaluate'")
         result = {"training": ""} | result | {"folder": path.parent}
@@ -107,8 +107,9 @@ def read_speeds(folder: str | Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     values, where = read_json(path, "record of times"), f"{path}: settings"
-    settings = values.get("settings") if isinstance(values, dict) else None
-    for name, setting in convert(settings, dict[str, Any], where).items():
+    found = values.get("settings") if isinstance(values, dict) else None
+    settings: dict[str, Any] = convert(found, dict[str, Any], where)
+    for name, setting in settings.items():
         _check_forms(setting, SPEED, f"{where}.{name}")
         if min(*setting["ms"], setting["mb"], 1) <= 0:
             raise ValueError(f"{where}.{name}: times and memory must be above 0")
