@@ -42,7 +42,7 @@ test-browser: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet -e '.[browser]'
 	$(BIN)/python -m pytest tests/browser -rs --timeout=1800
 
-# Ten thousand spoilt inputs and a hundred kills; `make test` does a small part of both.
+# Ten thousand spoilt inputs and a hundred kills; `make test` does a small part of the inputs.
 fuzz: $(VENV)/.installed-test
 	DIFFAD_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz*.py --timeout=3600
 
