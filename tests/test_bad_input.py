@@ -216,7 +216,7 @@ def test_what_may_not_be_read(name, plate, tmp_path, capsys):
 def test_an_image_that_may_not_be_read(plate, refused, monkeypatch):
     """The same for root, who may read everything."""
 
-    def forbid(path):
+    def forbid(path, **options):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(images.Image, "open", forbid)

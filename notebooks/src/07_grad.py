@@ -411,7 +411,8 @@ fig, _ = plots.show_curves(sizes, ratios, **axes, markers=True)
 line = fig.axes[0].axhline(1, color="black", linewidth=0.8)
 
 # %% [markdown]
-# (Black line: as near as real patches are.) And what they look like, whole pictures from noise beside real cells:
+# *Figure: the ratio by size of the patch; black line: as near as real patches are.* And what they look like, whole
+# pictures from noise beside real cells:
 
 # %%
 rows, titles = list(unseen[:4]), ["real"] * 4
@@ -432,17 +433,18 @@ print(f"specks a picture: real cells {specks(unseen):.2f}", end="")
 print("".join(f", field {r} {specks(x):.2f}" for r, x in from_noise.items()))
 for name, row in ratios.items():
     at = dict(zip(sizes, row, strict=True))
-    print(f"{name}, ratio at side " + ", ".join(f"{k}: {at[k]:.2f}" for k in (2, 8, 16)))
+    some = ", ".join(f"{k}: {at[k]:.2f}" for k in (2, 8, 16))
+    print(f"{name}, ratio at side {some}")
     assert not checked or at[16] > at[2] + 0.1
 
 # %% [markdown]
-# *Figures and lists: the ratio of nearest-neighbour distances by size of the patch; real cells and whole pictures from
-# noise; specks.* Pieces of cells, without the plan of a cell. The ratio tells two things apart: how far it is from 1 at
-# the *smallest* patches says how badly a generator has learnt what it could see, and its rise towards larger ones says
-# what no training could have told it. (For very large patches the nearest neighbour of anything is a stranger, and the
-# ratio says little.) And a generator leaves its own marks: grain that is too weak or too strong, and specks, single
-# pixels that are too bright. (At the highest levels $\hat x_0$ is a small difference, divided by a number near 0 and
-# clipped, and some pixels never come back from there.)
+# *Figure: real cells, and whole pictures from noise. List: specks, and some of the ratios.* Pieces of cells, without
+# the plan of a cell. The ratio tells two things apart: how far it is from 1 at the *smallest* patches says how badly a
+# generator has learnt what it could see, and its rise towards larger ones says what no training could have told it.
+# (For very large patches the nearest neighbour of anything is a stranger, and the ratio says little.) And a generator
+# leaves its own marks: grain that is too weak or too strong, and specks, single pixels that are too bright. (At the
+# highest levels $\hat x_0$ is a small difference, divided by a number near 0 and clipped, and some pixels never come
+# back from there.)
 #
 # ### Windows, and twins
 #
@@ -796,7 +798,8 @@ axes[1].legend()
 plt.show()
 
 # %% [markdown]
-# Where do these weights lie in a contrastive picture?
+# *Figure: shares of the clusters on both sides, and their weights (logarithmic; line: 1).* Where do these weights lie
+# in a contrastive picture?
 
 # %%
 most = is_drawn.flatten(1).sum(1).argsort(descending=True)[:4]  # the largest windows
@@ -808,12 +811,12 @@ shown = torch.stack([contrastive[most], as_picture(maps, black, white)], 1)
 fig, _ = plots.show_images(shown.flatten(0, 1), ["drawn", "weight w"] * 4)
 
 # %% [markdown]
-# *Figures: shares of clusters on both sides, and their weights (logarithmic; line: 1); contrastive pictures and the
-# weight of each place, on a logarithmic scale from 0.1 (black, as all that was given) over 1 (grey) to 10 (white).* A
-# few clusters hold most of the pool: that is the long tail. Drawn places in clusters that normal cells are full of get
-# little weight, rare foreign ones much. How many of the drawn places are normal nobody can read off. What both sides
-# have in common (the list) is what these *features* do not part, and a detector that has learnt the fingerprint
-# parts everything. (Look at the rims of the windows: do they have weights of their own? Then the detector knows rims.)
+# *Figure: contrastive pictures and the weight of each place, on a logarithmic scale from 0.1 (black, as all that was
+# given) over 1 (grey) to 10 (white).* A few clusters hold most of the pool: that is the long tail. Drawn places in
+# clusters that normal cells are full of get little weight, rare foreign ones much. How many of the drawn places are
+# normal nobody can read off. What both sides have in common (the list) is what these *features* do not part, and a
+# detector that has learnt the fingerprint parts everything. (Look at the rims of the windows: do they have weights of
+# their own? Then the detector knows rims.)
 #
 # ### Does it help? A world that can be counted
 #
@@ -1022,7 +1025,7 @@ rows = [x for pool in pools.values() for x in parts_of_pool(pool)[0][:6]]
 fig, _ = plots.show_images(rows, [name for name in pools for _ in range(6)], columns=6)
 
 # %% [markdown]
-# Above, windows that were drawn; below, anomalies that were made. Both detectors on both:
+# *Figure: above, windows that were drawn; below, anomalies that were made.* Both detectors on both:
 
 # %%
 print("AUROC of places       drawn    made   (held-out cells)")
@@ -1059,8 +1062,8 @@ if checked:
     assert across["made", "made"] > across["made", "drawn"]
 
 # %% [markdown]
-# *Figure: contrastive pictures of both kinds. Lists: AUROC of places on cells that neither was trained on; image AUROC
-# on planted defects by kind; their difference with a paired 95 % interval.* (A look: two short trainings of a small
+# *Lists: AUROC of places on cells that neither was trained on; image AUROC on planted defects by kind; their difference
+# with a paired 95 % interval.* (A look: two short trainings of a small
 # network, one seed.) Each detector is best at home. Where the rows differ on planted defects one sees what a source of
 # negatives contains: drawn windows hold wrong *arrangements* of what cells are made of, made ones hold *foreign*
 # texture and sharp rims, and are thin as cracks are. Drawn negatives need no recipe, and no one can say what they leave

@@ -1126,9 +1126,9 @@ plt.show()
 
 # %% [markdown]
 # *Table: AUROC and three prices, with what training took (minutes of the machine that it ran on), and the fronts.
-# Figure: the same, AUROC with its interval over images (grey); black rims mark the front (the controls are in the
-# table only).* Grey lines are far longer than most steps along the front: a front of points is itself drawn by luck,
-# and the paired intervals above decide who is really ahead. The price is not luck: between the cheapest and the
+# Figure: the same, AUROC with its interval over images (grey); black rims mark the front (the controls are left out
+# of the figure).* Grey lines are far longer than most steps along the front: a front of points is itself drawn by
+# luck, and the paired intervals above decide who is really ahead. The price is not luck: between the cheapest and the
 # dearest lie factors of hundreds, and the time did not buy a better ranking.
 
 # %%
