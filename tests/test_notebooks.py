@@ -22,6 +22,9 @@ from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
 from diffad_lite.methods.diffusionad import DiffusionAD, DiffusionADConfig
 from diffad_lite.methods.glad import GLAD
 from diffad_lite.methods.glad_config import GLADConfig
+from diffad_lite.methods.grad import GRAD
+from diffad_lite.methods.grad_config import GRADConfig
+from diffad_lite.methods.grad_weights import WeightConfig
 from diffad_lite.methods.mdps import MDPS
 from diffad_lite.methods.mdps_config import MDPSConfig
 from diffad_lite.schedules import NoiseSchedule
@@ -333,6 +336,24 @@ def feature_distance_inputs():
     return [same(a, b, radius) for radius in (None, 0, 1, 2)]
 
 
+def redraw_inputs():
+    """Two images; a window of half of each, none, everything; a PatchDiff that answers."""
+    method = GRAD(GRADConfig.for_profile("ci", channels=1, image_size=16))
+    network = next(iter(method.patchdiffs.values()))
+    make_answer(network)
+    x0, noise = torch.randn(2, 2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    half = (torch.arange(16) < 8).expand(2, 1, 16, 16).float()
+    windows = (half, 0 * half, 1 + 0 * half)
+    return [same(method, network, x0.clamp(-1, 1), w, [600, 90, 4], noise) for w in windows]
+
+
+def pattern_weights_inputs():
+    """Shares so far apart that weights are clipped; with and without exponents."""
+    shares = torch.tensor([[0.6, 0.3, 0.0999, 0.0001], [0.1, 0.2, 0.3, 0.4]])
+    plain = WeightConfig(4, flatten_contrastive=0.0, flatten_normal=0.0, filter_normal=0.0)
+    return [same(*pair, c) for pair in (shares, shares.flip(0)) for c in (WeightConfig(4), plain)]
+
+
 def cross_fit_inputs():
     maps = np.random.default_rng(0).normal(1, 0.2, (11, 4, 5)).astype(np.float32)
     return [same(maps), same(maps, 3)]
@@ -357,6 +378,8 @@ INPUTS: dict[str, Callable[[], list[tuple[tuple, tuple]]]] = {
     "diffad_lite.methods.mdps:MDPS.sample": posterior_sample_inputs,
     "diffad_lite.bernoulli:BernoulliDiffusion.posterior": bit_posterior_inputs,
     "diffad_lite.bernoulli:BernoulliDiffusion.masked_sample": masked_sample_inputs,
+    "diffad_lite.methods.grad:GRAD.redraw": redraw_inputs,
+    "diffad_lite.methods.grad_weights:pattern_weights": pattern_weights_inputs,
     "diffad_lite.features:feature_distance": feature_distance_inputs,
     "diffad_lite.metrics:MapCalibration.cross_fit": cross_fit_inputs,
 }
