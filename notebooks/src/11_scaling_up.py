@@ -179,7 +179,7 @@ print(papermill.inspect_notebook(scratch / "a.ipynb")["n"])
 
 # %%
 options = {"parameters": {"n": 5}, "progress_bar": False, "kernel_name": "python3"}
-options["extra_arguments"] = ["--log-level=ERROR"]  # of the kernel
+options["extra_arguments"] = ["--log-level=CRITICAL"]  # of the kernel
 ran = papermill.execute_notebook(scratch / "a.ipynb", scratch / "b.ipynb", **options)
 for part in ran.cells:
     print(f"{part.metadata.tags}\n    " + part.source.replace("\n", "\n    "))
