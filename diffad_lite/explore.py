@@ -57,7 +57,8 @@ def render_png(figure: Figure, data: Mapping[str, Any] | None = None) -> bytes:
         maps = plt.get_cmap(MAP_COLOURS)(np.linspace(0, 1, 192), bytes=True)[:, :3]
         palette = PIL.Image.new("P", (1, 1))
         palette.putpalette(np.concatenate([greys, maps]).astype(np.uint8).tobytes())
-        picture = PIL.Image.open(buffer).convert("RGB").quantize(palette=palette, dither=0)
+        picture = PIL.Image.open(buffer).convert("RGB")
+        picture = picture.quantize(palette=palette, dither=PIL.Image.Dither.NONE)
         picture.save(buffer := io.BytesIO(), format="png")
     return buffer.getvalue()
 
@@ -88,11 +89,10 @@ def explore(
             display(Image(render_png(*render(**values))))
         return
     bar = ipywidgets.IntProgress(max=len(combinations), description="drawing")
-    box = ipywidgets.VBox([bar])
-    display(box)
+    display(box := ipywidgets.VBox([bar]))
     frames = {}
-    for values in combinations:
-        frames[values] = render_png(*render(**dict(zip(controls, values, strict=True))))
+    for chosen in combinations:
+        frames[chosen] = render_png(*render(**dict(zip(controls, chosen, strict=True))))
         bar.value += 1
     sliders = [_slider(name, values) for name, values in controls.items()]
     box.children = [*sliders, _stack(sliders, frames)]
@@ -167,8 +167,8 @@ def show_grid(
     ax.axis("off")
     if with_maps:
         where = fig.add_axes((1 - 0.8 / size[0], 0.1, 0.12 / size[0], 0.7))
-        bar = ScalarMappable(Normalize(*scale), colours)
-        bar = fig.colorbar(bar, cax=where, extend="max", label=label)
+        mapped = ScalarMappable(Normalize(*scale), colours)
+        bar = fig.colorbar(mapped, cax=where, extend="max", label=label)
         bar.ax.tick_params(labelsize=9)
         if threshold is not None:
             bar.ax.axhline(threshold, color="white", linewidth=2)
@@ -195,12 +195,12 @@ def plant_at(
     """
     if not (0 < size <= 1 and 0 <= min(place) <= max(place) <= 1):
         raise ValueError(f"place {place} and size {size} are shares of the image; stay in 0..1")
-    shape, place = np.array(image.shape[-2:]), np.asarray(place)
+    shape, centre = np.array(image.shape[-2:]), np.asarray(place)
     sides = (size * shape).round().astype(int).clip(min(16, *shape), shape)
-    corner = (place * shape - sides / 2).round().astype(int).clip(0, shape - sides)
+    corner = (centre * shape - sides / 2).round().astype(int).clip(0, shape - sides)
     here = tuple(slice(a, a + n) for a, n in zip(corner, sides, strict=True))
     drawn = [plant_defect(image[:, *here], kind, seed=s, severity=severity) for s in range(TRIES)]
-    aim = place * shape - corner
+    aim = centre * shape - corner
     off = [np.hypot(*(np.argwhere(mask).mean(0) - aim)) for _, mask in drawn]
     planted, mask = image.copy(), np.zeros(tuple(shape), bool)
     planted[:, *here], mask[here] = drawn[int(np.argmin(off))]
@@ -212,6 +212,7 @@ def in_units(values: torch.Tensor, method: Method) -> torch.Tensor:
 
     An increasing straight line, fixed by calibration images: no order and no decision changes.
     """
+    assert method.calibration_scores_ is not None and method.threshold_ is not None  # fitted
     usual = float(np.median(method.calibration_scores_))
     return (values - usual) / max(method.threshold_ - usual, 1e-12)
 
@@ -242,9 +243,8 @@ def show_planted(
         for i, score in enumerate(scores[name]):
             rows[i].append(in_units(found.anomaly_map[i], method))
             titles[i].append(f"{name} {score:.2f}")
-    label = "0: usual normal score; 1: threshold"
-    style = {"scale": (0, 1.5), "threshold": 1, "label": label, "masks": [mask, None]}
-    fig, data = show_grid(rows, titles, **style)
+    label, masks = "0: usual normal score; 1: threshold", [mask, None]
+    fig, data = show_grid(rows, titles, scale=(0, 1.5), threshold=1, label=label, masks=masks)
     return fig, data | {"scores": scores}
 
 
@@ -274,7 +274,7 @@ def explore_planting(
 
     if not is_live():
         for changes in static or [{}]:
-            display(Image(render(**(first | changes))))
+            display(Image(render(**{**first, **changes})))
         return
     chosen = {name: _slider(name, values, first[name]) for name, values in choices.items()}
     button = ipywidgets.Button(description="Plant and score", button_style="primary")

@@ -21,6 +21,7 @@ from diffad_lite.gaussian import GaussianDiffusion, randn
 from diffad_lite.methods.base import BATCH_SIZE, Method
 from diffad_lite.methods.grad_config import GRADConfig
 from diffad_lite.methods.grad_weights import Reweighting
+from diffad_lite.methods.prediction import Networks
 from diffad_lite.networks import PatchDetector, PatchDiff
 from diffad_lite.schedules import NoiseSchedule
 from diffad_lite.training import FitOptions, TrainReport, random_flips, train_network
@@ -61,9 +62,9 @@ class GRAD(Method):
     name = "grad"
     Config = GRADConfig
     config: GRADConfig
-    network: nn.ModuleDict
+    network: Networks
 
-    def _build(self) -> nn.Module:
+    def _build(self) -> Networks:
         c = self.config
         schedule = NoiseSchedule.named(c.beta_schedule, c.num_timesteps)
         self.diffusion = GaussianDiffusion(schedule)
@@ -71,9 +72,12 @@ class GRAD(Method):
         for blocks in c.blocks:
             patchdiff = PatchDiff(c.channels, blocks, width=c.width, unshuffle=c.unshuffle)
             networks[f"patchdiff{patchdiff.receptive_field}"] = patchdiff
-        networks["detector"] = PatchDetector(c.channels, extra=c.extra, width=DETECTOR_WIDTH)
-        networks["weights"] = Reweighting(networks["detector"], c.weights, DETECTOR_WIDTH)
-        return nn.ModuleDict(networks)
+        detector = PatchDetector(c.channels, extra=c.extra, width=DETECTOR_WIDTH)
+        networks |= {
+            "detector": detector,
+            "weights": Reweighting(detector, c.weights, DETECTOR_WIDTH),
+        }
+        return Networks(networks)
 
     @property
     def patchdiffs(self) -> dict[str, nn.Module]:
@@ -167,7 +171,8 @@ class GRAD(Method):
         contrastive, drawn = parts_of_pool(chosen)
         both = torch.cat([normal, contrastive])
         g_normal, g_contrastive = network(both).float().chunk(2)
-        v, w = 1.0, 1.0
+        v: Tensor | float = 1.0
+        w: Tensor | float = 1.0
         if weights is not None:
             of_normal, of_contrastive = weights.clusters(both).chunk(2)
             v, w = weights.v[of_normal], weights.w[of_contrastive]

@@ -75,6 +75,12 @@ class Reweighting(nn.Module):
         width: of its features.
     """
 
+    contrastive: Tensor
+    normal: Tensor
+    w: Tensor
+    v: Tensor
+    centres: Tensor
+
     def __init__(self, detector: PatchDetector, config: WeightConfig, width: int) -> None:
         super().__init__()
         self.config = config
