@@ -84,7 +84,15 @@ class Trespass(BaseException):
 
 
 WATCHED: list[Path] = []  # the folder of the input at hand, if there is one
-WRITES = {"open": 0, "os.mkdir": 0, "os.rename": 1, "os.remove": 0, "os.symlink": 1, "os.link": 1}
+WRITES = {  # event -> where its path stands among the details, and the descriptor it starts from
+    "open": (0, None),
+    "os.mkdir": (0, 2),
+    "os.rename": (1, 3),
+    "os.remove": (0, 1),
+    "os.rmdir": (0, 1),
+    "os.symlink": (1, 2),
+    "os.link": (1, 3),
+}
 FORBIDDEN = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "socket.connect"}
 
 
@@ -97,12 +105,34 @@ def guard(event: str, details: tuple) -> None:
     if event in WRITES:
         if event == "open" and not (details[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
-        target = details[WRITES[event]]
+        place, start = WRITES[event]
+        target = details[place]
         if isinstance(target, int) or os.fspath(target) in (os.devnull, b"/dev/null"):
             return
+        if start is not None and details[start] not in (-1, None):  # as shutil.rmtree does it
+            if not os.path.exists("/proc/self/fd"):
+                return
+            target = os.path.join(
+                os.readlink(f"/proc/self/fd/{details[start]}"), os.fsdecode(target)
+            )
         where = Path(os.path.abspath(os.fsdecode(target)))
         if not where.is_relative_to(WATCHED[0]):
             raise Trespass(f"{event} {where}")
+
+
+def test_the_guard_sees_writes_elsewhere(tmp_path):
+    """Also those that name a folder by its descriptor."""
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside, outside):
+        (folder / "sub").mkdir(parents=True)
+        (folder / "sub" / "file").write_text("x")
+    with watched(inside):
+        shutil.rmtree(inside / "sub")
+        for write in (shutil.rmtree, lambda path: (path / "more").write_text("x")):
+            with pytest.raises(Trespass):
+                write(outside / "sub")
+    assert (outside / "sub" / "file").exists()
+    assert not (inside / "sub").exists()
 
 
 @pytest.fixture(scope="session", autouse=True)
