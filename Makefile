@@ -25,6 +25,7 @@ lab: $(VENV)/.installed
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Notebooks are what their masters generate, were executed as they are, and follow the template.
 check-notebooks: $(VENV)/.installed-test
