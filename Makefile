@@ -7,9 +7,9 @@ BIN    := $(VENV)/bin
 TORCH  ?=
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
-DOCUMENTS := README.md data/README.md
+DOCUMENTS := README.md data/README.md docs/performance.md
 
-.PHONY: run test lab lint check-notebooks test-notebooks tables notebooks test-browser fuzz
+.PHONY: run test lab lint check-notebooks test-notebooks tables notebooks test-browser fuzz bench docs
 
 run: $(VENV)/.installed
 	$(BIN)/diffad notebooks --profile lite --out runs/notebooks
@@ -46,6 +46,11 @@ test-browser: $(VENV)/.installed-test
 # Ten thousand spoilt inputs and a hundred kills; `make test` does a small part of the inputs.
 fuzz: $(VENV)/.installed-test
 	DIFFAD_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz*.py --timeout=3600
+
+# Speed, memory and start-up, into data/results/performance.json; on a machine that is else idle.
+bench: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet -e '.[browser]'
+	$(BIN)/python tests/bench/run.py $(TOPICS)
 
 # Render every table from the result files; changes nothing when they are up to date.
 tables: $(VENV)/.installed

@@ -42,6 +42,11 @@ class BitStep:
     z0_hat: Tensor | None
     mask: Tensor
 
+    def cpu(self) -> "BitStep":
+        """The same on the CPU."""
+        flip, z0_hat = (None if x is None else x.cpu() for x in (self.flip, self.z0_hat))
+        return BitStep(self.t, self.z.cpu(), flip, z0_hat, self.mask.cpu())
+
 
 class BernoulliDiffusion:
     """Bernoulli diffusion over one noise schedule.
@@ -87,7 +92,18 @@ class BernoulliDiffusion:
         return (1 - z0) * sure[0] + z0 * sure[1]
 
     def strided(self, z_t: Tensor, z0: Tensor, t: int, s: int) -> Tensor:
-        """The step that keeps most of the state, as DDIM's does, and the marginal exactly."""
+        """P(bit = 1) of the step that keeps most of the state, as DDIM's does.
+
+        ``z_s ~ k z_t + (abar_s - k abar_t) z_0 + rest / 2``, ``k = (1 - abar_s) / (1 - abar_t)``
+        (Song et al. 2021, appendix A, for two classes): the marginal at ``s`` is exact, and as
+        ``k + abar_s - k abar_t = 1`` there is no rest.
+
+        Args:
+            z_t: bits (B, ...).
+            z0: clean bits, or P(clean bit = 1), likewise.
+            t: timestep of ``z_t``, above ``s``.
+            s: timestep to step to.
+        """
         abar_t, abar_s = self.schedule.level(t, z_t), self.schedule.level(s, z_t)
         kept = (1 - abar_s) / (1 - abar_t)
         return kept * z_t + (abar_s - kept * abar_t) * z0

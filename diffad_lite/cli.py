@@ -15,6 +15,7 @@ EPILOG = """examples:
   diffad evaluate --method anoddpm --dataset folder --root my_images --max-minutes 8 --out runs/mine
   diffad notebooks --only 01 --profile ci
 """
+NO_MEMORY = ("allocate memory", "out of memory", "Storage size")  # as torch says it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,9 +30,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FloatingPointError, ImportError) as error:
         commands.say(error)
         return 2
-    except MemoryError as error:
-        why = f"the memory does not suffice ({error})".replace(" ()", "")
-        commands.say(f"{why}; take a smaller --image-size, or fewer or smaller images")
+    except (MemoryError, RuntimeError) as error:
+        words = str(error)[:200] or "no more is left"
+        if isinstance(error, RuntimeError) and not any(mark in words for mark in NO_MEMORY):
+            raise
+        why = f"the memory does not suffice ({words})"
+        commands.say(f"{why}; take a smaller --image-size or network")
         return 2
     except KeyboardInterrupt:
         commands.say("interrupted; the same command goes on from here")

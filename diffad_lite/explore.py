@@ -163,7 +163,8 @@ def show_grid(
             ax.text(j * w + W / 2, i * h + h - H - 2, titles[i][j], fontsize=9, ha="center")
     ax.imshow(grid)
     if outline.any():
-        ax.contour(outline, [0.5], colors="white", linewidths=0.7)
+        for colour, width in (("black", 1.6), ("white", 0.7)):  # seen on either end of the map
+            ax.contour(outline, [0.5], colors=colour, linewidths=width)
     ax.axis("off")
     if with_maps:
         where = fig.add_axes((1 - 0.8 / size[0], 0.1, 0.12 / size[0], 0.7))

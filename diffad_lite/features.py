@@ -202,8 +202,9 @@ def feature_distance(a: Tensor, b: Tensor, radius: int | None) -> Tensor:
         return 1 - similarity.view(len(a), *a.shape[-2:])
     best = torch.full_like(a[:, 0], -1)
     h, w = a.shape[-2:]
-    for dy in range(-radius, radius + 1):
-        for dx in range(-radius, radius + 1):
+    up, left = min(radius, h - 1), min(radius, w - 1)
+    for dy in range(-up, up + 1):
+        for dx in range(-left, left + 1):
             # The cells of a that have a neighbour (dy, dx) inside the grid, and these neighbours.
             rows, columns = slice(max(0, -dy), h - max(0, dy)), slice(max(0, -dx), w - max(0, dx))
             there = slice(max(0, dy), h - max(0, -dy)), slice(max(0, dx), w - max(0, -dx))

@@ -5,8 +5,10 @@ an int64 tensor (B,). Everything here is a few lines of arithmetic around it.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from diffad_lite.schedules import NoiseSchedule
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
+State = TypeVar("State")
 
 
 def randn(like: Tensor, generators: Generators) -> Tensor:
@@ -62,6 +65,11 @@ class Step:
     x0_hat: Tensor | None
 
 
+def last(steps: Iterable[State]) -> State:
+    """The last state of a sampler, the others being let go on the way."""
+    return deque(steps, maxlen=1)[0]
+
+
 class GaussianDiffusion:
     """DDPM (Ho et al. 2020) and DDIM (Song et al. 2021) over one noise schedule.
 
@@ -86,14 +94,20 @@ class GaussianDiffusion:
         return (x_t - (1 - abar).sqrt() * noise) / abar.sqrt()
 
     def predict_noise(self, x_t: Tensor, t: int | Tensor, x0: Tensor) -> Tensor:
-        """The noise that a clean image implies: eq. 4 solved for ``eps``."""
+        """The noise that a clean image implies: eq. 4 solved for ``eps``; t >= 0."""
         abar = self.schedule.level(t, x_t)
         return (x_t - abar.sqrt() * x0) / (1 - abar).sqrt()
 
     def posterior(
         self, x_t: Tensor, x0: Tensor, t: int | Tensor, t_prev: int | Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Mean and variance of ``q(x_{t_prev} | x_t, x_0)`` (Ho et al., eq. 6-7), any stride.
+        """Mean and variance of ``q(x_{t_prev} | x_t, x_0)`` (Ho et al., eq. 6-7).
+
+        Args:
+            x_t: the state (B, C, H, W).
+            x0: the clean images, likewise.
+            t: its timestep, 0 .. T-1.
+            t_prev: any timestep below, -1 .. t-1.
 
         Returns:
             mean (B, C, H, W) and variance (shaped to broadcast over it).
@@ -142,7 +156,7 @@ class GaussianDiffusion:
     ) -> Iterator[Step]:
         """Ancestral sampling along ``timesteps`` (decreasing), yielding every state.
 
-        ``*trajectory, last = diffusion.ddpm_sample(...)``: ``last.x`` is the sample.
+        ``last(diffusion.ddpm_sample(...)).x`` is the sample.
         """
         yield Step(timesteps[0], x_t, None)
         for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):

@@ -1,6 +1,5 @@
 """Pixels: reading image files, resizing, the two ranges (uint8 on disk, [-1, 1] in models)."""
 
-import functools
 import hashlib
 from pathlib import Path
 from typing import Literal
@@ -12,11 +11,15 @@ from torch import Tensor
 
 Resize = Literal["squash", "pad"]
 STANDARD_DEVIATION = 0.35  # of a standardised image, so that few pixels leave [-1, 1]
-CACHED_BYTES = 200_000  # larger files, such as photographs, are decoded anew each time
+CACHED_PIXELS = 2**20  # larger images, such as photographs, are decoded anew each time
+CACHED_IMAGES = 4096
 STACK = ".npy"  # several channels in one array, such as the sequences of a scanner
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", STACK}
 # What a file may be, whatever its suffix; Pillow's others include one that starts a program.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+
+
+_cache: dict[tuple[str, int], np.ndarray] = {}
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -54,15 +57,13 @@ def read_image(path: Path) -> np.ndarray:
         raise FileNotFoundError(f"no image at {path}, or it is a broken link; repair or remove it")
     if not (path.is_file() or path.is_dir()):  # reading from a pipe would wait for ever
         raise ValueError(f"cannot read {path} as an image (no regular file); repair or remove it")
-    stat = path.stat()
-    if stat.st_size > CACHED_BYTES:
-        return _read(str(path))
-    return _read_cached(str(path), stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _read_cached(path: str, modified: int) -> np.ndarray:
-    return _read(path)
+    key = str(path), path.stat().st_mtime_ns
+    if key in _cache:
+        return _cache[key]
+    pixels = _read(str(path))
+    if pixels.size <= CACHED_PIXELS and len(_cache) < CACHED_IMAGES:
+        _cache[key] = pixels
+    return pixels
 
 
 def _read(path: str) -> np.ndarray:

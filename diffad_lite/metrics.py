@@ -250,6 +250,11 @@ class MapCalibration:
         return z_maps
 
 
+def top_count(fraction: float, n: int) -> int:
+    """ceil(fraction n), at least 1; exact, where the product of floats is not."""
+    return max(1, math.ceil(Fraction(str(fraction)) * n))
+
+
 def top_k_mean(maps: ArrayLike, fraction: float) -> NDArray[np.float64]:
     """Image scores (N,): mean of the largest ceil(fraction H W) values of each of `maps` (N, H, W).
 
@@ -258,7 +263,7 @@ def top_k_mean(maps: ArrayLike, fraction: float) -> NDArray[np.float64]:
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction is {fraction}: give a share of the pixels in (0, 1]")
     pixels = _checked_maps(maps).reshape(np.shape(maps)[0], -1)
-    first = pixels.shape[1] - math.ceil(Fraction(str(fraction)) * pixels.shape[1])
+    first = pixels.shape[1] - top_count(fraction, pixels.shape[1])
     return np.partition(pixels, first, axis=1)[:, first:].mean(axis=1, dtype=np.float64)
 
 

@@ -1,6 +1,5 @@
 """Images of your own: what to know of them before training, and scoring a folder without labels."""
 
-import csv
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from diffad_lite.images import Resize, list_images, read_image, resize_image, to
 from diffad_lite.methods import Method
 from diffad_lite.plots import show_detections
 from diffad_lite.scoring import at_original_size, plain
+from diffad_lite.source import write_rows
 
 FEW = 50  # normal images below which both training and threshold are rough
 OUTLYING = 6.0  # deviations (of the median's kind) from which an image stands out
@@ -207,17 +207,10 @@ def score_folder(
         target = out / "maps" / f"{path.name}.tiff"
         write_atomically(target, Image.fromarray(pixels).save)
     _write_gallery(out / "gallery.png", images, maps, rows, order, method)
-    write_atomically(out / "scores.csv", lambda p: _write_rows(p, rows, threshold))
+    limit = f"{threshold:.6g}"
+    cells = [(r["file"], f"{r['image_score']:.6g}", limit, int(r["alarm"])) for r in rows]
+    write_rows(out / "scores.csv", [("file", "image_score", "threshold", "alarm"), *cells])
     return rows
-
-
-def _write_rows(path: Path, rows: Sequence[dict[str, Any]], threshold: float) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("file", "image_score", "threshold", "alarm"))
-        for row in rows:
-            score = f"{row['image_score']:.6g}"
-            writer.writerow((row["file"], score, f"{threshold:.6g}", int(row["alarm"])))
 
 
 def _write_gallery(

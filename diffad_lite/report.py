@@ -10,6 +10,7 @@ import numpy as np
 from diffad_lite.claims import claims_table, judge_all
 from diffad_lite.config import write_atomically
 from diffad_lite.metrics import verdict
+from diffad_lite.performance import performance_tables, read_performance
 from diffad_lite.results import (
     METHOD_NAMES,
     Result,
@@ -90,7 +91,9 @@ def pixel_table(results: Iterable[Result], dice: bool = False) -> str:
     for group in grouped(results).values():
         cells = [label_of(group), ", ".join(str(r["seed"]) for r in group)]
         cells += [f"{mean(group, metric):.3f}" for metric in metrics]
-        cells += [f"{np.mean([r['per_defect'][k]['aupro'] for r in group]):.3f}" for k in kinds]
+        for kind in kinds:
+            values = [r["per_defect"].get(kind, {}).get("aupro") for r in group]
+            cells.append("-" if None in values else f"{np.mean(values):.3f}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -190,6 +193,7 @@ def render(results: str | Path, documents: Iterable[Path]) -> list[Path]:
     rendered = tables(records)
     if speeds := read_speeds(results):
         rendered["speed"] = speed_table(speeds)
+    rendered |= performance_tables(read_performance(results))
     if judged := judge_all(records, results):
         rendered["claims"] = claims_table(judged)
     parts = [f"## {name}\n\n{table}\n" for name, table in rendered.items()]

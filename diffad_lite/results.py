@@ -203,7 +203,13 @@ def is_ablation(result: Result) -> bool:
 
 
 def difference_of(a: Sequence[Result], b: Sequence[Result]) -> tuple[float, float, float]:
-    """Image AUROC of runs ``a`` minus that of runs ``b``, with its paired bootstrap interval."""
+    """Image AUROC of runs ``a`` minus that of runs ``b``, with its paired bootstrap interval.
+
+    Where both have seeds in common, the others are left out: the pairs share their first stages.
+    """
+    common = {r["seed"] for r in a} & {r["seed"] for r in b}
+    if common:
+        a, b = ([r for r in group if r["seed"] in common] for group in (a, b))
     labels, scores = _scores_over_seeds([*a, *b])
     return paired_bootstrap_auroc(labels, scores[: len(a)], scores[len(a) :])
 

@@ -90,13 +90,13 @@ class NoiseSchedule:
         Raises:
             ValueError: a timestep out of range.
         """
-        t = torch.as_tensor(t)
+        t = torch.as_tensor(t).cpu().long()  # one transfer from a GPU, not three
         if t.min() < -1 or t.max() >= self.num_timesteps:
             raise ValueError(
                 f"timesteps {t.min().item()} to {t.max().item()} are not all in "
                 f"-1..{self.num_timesteps - 1}"
             )
-        level = self._levels[t.cpu().long()].to(like)
+        level = self._levels[t].to(like)
         return level.reshape(-1, *[1] * (like.ndim - 1)) if level.ndim else level
 
     def timesteps(self, start: int | None = None, steps: int | None = None) -> list[int]:

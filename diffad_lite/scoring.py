@@ -1,6 +1,5 @@
 """From predictions to numbers and files: metrics of a run, score table, maps, figure."""
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from diffad_lite.images import Resize, pad_box
 from diffad_lite.methods import Method, Prediction
 from diffad_lite.metrics import bootstrap_auroc, f1_at_threshold, image_metrics, pixel_metrics
 from diffad_lite.plots import show_detections
+from diffad_lite.source import write_rows
 
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "aupro", "dice_oracle")
 
@@ -23,14 +23,14 @@ PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "aupro", "dice_oracle")
 def quality(data: AnomalyData, prediction: Prediction, threshold: float) -> dict[str, Any]:
     """All metrics of one run; pixel metrics are None where no mask is known."""
     labels, scores = data.test_labels, prediction.image_score.numpy()
-    kinds = np.array(data.defect_types)
+    kinds, maps = np.array(data.defect_types), _maps_with_masks(data, prediction.anomaly_map)
     per_defect = {}
     for kind in sorted(set(kinds[labels == 1])):
         chosen = (labels == 0) | (kinds == kind)
         per_defect[kind] = {
             "n": int((kinds == kind).sum()),
             "image_auroc": image_metrics(labels[chosen], scores[chosen])["image_auroc"],
-            **_pixel_quality(data, prediction.anomaly_map, chosen),
+            **_pixel_quality(maps, chosen),
         }
     return {
         **image_metrics(labels, scores),
@@ -38,18 +38,24 @@ def quality(data: AnomalyData, prediction: Prediction, threshold: float) -> dict
         "threshold": threshold,
         "f1_at_normal_threshold": f1_at_threshold(labels, scores, threshold),
         "false_alarms_at_normal_threshold": float((scores[labels == 0] > threshold).mean()),
-        **_pixel_quality(data, prediction.anomaly_map, np.ones(len(labels), dtype=bool)),
+        **_pixel_quality(maps, np.ones(len(labels), dtype=bool)),
         "per_defect": per_defect,
     }
 
 
-def _pixel_quality(data: AnomalyData, maps: Tensor, chosen: np.ndarray) -> dict[str, Any]:
-    if data.test_masks is None:
+def _maps_with_masks(data: AnomalyData, maps: Tensor) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Test image -> its mask and its map at the mask's size, where a mask is known."""
+    masks = {i: m for i, m in enumerate(data.test_masks or []) if m is not None}
+    return {i: (mask, map_at_original_size(data, maps, i)) for i, mask in masks.items()}
+
+
+def _pixel_quality(
+    maps: dict[int, tuple[np.ndarray, np.ndarray]], chosen: np.ndarray
+) -> dict[str, Any]:
+    pairs = [pair for i, pair in maps.items() if chosen[i]]
+    if not any(mask.any() for mask, _ in pairs):
         return dict.fromkeys(PIXEL_METRICS)
-    known = {i: m for i, m in enumerate(data.test_masks) if chosen[i] and m is not None}
-    if not any(mask.any() for mask in known.values()):
-        return dict.fromkeys(PIXEL_METRICS)
-    return pixel_metrics(list(known.values()), [map_at_original_size(data, maps, i) for i in known])
+    return pixel_metrics([mask for mask, _ in pairs], [own for _, own in pairs])
 
 
 def map_at_original_size(data: AnomalyData, maps: Tensor, i: int) -> np.ndarray:
@@ -78,16 +84,9 @@ def export_maps(data: AnomalyData, maps: Tensor, folder: Path) -> None:
 
 def write_scores(path: Path, data: AnomalyData, prediction: Prediction) -> None:
     """One row a test image: id, label, defect_type, image_score."""
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("id", "label", "defect_type", "image_score"))
-            rows = zip(data.test_ids, data.test_labels, data.defect_types, strict=True)
-            for row, score in zip(rows, prediction.image_score.tolist(), strict=True):
-                writer.writerow((*row, f"{score:.6g}"))
-
-    write_atomically(path, write)
+    scores = [f"{score:.6g}" for score in prediction.image_score.tolist()]
+    rows = zip(data.test_ids, data.test_labels, data.defect_types, scores, strict=True)
+    write_rows(path, [("id", "label", "defect_type", "image_score"), *rows])
 
 
 def plain(name: str) -> str:

@@ -1,11 +1,12 @@
 """What a reader finds in a data set, before anything is split, resized or even opened."""
 
 import csv
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffad_lite.config import shown
+from diffad_lite.config import shown, write_atomically
 from diffad_lite.images import list_images
 
 DEFAULT_CATEGORIES = {"elpv": "mono", "medmnist": "pneumoniamnist"}
@@ -85,6 +86,20 @@ def read_rows(path: Path) -> list[list[str]]:
             return list(csv.reader(file))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not a readable table: {error}; save it as UTF-8") from None
+
+
+def write_rows(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table of comma-separated values, complete or not at all; the first row is its head.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written.
+    """
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+
+    write_atomically(path, write)
 
 
 def named_images(folder: Path, prefix: str) -> dict[str, Path]:

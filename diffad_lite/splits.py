@@ -1,7 +1,8 @@
 """Splits: which normal images train, which calibrate, which are held out for the test.
 
-An image's place depends on the seed and its name alone, or, where it is known, on the name of its
-subject: two slices of one patient are never on both sides.
+An image's rank depends on the seed and its name alone, or, where it is known, on the name of its
+subject: two slices of one patient are never on both sides. The cuts are made by rank, so images
+near one can change sides when others are added.
 """
 
 import hashlib

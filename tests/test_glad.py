@@ -252,7 +252,9 @@ def test_fusion_keeps_the_state_where_it_drifted(fusion, monkeypatch):
     x_t, noise = x.clone(), torch.zeros_like(x)
     x_t[..., :4, :4] = 0.5  # here the state left the input, which is 0
     undecided = torch.full((1,), -1)
-    fused, t_star, drift = made.watch(x, noise, x_t, torch.zeros_like(x), 50, undecided)
+    fused, t_star, drift = made.watch(
+        x, noise, x_t, torch.zeros_like(x), 50, undecided, torch.tensor(0.05)
+    )
     assert t_star.tolist() == [50]
     inside = fused[..., :4, :4] / 0.5
     if fusion == "off":
@@ -262,6 +264,19 @@ def test_fusion_keeps_the_state_where_it_drifted(fusion, monkeypatch):
         assert 0.5 < float(inside.min()) < 0.75  # never less than half
     else:
         assert float(inside.min()) > 0.99
+
+
+def test_a_configured_delta_is_used_and_calibrates():
+    """Statistics come from images that are watched to the end, whatever delta is."""
+    learnt, given = (method(delta=delta).calibrate(pictures(8, 1)) for delta in (None, 1e-4))
+    for name in ("delta", "spread", "pixel_scale"):
+        assert getattr(given.network["statistics"], name) == getattr(
+            learnt.network["statistics"], name
+        )
+    x, noise = pictures(4), noises(4)
+    earlier, later = (made.reconstruct(x, noise).t_star for made in (given, learnt))
+    assert (earlier >= later).all()
+    assert (earlier > later).any()
 
 
 # -------------------------------------------------------------------------------------- maps

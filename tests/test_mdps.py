@@ -277,11 +277,22 @@ def test_softmax_scores():
 
 def test_a_given_prior_is_taken_and_nothing_is_trained():
     c = config()
-    prior = AnoDDPM(c.prior).fit(pictures(8), pictures(8, 1), seed=3, progress=False)
+    prior = AnoDDPM(c.first_stage).fit(pictures(8), pictures(8, 1), seed=3, progress=False)
     made = MDPS(c, prior=prior).fit(pictures(8), pictures(8, 1), seed=0, progress=False)
     assert made.reports_ == {}
     for name, value in prior.network.state_dict().items():
         assert torch.equal(made.network["denoiser"].state_dict()[name], value)
+
+
+def test_a_prior_of_another_training_is_refused():
+    c = config()
+    other = AnoDDPM(replace(c.first_stage, beta_schedule="cosine", noise_level=3, steps=1))
+    with pytest.raises(ValueError, match=r"prior given differs in beta_schedule$"):
+        MDPS(c, prior=other)
+
+
+def test_a_denoiser_that_is_not_anoddpms_has_no_first_stage():
+    assert config(residual_resampling=True).first_stage is None
 
 
 def test_explain_shows_mask_and_samples():

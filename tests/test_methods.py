@@ -7,15 +7,17 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from diffad_lite.gaussian import noise_generators
+from diffad_lite.gaussian import last, noise_generators
 from diffad_lite.images import image_keys, undo_standardise
 from diffad_lite.methods import METHODS, Method, get_method, load_pretrained, pretrained
 from diffad_lite.methods import base as methods_base
 from diffad_lite.methods.anoddpm import AnoDDPM
 from diffad_lite.methods.base import blur
 from diffad_lite.metrics import MapCalibration, conformal_threshold, top_k_mean
+from diffad_lite.speed import TensorsAlive
 
 NAMES = sorted(METHODS)
 BASELINES = ("brightness", "mean_image", "pca")
@@ -478,7 +480,7 @@ def test_anoddpm_compares_with_the_average_reconstruction_of_its_noises():
     method, x = fit("anoddpm", config=config), pictures(2, seed=2)
     prediction = method.predict(x, seed=1)
     generators = noise_generators(image_keys(x), 1)
-    redrawn = torch.stack([method.trajectory(x, generators)[-1].x for _ in range(3)])
+    redrawn = torch.stack([last(method.trajectory(x, generators)).x for _ in range(3)])
     assert (redrawn[0] - redrawn[1]).abs().max() > 1e-3
     average = redrawn.mean(0)
     torch.testing.assert_close(prediction.reconstruction, average, rtol=0, atol=1e-6)
@@ -738,3 +740,35 @@ def test_blur_keeps_the_mean_and_spreads_a_point():
 def test_blur_takes_maps_smaller_than_its_kernel(size):
     constant = torch.full((1, *size), 0.7)
     torch.testing.assert_close(blur(constant, 4.0), constant, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["anoddpm", "bernoulli"])
+def test_prediction_keeps_no_state_but_the_last(name):
+    """More steps take no more memory."""
+    peaks = []
+    for steps in (5, 40):
+        config = get_method(name).Config.for_profile("ci", channels=1, image_size=32)
+        method = get_method(name)(replace(config, noise_level=99, steps=steps))
+        method.network.eval()
+        with TensorsAlive() as alive:
+            method.predict(torch.zeros(4, 1, 32, 32))
+        peaks.append(alive.peak)
+    assert peaks[1] < 1.05 * peaks[0]
+
+
+def test_indices_are_stored_as_they_are(tmp_path):
+    method = get_method("padim")(get_method("padim").Config(image_size=32, input_size=32, grid=2))
+    picked = method.network["statistics"].picked
+    picked += 4001  # beyond what float16 can count
+    method.save_pretrained(tmp_path / "stored", dtype=torch.float16)
+    stored = load_file(tmp_path / "stored" / "model.safetensors")
+    assert torch.equal(stored["network.statistics.picked"], picked)
+    assert stored["network.statistics.mean"].dtype == torch.float16
+
+
+def test_exact_leaves_other_settings_alone():
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=True, deterministic=True, benchmark=True, allow_tf32=True):
+        with methods_base.exact():
+            assert (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark) == (False, True, True)
+        assert cudnn.allow_tf32

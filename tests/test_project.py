@@ -25,7 +25,7 @@ FLOORS = [
     {"commands"},
     {"cluster"},
     {"notebooks", "explore", "sweep", "report", "speed"},
-    {"claims"},
+    {"claims", "performance"},
     {"results"},
     {"experiments", "own_images"},
     {"scoring"},

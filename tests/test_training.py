@@ -297,6 +297,16 @@ def test_loss_falls_on_an_easy_task():
     assert report.losses[-20:].mean() < 0.2 * report.losses[:5].mean()
 
 
+def test_a_clip_of_zero_is_none(monkeypatch):
+    big = TrainConfig(steps=3, batch_size=4, grad_clip=0.0)
+    free = make_network(dropout=0.0)
+    train(free, config=big)
+    bounded = make_network(dropout=0.0)
+    train(bounded, config=TrainConfig(steps=3, batch_size=4, grad_clip=1e9))
+    assert torch.equal(flat(free), flat(bounded))
+    assert not torch.equal(flat(free), flat(make_network(dropout=0.0)))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(value):
     network, calls = make_network(), count()

@@ -135,7 +135,7 @@ def test_every_residual_block_is_given_the_embedding_of_the_timestep():
 @pytest.mark.parametrize("width", [8, 16, 32, 64, 128])
 def test_every_residual_block_sees_the_time_embedding(width):
     rng = torch.Generator().manual_seed(0)
-    block = ResBlock(width, width, 16, dropout=0.0, attends=False)
+    block = ResBlock(width, width, 16)
     torch.nn.init.constant_(block.conv2.weight, 0.1)
     x = torch.randn(1, width, 4, 4, generator=rng)
     a, b = torch.randn(2, 1, 16, generator=rng)
@@ -166,7 +166,7 @@ def test_stem_folds_blocks_of_pixels_into_channels(unshuffle):
 
 
 def test_gradients_are_finite_and_reach_both_ends():
-    network = tiny(3, dropout=0.1).train()
+    network = tiny(3).train()
     x = images(2, 3, 13, 16)
     network(x, torch.tensor([3, 900])).square().mean().backward()
     for name, parameter in network.named_parameters():
@@ -174,10 +174,3 @@ def test_gradients_are_finite_and_reach_both_ends():
         assert torch.isfinite(parameter.grad).all(), name
     assert network.stem.weight.grad.abs().max() > 1e-6
     assert network.out.weight.grad.abs().max() > 1e-6
-
-
-def test_dropout_acts_in_training_only():
-    network, x = tiny(dropout=0.5), images(1, 1, 16, 16)
-    assert torch.equal(apply(network, x), apply(network, x))
-    network.train()
-    assert not torch.equal(apply(network, x), apply(network, x))

@@ -9,7 +9,7 @@ reconstruction at small ``t`` already, and everything else the noise destroys is
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, Unpack
 
@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from diffad_lite.config import Profile, check_ranges
-from diffad_lite.gaussian import GaussianDiffusion, Generators, Step, noise_generators, randn
-from diffad_lite.images import image_keys
-from diffad_lite.methods.base import Method
+from diffad_lite.gaussian import GaussianDiffusion, Generators, Step, last, randn
+from diffad_lite.methods.base import Method, exact
 from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.networks import UNet
 from diffad_lite.readers import FLIP_AXES
 from diffad_lite.schedules import BetaSchedule, NoiseSchedule
 from diffad_lite.simplex import simplex_noise
 from diffad_lite.training import FitOptions, TrainConfig, TrainReport, train_network
+
+PRIOR_SHARE = 0.7  # of a time budget, where it is the first stage of another method
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,9 @@ class AnoDDPMConfig(MethodConfig):
         # Public code (Julian-Wyatt/AnoDDPM), test_args/args28.json and UNet.py: 256 px, base 128,
         # multipliers (1, 1, 2, 2, 4, 4), two blocks, attention at 16 and 8 px, linear betas,
         # T = 1000, AdamW 1e-4, batch 1, 3000 epochs of 100 images, EMA 0.9999; detection.py,
-        # anomalous_metric_calculation: 200 steps. Ours differs: the learning rate decays, and the
-        # way back is DDIM. Noise is simplex in that file: AnoDDPMSimplex.
+        # anomalous_metric_calculation: 200 steps. Ours differs: the learning rate warms up and
+        # decays, gradients are clipped, the way back is DDIM, and maps are blurred and calibrated
+        # as in lite. Noise is simplex in that file: AnoDDPMSimplex.
         train = TrainConfig(
             steps=300_000, batch_size=1, learning_rate=1e-4, ema_decay=0.9999, flip_axes=flips
         )
@@ -140,21 +142,22 @@ class AnoDDPM(Method):
     # Inference: x_t = add_noise(x, t), then back to an image.
 
     @torch.no_grad()
-    def trajectory(self, images: Tensor, generators: list[torch.Generator]) -> list[Step]:
-        """Noise images to the level and denoise them; every state, the last one clean."""
+    def trajectory(self, images: Tensor, generators: list[torch.Generator]) -> Iterator[Step]:
+        """Noise images to the level and denoise them, yielding every state, the last one clean."""
         timesteps = self.diffusion.schedule.timesteps(self.config.noise_level, self.config.steps)
         x_t = self.diffusion.add_noise(images, timesteps[0], self.draw_noise(images, generators))
-        return list(self.diffusion.ddim_sample(self.network, x_t, timesteps))
+        yield from self.diffusion.ddim_sample(self.network, x_t, timesteps)
 
     def _infer(
         self, images: Tensor, generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         reconstruction = torch.stack(
-            [self.trajectory(images, generators)[-1].x for _ in range(self.config.n_noises)]
+            [last(self.trajectory(images, generators)).x for _ in range(self.config.n_noises)]
         ).mean(0)  # (B, C, H, W)
         residual = (images - reconstruction).abs().mean(1)  # (B, H, W)
         return residual, reconstruction, {}
 
+    @exact()
     def explain(
         self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
     ) -> dict[str, Any]:
@@ -166,13 +169,12 @@ class AnoDDPM(Method):
             returns.
         """
         common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
-        keys = image_keys(images) if keys is None else keys
-        prepared = self.prepare(images)
+        prepared, generators = self.seen(images, seed, keys)
         steps = [
             Step(s.t, s.x.cpu(), None if s.x0_hat is None else s.x0_hat.cpu())
-            for s in self.trajectory(prepared.to(self.device), noise_generators(keys, seed))
+            for s in self.trajectory(prepared, generators)
         ]
-        return common | {"trajectory": steps, "residual": prepared - steps[-1].x}
+        return common | {"trajectory": steps, "residual": prepared.cpu() - steps[-1].x}
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ def prior_of(config: AnoDDPMConfig, **unet: Any) -> AnoDDPM:
         config: of the denoiser, its diffusion and its training.
         unet: further options of :class:`~diffad_lite.networks.UNet`.
     """
-    prior = AnoDDPM(config)
+    with torch.device("meta"):  # its own weights, of a fixed seed, are not wanted
+        prior = AnoDDPM(config)
     prior.network = prior._build(**unet)
     return prior
 

@@ -31,6 +31,15 @@ BATCH_SIZE = 32  # images scored at once; no result depends on it
 METHODS: dict[str, type["Method"]] = {}
 
 
+@contextmanager
+def exact() -> Iterator[None]:
+    """Convolve float32 exactly; recent GPUs otherwise do it with ten bits of mantissa."""
+    cudnn = torch.backends.cudnn
+    options = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    with cudnn.flags(enabled=cudnn.enabled, allow_tf32=False, **options):
+        yield
+
+
 class Method(ABC):
     """Base class of all methods; ``Method(config).fit(...).predict(...)``.
 
@@ -79,7 +88,7 @@ class Method(ABC):
     def explain(
         self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
     ) -> dict[str, Any]:
-        """Documented intermediates for figures; every method adds its own."""
+        """Documented intermediates for figures, on the CPU; every method adds its own."""
         prediction = self.predict(images, seed=seed, keys=keys)
         return {"anomaly_map": prediction.anomaly_map, "reconstruction": prediction.reconstruction}
 
@@ -141,6 +150,13 @@ class Method(ABC):
 
         The scores behind the threshold are cross-fitted: each image is standardised with the
         statistics of the others, as a new image will be.
+
+        Args:
+            calibration: normal images (N, C, H, W) that training did not see, float32 in [-1, 1].
+
+        Raises:
+            ValueError: images of wrong shape, channels or range, NaN; fewer than five where maps
+                are calibrated.
         """
         self._check(calibration, "calibration")
         self.map_calibration_ = None
@@ -153,6 +169,7 @@ class Method(ABC):
         self.threshold_ = conformal_threshold(self.calibration_scores_, self.config.quantile)
         return self
 
+    @exact()
     def predict(
         self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
     ) -> Prediction:
@@ -174,11 +191,8 @@ class Method(ABC):
         parts = []
         for start in range(0, len(images), BATCH_SIZE):
             batch = images[start : start + BATCH_SIZE]
-            generators = noise_generators(keys[start : start + BATCH_SIZE], seed)
-            # Without this, recent GPUs convolve float32 with ten bits of mantissa.
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                images_seen = self.prepare(batch).to(self.device)
-                maps, reconstruction, extras = self._infer(images_seen, generators)
+            seen = self.seen(batch, seed, keys[start : start + BATCH_SIZE])
+            maps, reconstruction, extras = self._infer(*seen)
             if self.config.smooth_sigma > 0:
                 maps = blur(maps, self.config.smooth_sigma)
             maps = maps.cpu()
@@ -191,6 +205,13 @@ class Method(ABC):
                     reconstruction = undo_standardise(reconstruction, batch)
             parts.append(Prediction(self._score(batch, maps), maps, reconstruction, extras))
         return Prediction.cat(parts)
+
+    def seen(
+        self, images: Tensor, seed: int, keys: Sequence[str] | None = None
+    ) -> tuple[Tensor, list[torch.Generator]]:
+        """Images (B, C, H, W) as the networks see them, and one generator for the noise of each."""
+        keys = image_keys(images) if keys is None else keys
+        return self.prepare(images).to(self.device), noise_generators(keys, seed)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) as the networks see them."""

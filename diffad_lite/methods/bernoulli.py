@@ -10,7 +10,7 @@ process lacks a term (``process="erasure"``); the paper's is the default here.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self, Unpack
 
@@ -19,15 +19,14 @@ from torch import Tensor, nn
 
 from diffad_lite.bernoulli import BernoulliDiffusion, BitStep, Process, sample_bits
 from diffad_lite.config import Profile, check_ranges
-from diffad_lite.gaussian import noise_generators
-from diffad_lite.images import image_keys
-from diffad_lite.methods.base import Method
+from diffad_lite.gaussian import last
+from diffad_lite.methods.base import Method, exact
 from diffad_lite.methods.prediction import Networks
 from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.networks import AutoencoderConfig, BinaryAutoencoder, UNet
 from diffad_lite.readers import FLIP_AXES
 from diffad_lite.schedules import BetaSchedule, NoiseSchedule
-from diffad_lite.training import FitOptions, TrainConfig, TrainReport, train_network
+from diffad_lite.training import FitOptions, TrainConfig, TrainReport, left, train_network
 
 AUTOENCODER_SHARE = 0.5  # of a time budget
 
@@ -144,7 +143,11 @@ class BernoulliConfig(MethodConfig):
 
 
 class Bernoulli(Method):
-    """Diffusion of bits, held where nothing is suspected."""
+    """Diffusion of bits, held where nothing is suspected.
+
+    Its evaluations are counted of the flips' network; the autoencoder adds one to encode an image
+    and one a chain to decode it.
+    """
 
     name = "bernoulli"
     Config = BernoulliConfig
@@ -187,17 +190,15 @@ class Bernoulli(Method):
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         c, budget = self.config, options["budget"]
         autoencoder: BinaryAutoencoder = self.network["autoencoder"]
-        share = None if budget is None else AUTOENCODER_SHARE * budget
         first = train_network(
             autoencoder,
             self.autoencoder_loss,
             train,
             c.train_autoencoder,
             stage="autoencoder",
-            **(options | {"budget": share}),
+            **(options | {"budget": left(budget, {}, AUTOENCODER_SHARE)}),
         )
-        if budget is not None:
-            options["budget"] = budget - first.seconds
+        options["budget"] = left(budget, {"autoencoder": first})
         # The code of a flipped image is not the flipped code: encode both.
         for axis in c.train.flip_axes:
             train = torch.cat([train, train.flip(axis)])
@@ -221,14 +222,13 @@ class Bernoulli(Method):
         return self.network["autoencoder"].decode(z).clamp(-1, 1)
 
     @torch.no_grad()
-    def chain(self, z: Tensor, generators: list[torch.Generator]) -> list[BitStep]:
-        """Noise codes (B, bits, h, w) and repair them; every state, the last one clean."""
+    def chain(self, z: Tensor, generators: list[torch.Generator]) -> Iterator[BitStep]:
+        """Noise codes (B, bits, h, w) and repair them, yielding every state, the last one clean."""
         c = self.config
         timesteps = self.diffusion.schedule.timesteps(c.noise_level, c.steps)
-        steps = self.diffusion.masked_sample(
+        yield from self.diffusion.masked_sample(
             self.network["flips"], z, timesteps, generators, c.threshold, suspect=c.suspect
         )
-        return list(steps)
 
     def _infer(
         self, images: Tensor, generators: list[torch.Generator]
@@ -236,13 +236,14 @@ class Bernoulli(Method):
         y, residuals, reconstructions, changed = self.encode(images), [], [], []
         for _ in range(self.config.n_chains):
             z = sample_bits(y, generators)
-            last = self.chain(z, generators)[-1]
-            reconstructions.append(self.decode(last.z))
+            repaired = last(self.chain(z, generators)).z
+            reconstructions.append(self.decode(repaired))
             residuals.append((images - reconstructions[-1]).abs().mean(1))
-            changed.append((last.z != z).float().mean(1))
+            changed.append((repaired != z).float().mean(1))
         extras = {"changed": torch.stack(changed).mean(0)}  # share of bits, (B, h, w)
         return torch.stack(residuals).mean(0), torch.stack(reconstructions).mean(0), extras
 
+    @exact()
     def explain(
         self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
     ) -> dict[str, Any]:
@@ -251,7 +252,7 @@ class Bernoulli(Method):
         code as it is, in the range of the networks.
         """
         common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
-        keys = image_keys(images) if keys is None else keys
-        generators = noise_generators(keys, seed)
-        z = sample_bits(self.encode(self.prepare(images).to(self.device)), generators)
-        return common | {"code": z, "chain": self.chain(z, generators), "decoded": self.decode(z)}
+        prepared, generators = self.seen(images, seed, keys)
+        z = sample_bits(self.encode(prepared), generators)
+        chain = [step.cpu() for step in self.chain(z, generators)]
+        return common | {"code": z.cpu(), "chain": chain, "decoded": self.decode(z).cpu()}

@@ -19,17 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from diffad_lite.config import Profile, check_ranges
-from diffad_lite.gaussian import Denoiser, noise_generators, randn
-from diffad_lite.images import image_keys
-from diffad_lite.methods.anoddpm import AnoDDPMConfig, PriorConfig, prior_of
-from diffad_lite.methods.base import Method
+from diffad_lite.gaussian import Denoiser, last, randn
+from diffad_lite.methods.anoddpm import PRIOR_SHARE, AnoDDPMConfig, PriorConfig, prior_of
+from diffad_lite.methods.base import Method, exact
 from diffad_lite.methods.prediction import Networks
 from diffad_lite.networks import SegmentationConfig, SegmentationNet, segmentation_loss
 from diffad_lite.synthesis import Synthesis, SynthesisConfig, foreground_of
-from diffad_lite.training import FitOptions, TrainConfig, TrainReport, train_network
+from diffad_lite.training import FitOptions, TrainConfig, TrainReport, left, train_network
 
 TRAINING_GUIDANCE = 1.0  # w
-PRIOR_SHARE = 0.7  # of a time budget
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,9 @@ class DiffusionADConfig(PriorConfig):
 
     @property
     def first_stage(self) -> AnoDDPMConfig | None:
-        """The denoiser's training alone, where there is one."""
-        return super().first_stage if self.pretrain and self.reconstruction == "guided" else None
+        """The denoiser's training alone, where there is one and the denoiser is AnoDDPM's."""
+        own = self.residual_resampling or not self.pretrain or self.reconstruction != "guided"
+        return None if own else super().first_stage
 
     @classmethod
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
@@ -122,7 +121,7 @@ class DiffusionADConfig(PriorConfig):
             segmentation=SegmentationConfig(64, (1, 2, 4, 8, 8, 8), batch_norm=True),
             synthesis=replace(synthesis, ridges=0.0, finest=5, texture_root="dtd"),
             train=TrainConfig(
-                steps=60_000, learning_rate=1e-5, warmup_steps=0, ema_decay=0.0, grad_clip=1e9
+                steps=60_000, learning_rate=1e-5, warmup_steps=0, ema_decay=0.0, grad_clip=0.0
             ),
             denoiser_rate=10.0,
             top_fraction=50 / 256**2,
@@ -204,8 +203,8 @@ class DiffusionAD(Method):
         noise_hat, n = [], self.config.scales
         for own, level in zip(x_t.chunk(n), t.chunk(n), strict=True):
             timesteps = self.diffusion.schedule.timesteps(int(level[0]), self.config.steps)
-            *_, last = self.diffusion.ddim_sample(self.network["denoiser"], own, timesteps)
-            noise_hat.append(self.diffusion.predict_noise(own, level, last.x))
+            clean = last(self.diffusion.ddim_sample(self.network["denoiser"], own, timesteps)).x
+            noise_hat.append(self.diffusion.predict_noise(own, level, clean))
         return torch.cat(noise_hat)
 
     # Training: the noise of normal images, the masks of all.
@@ -233,10 +232,9 @@ class DiffusionAD(Method):
         reports: dict[str, TrainReport] = {}
         _ = self.synthesis.files  # missing textures are an error now, not after the first stage
         if c.first_stage is not None:
-            share = None if budget is None else PRIOR_SHARE * budget
-            reports |= self.prior._fit(train, **(options | {"budget": share}))
-        if budget is not None:
-            options["budget"] = budget - sum(report.seconds for report in reports.values())
+            options["budget"] = left(budget, {}, PRIOR_SHARE)
+            reports |= self.prior._fit(train, **options)
+        options["budget"] = left(budget, reports)
         rates = {"denoiser": c.denoiser_rate}
         reports["joint"] = train_network(
             self.network, self.loss, train, c.train, stage="joint", rates=rates, **options
@@ -273,6 +271,7 @@ class DiffusionAD(Method):
             return images
         return 2 * images - 1 if back else (images + 1) / 2
 
+    @exact()
     def explain(
         self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
     ) -> dict[str, Any]:
@@ -280,10 +279,8 @@ class DiffusionAD(Method):
         common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
         found = None
         if self.config.reconstruction == "guided":
-            keys = image_keys(images) if keys is None else keys
-            found = self.reconstruct(
-                self._in_range(self.prepare(images).to(self.device)), noise_generators(keys, seed)
-            )
+            prepared, generators = self.seen(images, seed, keys)
+            found = self.reconstruct(self._in_range(prepared), generators)
             noised, noise_hat, x0_hat = ([x.cpu() for x in part] for part in found[:3])
             found = Estimates(noised, noise_hat, x0_hat, found.guided.cpu())
         return common | {"estimates": found}

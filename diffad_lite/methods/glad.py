@@ -28,18 +28,16 @@ from diffad_lite.features import (
     peak_ratio,
     perceptual_distance,
 )
-from diffad_lite.gaussian import noise_generators, randn
-from diffad_lite.images import image_keys
-from diffad_lite.methods.anoddpm import prior_of
-from diffad_lite.methods.base import BATCH_SIZE, Method
+from diffad_lite.gaussian import randn
+from diffad_lite.methods.anoddpm import PRIOR_SHARE, prior_of
+from diffad_lite.methods.base import BATCH_SIZE, Method, exact
 from diffad_lite.methods.glad_config import GLADConfig
 from diffad_lite.methods.prediction import Buffers, Networks
-from diffad_lite.metrics import conformal_threshold
+from diffad_lite.metrics import conformal_threshold, top_count
 from diffad_lite.synthesis import Synthesis
-from diffad_lite.training import FitOptions, TrainReport, train_network
+from diffad_lite.training import FitOptions, TrainReport, left, train_network
 
 FEATURE_LEVEL = 25  # t at which the denoiser's own features are taken
-PRIOR_SHARE = 0.7  # of a time budget
 TOP_DRIFT = 0.01  # the drift of an image is the mean of this fraction of its largest values
 
 
@@ -120,11 +118,10 @@ class GLAD(Method):
         for network in self.network.values():
             if isinstance(network, ImageNetFeatures):
                 network.load_weights()
-        share = None if budget is None or not c.anomaly_oriented else PRIOR_SHARE * budget
-        reports = self.prior._fit(train, **(options | {"budget": share or budget}))
+        options["budget"] = left(budget, {}, PRIOR_SHARE if c.anomaly_oriented else 1.0)
+        reports = self.prior._fit(train, **options)
         if c.anomaly_oriented:
-            if budget is not None:
-                options["budget"] = budget - reports["diffusion"].seconds
+            options["budget"] = left(budget, reports)
             reports["anomaly_oriented"] = train_network(
                 self.network["denoiser"],
                 self.anomaly_oriented_loss,
@@ -151,9 +148,20 @@ class GLAD(Method):
         return features, (images - x).abs().mean(1)
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, noise: Tensor) -> Reconstruction:
-        """DDIM from the noise level; each image is watched until it is let go."""
+    def reconstruct(
+        self, images: Tensor, noise: Tensor, delta: float | None = None
+    ) -> Reconstruction:
+        """DDIM from the noise level; each image is watched until it is let go.
+
+        Args:
+            images: as prepared (B, C, H, W).
+            noise: likewise.
+            delta: drift at which it is let go; default the configured, or else the learnt one.
+        """
         c, d = self.config, self.diffusion
+        delta = c.delta if delta is None else delta
+        threshold = self.network["statistics"].delta
+        threshold = threshold if delta is None else torch.full_like(threshold, delta)
         timesteps = d.schedule.timesteps(c.noise_level, c.steps)
         x_t = d.add_noise(images, timesteps[0], noise)
         t_star = torch.full((len(images),), -1, device=images.device)
@@ -164,7 +172,7 @@ class GLAD(Method):
             drift = torch.full_like(images[:, 0], torch.nan)
             # At the noise level nothing can have drifted yet.
             if c.adaptive and t < timesteps[0] and (t_star < 0).any():
-                x_t, t_star, drift = self.watch(images, noise, x_t, noise_hat, t, t_star)
+                x_t, t_star, drift = self.watch(images, noise, x_t, noise_hat, t, t_star, threshold)
             drifts.append(drift)
             states.append(x_t)
             x_t, _ = d.ddim_step(x_t, t, t_next, noise_hat)
@@ -178,11 +186,13 @@ class GLAD(Method):
         noise_hat: Tensor,
         t: int,
         t_star: Tensor,
+        delta: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compare state and noised input, and let go of images that drifted, or came down.
 
         Both are noised by the same ``noise`` and seen through the same ``noise_hat``, so that
-        they differ by ``(x_t_input - x_t) / sqrt(abar_t)``, whatever the network says.
+        they differ by ``(x_t_input - x_t) / sqrt(abar_t)`` before clipping, whatever the network
+        says.
 
         Returns:
             the states, ``t_star`` and the drift (B, H, W), NaN where it was not measured.
@@ -193,7 +203,6 @@ class GLAD(Method):
         one, other = (d.clean_estimate(x, t, noise_hat)[watched] for x in (x_input, x_t))
         drift = torch.full_like(images[:, 0], torch.nan)
         drift[watched] = self.distance(one, other, noise[watched], c.drift_features)
-        delta = s.delta if c.delta is None else torch.as_tensor(c.delta).to(s.delta)
         drifted = watched & (drift_score(drift) > delta)
         down = watched & ~drifted & (t < c.min_level)
         keep = torch.ones_like(images[:, :1])  # of the state; the rest is the noised input's
@@ -215,30 +224,30 @@ class GLAD(Method):
         maps = features + self.config.pixel_weight * scale * pixels
         return maps, found.x, {"t_star": found.t_star.float()}
 
+    @exact()
     def explain(
         self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
     ) -> dict[str, Any]:
         """Also ``path``, the :class:`Reconstruction`, of images as prepared."""
         common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
-        keys = image_keys(images) if keys is None else keys
-        noise = randn(images, noise_generators(keys, seed)).to(self.device)
-        found = self.reconstruct(self.prepare(images).to(self.device), noise)
+        prepared, generators = self.seen(images, seed, keys)
+        found = self.reconstruct(prepared, randn(prepared, generators))
         drifts, states = ([x.cpu() for x in part] for part in (found.drifts, found.states))
         path = found._replace(
             x=found.x.cpu(), t_star=found.t_star.cpu(), drifts=drifts, states=states
         )
         return common | {"path": path}
 
+    @exact()
     def calibrate(self, calibration: Tensor) -> Self:
         """Set delta, the spread of drifts and the scale of pixels, then what every method sets."""
         self._check(calibration, "calibration")
         s = self.network["statistics"]
-        s.delta.fill_(torch.inf)  # so that every image is watched down to the lowest level
         drifts, parts = [], []
         for batch in calibration.split(BATCH_SIZE):
-            noise = randn(batch, noise_generators(image_keys(batch), 0)).to(self.device)
-            images = self.prepare(batch).to(self.device)
-            found = self.reconstruct(images, noise)
+            images, generators = self.seen(batch, 0)
+            noise = randn(images, generators)
+            found = self.reconstruct(images, noise, delta=math.inf)  # each is watched to the end
             drifts.append(torch.stack(found.drifts).cpu())
             parts.append(self.differences(images, found.x, noise))
         if self.config.adaptive:
@@ -265,5 +274,5 @@ class GLAD(Method):
 
 def drift_score(drift: Tensor) -> Tensor:
     """The mean of the largest values of drifts (B, H, W), NaN where they are NaN; (B,)."""
-    k = max(1, math.ceil(TOP_DRIFT * drift[0].numel()))
+    k = top_count(TOP_DRIFT, drift[0].numel())
     return drift.flatten(1).topk(k).values.mean(1)

@@ -137,61 +137,60 @@ class PaperSetting:
     Attributes:
         noise_level: t that images are noised to, T' there.
         steps: of the sampler.
-        delta: drift at which an image is let go, a distance of DINO's features there.
         min_level: below it an image that has not drifted becomes its own noised input.
         pixel_weight: of the pixels' distance in the map.
     """
 
     noise_level: int = 750
     steps: int = 25
-    delta: float = 0.35
     min_level: int = 350
     pixel_weight: float = 0.0
 
 
-def _visa(delta: float, pixel_weight: float) -> PaperSetting:
-    return PaperSetting(450, 15, delta, 200, pixel_weight)
+def _visa(pixel_weight: float) -> PaperSetting:
+    return PaperSetting(450, 15, 200, pixel_weight)
 
 
-def _mpdd(noise_level: int = 500, delta: float = 0.35, min_level: int = 350) -> PaperSetting:
-    return PaperSetting(noise_level, 25, delta, min_level)
+def _mpdd(noise_level: int = 500, min_level: int = 350) -> PaperSetting:
+    return PaperSetting(noise_level, 25, min_level)
 
 
+# The deltas of that table are distances of DINO's features: not used here.
 PAPER_SETTINGS = {
     # MVTec AD
-    "carpet": PaperSetting(delta=0.32),
-    "grid": PaperSetting(delta=0.47),
-    "leather": PaperSetting(delta=0.35),
-    "tile": PaperSetting(delta=0.35),
-    "wood": PaperSetting(delta=0.37),
-    "bottle": PaperSetting(delta=0.32),
-    "cable": PaperSetting(delta=0.40),
-    "capsule": PaperSetting(noise_level=600, delta=0.40),
-    "hazelnut": PaperSetting(delta=0.50),
-    "metal_nut": PaperSetting(delta=0.40),
-    "pill": PaperSetting(delta=0.35),
-    "screw": PaperSetting(delta=0.32),
-    "toothbrush": PaperSetting(delta=0.50),
-    "transistor": PaperSetting(noise_level=850, delta=0.50),
-    "zipper": PaperSetting(delta=0.35),
+    "carpet": PaperSetting(),
+    "grid": PaperSetting(),
+    "leather": PaperSetting(),
+    "tile": PaperSetting(),
+    "wood": PaperSetting(),
+    "bottle": PaperSetting(),
+    "cable": PaperSetting(),
+    "capsule": PaperSetting(noise_level=600),
+    "hazelnut": PaperSetting(),
+    "metal_nut": PaperSetting(),
+    "pill": PaperSetting(),
+    "screw": PaperSetting(),
+    "toothbrush": PaperSetting(),
+    "transistor": PaperSetting(noise_level=850),
+    "zipper": PaperSetting(),
     # MPDD
     "bracket_black": _mpdd(),
     "bracket_brown": _mpdd(),
     "bracket_white": _mpdd(noise_level=450, min_level=200),
     "connector": _mpdd(),
     "metal_plate": _mpdd(),
-    "tubes": _mpdd(delta=0.10),
+    "tubes": _mpdd(),
     # VisA
-    "candle": _visa(0.45, 7),
-    "capsules": _visa(0.40, 7),
-    "cashew": _visa(0.40, 1),
-    "chewinggum": _visa(0.45, 1),
-    "fryum": _visa(0.35, 2),
-    "macaroni1": _visa(0.45, 7),
-    "macaroni2": _visa(0.45, 7),
-    "pcb1": _visa(0.30, 1),
-    "pcb2": _visa(0.30, 2),
-    "pcb3": _visa(0.30, 2),
-    "pcb4": _visa(0.30, 2),
-    "pipe_fryum": _visa(0.45, 2),
+    "candle": _visa(7),
+    "capsules": _visa(7),
+    "cashew": _visa(1),
+    "chewinggum": _visa(1),
+    "fryum": _visa(2),
+    "macaroni1": _visa(7),
+    "macaroni2": _visa(7),
+    "pcb1": _visa(1),
+    "pcb2": _visa(2),
+    "pcb3": _visa(2),
+    "pcb4": _visa(2),
+    "pipe_fryum": _visa(2),
 }

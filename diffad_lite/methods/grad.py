@@ -24,7 +24,7 @@ from diffad_lite.methods.grad_weights import Reweighting
 from diffad_lite.methods.prediction import Networks
 from diffad_lite.networks import PatchDetector, PatchDiff
 from diffad_lite.schedules import NoiseSchedule
-from diffad_lite.training import FitOptions, TrainReport, random_flips, train_network
+from diffad_lite.training import FitOptions, TrainReport, left, random_flips, train_network
 
 DETECTOR_WIDTH = 64
 DETECTOR_CELL = 4  # pixels to the side for each of its logits
@@ -183,7 +183,7 @@ class GRAD(Method):
         c, budget, reports = self.config, options["budget"], {}
         detector, weights = self.network["detector"], self.network["weights"]
         for name, network in self.patchdiffs.items():
-            share = None if budget is None else GENERATORS_SHARE * budget / len(self.patchdiffs)
+            share = left(budget, {}, GENERATORS_SHARE / len(self.patchdiffs))
             reports[name] = train_network(
                 network,
                 self.noise_loss,
@@ -199,8 +199,7 @@ class GRAD(Method):
         for stage, n, own in zip(("warmup", "detector"), steps, used, strict=True):
             if own is not None:
                 own.fit(detector, *parts_of_pool(pool), normal, options["seed"])
-            left = None if budget is None else budget - sum(r.seconds for r in reports.values())
-            share = None if left is None else left * (1 / 3 if stage == "warmup" else 1)
+            share = left(budget, reports, 1 / 3 if stage == "warmup" else 1.0)
 
             def loss(network: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
                 return self.detector_loss(network, x, pool, own, generator)  # noqa: B023

@@ -9,7 +9,6 @@ one guided step, a posterior sample, two passes, map.
 After arXiv 2404.17900 and the official code (KevinBHLin/MDPS), which differ: ``mode`` has both.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Self, Unpack
@@ -18,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffad_lite.config import changed_fields
 from diffad_lite.features import ImageNetFeatures, peak_ratio, perceptual_distance
-from diffad_lite.gaussian import noise_generators, randn
-from diffad_lite.images import image_keys
+from diffad_lite.gaussian import randn
 from diffad_lite.methods.anoddpm import AnoDDPM, prior_of
-from diffad_lite.methods.base import BATCH_SIZE, Method, blur
+from diffad_lite.methods.base import BATCH_SIZE, Method, blur, exact
 from diffad_lite.methods.mdps_config import MDPSConfig
 from diffad_lite.methods.prediction import Buffers, Networks
+from diffad_lite.metrics import top_count
 from diffad_lite.training import FitOptions, TrainReport
 
 
@@ -47,6 +47,15 @@ class MDPS(Method):
     }
 
     def __init__(self, config: MDPSConfig, prior: AnoDDPM | None = None) -> None:
+        """With ``prior``, its weights are taken and nothing is trained.
+
+        Raises:
+            ValueError: it was trained in another way than ``config`` says.
+        """
+        if prior is not None and config.first_stage is not None:
+            others = changed_fields(prior.config, config.first_stage) - AnoDDPM.inference_fields
+            if others:
+                raise ValueError(f"the prior given differs in {', '.join(sorted(others))}")
         self.given = prior
         super().__init__(config)
 
@@ -162,27 +171,27 @@ class MDPS(Method):
     def _score(self, images: Tensor, maps: Tensor) -> Tensor:
         if self.config.score == "mean":
             return super()._score(images, maps)
-        k = math.ceil(self.config.top_fraction * maps[0].numel())
+        k = top_count(self.config.top_fraction, maps[0].numel())
         return maps.flatten(1).softmax(1).topk(k).values.sum(1)
 
+    @exact()
     def explain(
         self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
     ) -> dict[str, Any]:
         """Also ``mask`` (B, 1, H, W), ``samples`` (n, B, C, H, W) and ``maps`` (n, B, H, W)."""
         common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
-        keys = image_keys(images) if keys is None else keys
-        generators, y = noise_generators(keys, seed), self.prepare(images).to(self.device)
+        y, generators = self.seen(images, seed, keys)
         mask = self.find_mask(y, generators)
         samples, maps = self.posterior(y, mask, generators)
         return common | {"mask": mask.cpu(), "samples": samples.cpu(), "maps": maps.cpu()}
 
+    @exact()
     def calibrate(self, calibration: Tensor) -> Self:
         """Set the scale of pixels and the mask's threshold, then what every method sets."""
         self._check(calibration, "calibration")
         c, s, parts = self.config, self.network["statistics"], []
         for batch in calibration.split(BATCH_SIZE):
-            y = self.prepare(batch).to(self.device)
-            generators = noise_generators(image_keys(batch), 0)
+            y, generators = self.seen(batch, 0)
             parts.append(self.distances(y, self.first_sample(y, generators)))
         features, pixels = (torch.cat(part) for part in zip(*parts, strict=True))
         s.pixel_scale.fill_(peak_ratio(features, pixels))

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from diffad_lite.config import Profile, check_ranges
 from diffad_lite.features import LITE0
-from diffad_lite.methods.anoddpm import PriorConfig
+from diffad_lite.methods.anoddpm import AnoDDPMConfig, PriorConfig
 from diffad_lite.training import TrainConfig
 
 
@@ -65,6 +65,11 @@ class MDPSConfig(PriorConfig):
             check_ranges(self, **{name: (0, math.inf)})
         check_ranges(self, mask_quantile=(0, 1), input_size=(32, math.inf))
 
+    @property
+    def first_stage(self) -> AnoDDPMConfig | None:
+        """The denoiser's training, where the denoiser is AnoDDPM's."""
+        return None if self.residual_resampling else super().first_stage
+
     @classmethod
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
         """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
@@ -76,7 +81,8 @@ class MDPSConfig(PriorConfig):
         # Official code, config/*.yaml, unet.py, train.py: 256 px, base 64, (1, 1, 2, 2, 4, 4),
         # two blocks, attention at 32, 16 and 8 px; Adam 3e-4, batch 8, 2000 epochs, no averaging
         # or flips; stride 20; one sample; the map blurred by 4 pixels. Ours differs: AdamW without
-        # the code's weight decay of 0.05 in the gradient; an image's own norm, for which w is
+        # the code's weight decay of 0.05 in the gradient, gradients are clipped; as many steps in
+        # the first pass as in the second, whatever its level; an image's own norm, for which w is
         # smaller by sqrt(8), the batch in the code; the mask's threshold from normal images.
         paper = PAPER_SETTINGS.get(category or "", PaperSetting())
         train = TrainConfig(
@@ -117,7 +123,6 @@ class PaperSetting:
         guidance: w of the second pass, likewise.
         mask_level: t of the first pass; 0 where there is none, as for textures.
         noise_level: t of the second pass.
-        threshold: of the mask, as a fraction of the range of the test set's maps.
     """
 
     pixel_weight: float = 7
@@ -125,13 +130,13 @@ class PaperSetting:
     guidance: float = 100
     mask_level: int = 200
     noise_level: int = 200
-    threshold: float = 0.12
 
 
 def _texture(noise_level: int = 200, pixel_weight: float = 7) -> PaperSetting:
-    return PaperSetting(pixel_weight, 0, 100, 0, noise_level, 0)
+    return PaperSetting(pixel_weight, 0, 100, 0, noise_level)
 
 
+# The mask's threshold there is a fraction of the range of the test set's maps: not used here.
 PAPER_SETTINGS = {
     # MVTec AD
     "carpet": _texture(250, 2),
@@ -139,18 +144,18 @@ PAPER_SETTINGS = {
     "leather": _texture(),
     "wood": _texture(),
     "tile": _texture(150, 0),
-    "bottle": PaperSetting(threshold=0.12),
-    "cable": PaperSetting(1, 50, 50, 250, 250, 0.19),
-    "capsule": PaperSetting(7, 100, 100, 200, 200, 0.03),
-    "hazelnut": PaperSetting(7, 50, 0, 250, 200, 0.25),
-    "metal_nut": PaperSetting(7, 50, 0, 250, 200, 0.25),
-    "pill": PaperSetting(7, 50, 100, 150, 200, 0.12),
-    "screw": PaperSetting(7, 50, 0, 200, 200, 0.15),
-    "toothbrush": PaperSetting(7, 50, 50, 250, 200, 0.15),
-    "transistor": PaperSetting(7, 50, 50, 200, 250, 0.18),
-    "zipper": PaperSetting(7, 0, 100, 200, 200, 0.08),
+    "bottle": PaperSetting(),
+    "cable": PaperSetting(1, 50, 50, 250, 250),
+    "capsule": PaperSetting(7, 100, 100, 200, 200),
+    "hazelnut": PaperSetting(7, 50, 0, 250, 200),
+    "metal_nut": PaperSetting(7, 50, 0, 250, 200),
+    "pill": PaperSetting(7, 50, 100, 150, 200),
+    "screw": PaperSetting(7, 50, 0, 200, 200),
+    "toothbrush": PaperSetting(7, 50, 50, 250, 200),
+    "transistor": PaperSetting(7, 50, 50, 200, 250),
+    "zipper": PaperSetting(7, 0, 100, 200, 200),
     # BTAD
-    "01": PaperSetting(7, 100, 150, 200, 250, 0.05),
-    "02": PaperSetting(7, 50, 200, 200, 250, 0.10),
-    "03": PaperSetting(7, 50, 50, 200, 250, 0.10),
+    "01": PaperSetting(7, 100, 150, 200, 250),
+    "02": PaperSetting(7, 50, 200, 200, 250),
+    "03": PaperSetting(7, 50, 50, 200, 250),
 }

@@ -247,7 +247,7 @@ def farthest_points(points: Tensor, n: int) -> Tensor:
     chosen = [0]
     while len(chosen) < min(n, len(points)):
         last = chosen[-1]
-        to_last = squares - 2 * points @ points[last] + squares[last]
+        to_last = squares - 2 * (points @ points[last]) + squares[last]
         distance = torch.minimum(distance, to_last)
         distance[last] = -1  # never again, even among equal points
         chosen.append(int(distance.argmax()))

@@ -80,8 +80,10 @@ def save(method: Method, folder: Path, dtype: torch.dtype, record: Mapping[str, 
     """Write a checkpoint beside ``folder``, then move it there: complete, or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
-        # Single numbers are statistics, not weights; they stay as they are.
-        f"network.{name}": value.detach().cpu().to(dtype if value.numel() > 1 else value.dtype)
+        # Single numbers are statistics, not weights; they stay as they are, as do indices.
+        f"network.{name}": value.detach()
+        .cpu()
+        .to(dtype if value.is_floating_point() and value.numel() > 1 else value.dtype)
         for name, value in method.network.state_dict().items()
     }
     tensors = {name: value.contiguous().clone() for name, value in tensors.items()}

@@ -145,12 +145,11 @@ def straight_through(y: Tensor, generators: Generators) -> Tensor:
     return y + (sample_bits(y, generators) - y).detach()
 
 
-def unused_bits(y: Tensor, low: float = 0.01) -> float:
-    """Share of bits, of all cells alike, that are nearly always 0 or nearly always 1.
+def unused_bits(y: Tensor) -> float:
+    """Share of bits, of all cells alike, that have the same value in 99 % of cells or more.
 
     Args:
         y: P(bit = 1), (B, bits, h, w).
-        low: how rare "nearly" is.
     """
     usage = y.mean((0, 2, 3))  # (bits,)
-    return float(((usage < low) | (usage > 1 - low)).float().mean())
+    return float(((usage < 0.01) | (usage > 0.99)).float().mean())

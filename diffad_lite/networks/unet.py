@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HEAD_WIDTH = 32  # channels of an attention head
+
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding of timesteps ``t`` (B,) -> (B, dim), as in the Transformer."""
@@ -46,9 +48,9 @@ def zero_init(module: nn.Module) -> nn.Module:
 class Attention(nn.Module):
     """Self-attention over the pixels of a coarse grid, with a skip."""
 
-    def __init__(self, channels: int, head_dim: int = 32) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = channels // head_dim if channels % head_dim == 0 else 1
+        self.heads = channels // HEAD_WIDTH if channels % HEAD_WIDTH == 0 else 1
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
@@ -83,7 +85,6 @@ class ResBlock(nn.Module):
         in_channels: int,
         out_channels: int,
         emb_dim: int,
-        dropout: float,
         attends: bool = False,
         resample: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
@@ -93,7 +94,6 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, out_channels)
         self.norm2 = group_norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -103,7 +103,7 @@ class ResBlock(nn.Module):
         """``x`` (B, in, H, W), ``emb`` (B, emb_dim) -> (B, out, H, W), or as resampled."""
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         h = h + self.emb(F.silu(emb))[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(F.silu(self.norm2(h)))
         return self.attention(self.skip(self.resample(x)) + h)
 
 
@@ -129,12 +129,11 @@ def resampler(
     resample: Callable[[Tensor], Tensor],
     channels: int,
     emb_dim: int,
-    dropout: float,
     residual: bool,
 ) -> nn.Module:
     """What changes the grid by :func:`halve` or :func:`double`."""
     if residual:
-        return ResBlock(channels, channels, emb_dim, dropout, resample=resample)
+        return ResBlock(channels, channels, emb_dim, resample=resample)
     return Downsample(channels) if resample is halve else Upsample(channels)
 
 
@@ -149,7 +148,6 @@ class UNet(nn.Module):
         blocks_per_level: residual blocks of each level on the way down (one more on the way up).
         attention_levels: indices of the levels with self-attention; the middle always has it.
         unshuffle: side of the pixel blocks that the stem folds into channels (1 = none).
-        dropout: probability inside the residual blocks.
         residual_resampling: change the grid by residual blocks (as BigGAN, and the networks of
             guided diffusion), not by single convolutions.
 
@@ -168,7 +166,6 @@ class UNet(nn.Module):
         blocks_per_level: int = 1,
         attention_levels: tuple[int, ...] = (),
         unshuffle: int = 1,
-        dropout: float = 0.0,
         residual_resampling: bool = False,
     ) -> None:
         super().__init__()
@@ -196,22 +193,22 @@ class UNet(nn.Module):
         for level, width in enumerate(widths):
             for _ in range(blocks_per_level):
                 attends = level in attention_levels
-                self.down.append(ResBlock(channels, width, emb_dim, dropout, attends))
+                self.down.append(ResBlock(channels, width, emb_dim, attends))
                 channels = width
                 skips.append(channels)
             if level < len(widths) - 1:
-                self.down.append(resampler(halve, channels, emb_dim, dropout, residual_resampling))
+                self.down.append(resampler(halve, channels, emb_dim, residual_resampling))
                 skips.append(channels)
         self.middle = nn.ModuleList(
-            ResBlock(channels, channels, emb_dim, dropout, attends) for attends in (True, False)
+            ResBlock(channels, channels, emb_dim, attends) for attends in (True, False)
         )
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(blocks_per_level + 1):
                 attends, in_width = level in attention_levels, channels + skips.pop()
-                self.up.append(ResBlock(in_width, width, emb_dim, dropout, attends))
+                self.up.append(ResBlock(in_width, width, emb_dim, attends))
                 channels = width
             if level > 0:
-                self.up.append(resampler(double, channels, emb_dim, dropout, residual_resampling))
+                self.up.append(resampler(double, channels, emb_dim, residual_resampling))
 
         self.out_norm = group_norm(channels)
         out = nn.Conv2d(channels, out_channels * unshuffle**2, 3, padding=1)

@@ -1,0 +1,123 @@
+"""The same network and the same loops twice, ours and as one writes them with diffusers.
+
+Both have the widths, blocks and attention of the lite AnoDDPM, the same precision, batch and
+images; what differs is whose modules, schedule, optimiser step and average they are.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from diffad_lite.gaussian import GaussianDiffusion, randn
+from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
+from diffad_lite.networks import UNet
+from diffad_lite.schedules import NoiseSchedule
+from diffad_lite.training import TrainConfig, supports_bf16, train_network
+
+CONFIG = AnoDDPMConfig()
+STEPS = 10  # of DDIM, when images are sampled
+
+
+class Unshuffled(nn.Module):
+    """diffusers' network behind a pixel-unshuffle of ``side``; 1 is the plain network."""
+
+    def __init__(self, side: int, image_size: int) -> None:
+        super().__init__()
+        c, self.side = CONFIG, side
+        self.inner = UNet2DModel(
+            sample_size=image_size // side,
+            in_channels=c.channels * side**2,
+            out_channels=c.channels * side**2,
+            block_out_channels=tuple(c.base_channels * m for m in c.channel_mults),
+            layers_per_block=c.blocks_per_level,
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            attention_head_dim=32,
+            norm_num_groups=8,
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Noise (B, C, H, W) of images x (B, C, H, W) at timesteps t (B,)."""
+        eps = self.inner(F.pixel_unshuffle(x, self.side), t).sample
+        return F.pixel_shuffle(eps, self.side)
+
+
+def our_network(side: int) -> UNet:
+    """The denoiser of the lite profile, with a pixel-unshuffle of ``side``."""
+    c = CONFIG
+    return UNet(
+        c.channels,
+        base_channels=c.base_channels,
+        channel_mults=c.channel_mults,
+        blocks_per_level=c.blocks_per_level,
+        attention_levels=c.attention_levels,
+        unshuffle=side,
+    )
+
+
+def train_ours(network: nn.Module, images: Tensor, steps: int, batch_size: int) -> Callable:
+    """Trains by the package's loop; returns nothing of interest."""
+    method = AnoDDPM(CONFIG)
+    config = TrainConfig(steps=steps, batch_size=batch_size)
+    return train_network(network, method.loss, images, config, seed=0, progress=False)
+
+
+def train_theirs(network: nn.Module, images: Tensor, steps: int, batch_size: int) -> None:
+    """Trains as diffusers' example of unconditional training does."""
+    scheduler = DDPMScheduler(num_train_timesteps=CONFIG.num_timesteps)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=5e-4, weight_decay=0.0)
+    ema = EMAModel(network.parameters(), decay=0.999)
+    device = next(network.parameters()).device
+    network.train()
+    for _ in range(steps):
+        clean = images[torch.randint(len(images), (batch_size,))].to(device)
+        noise = torch.randn(clean.shape, device=device)
+        t = torch.randint(CONFIG.num_timesteps, (batch_size,), device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=supports_bf16(device)):
+            eps = network(scheduler.add_noise(clean, noise, t), t)
+            loss = F.mse_loss(eps.float(), noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(network.parameters())
+        loss.item()
+
+
+@torch.no_grad()
+def sample_ours(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """Images (B, C, H, W) by ten steps of DDIM."""
+    device = next(network.parameters()).device
+    schedule = NoiseSchedule.named(CONFIG.beta_schedule, CONFIG.num_timesteps)
+    x = randn(torch.empty(shape, device=device), torch.Generator().manual_seed(0))
+    timesteps = schedule.timesteps(CONFIG.num_timesteps - 1, STEPS)
+    *_, last = GaussianDiffusion(schedule).ddim_sample(network, x, timesteps)
+    return last.x
+
+
+@torch.no_grad()
+def sample_theirs(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """The same by diffusers' scheduler."""
+    device = next(network.parameters()).device
+    scheduler = DDIMScheduler(num_train_timesteps=CONFIG.num_timesteps)
+    scheduler.set_timesteps(STEPS)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, t.to(device)), t, x).prev_sample
+    return x
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long a call takes, the GPU's work included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

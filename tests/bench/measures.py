@@ -1,0 +1,234 @@
+"""What ``make bench`` measures beside the comparison with diffusers: one function a topic.
+
+Each runs in a process of its own, see :mod:`run`, so that memory and start-up are its own.
+"""
+
+import contextlib
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import diffusers_twin as twin
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffad_lite.methods import METHODS
+from diffad_lite.metrics import pixel_metrics
+from diffad_lite.training import TrainConfig, TrainReport, supports_bf16
+
+BATCH, SIZE = 16, 64
+BYTES_A_WEIGHT = 4 * 5  # weight, gradient, two moments of Adam, average; all float32
+PUBLISHED = ("anoddpm", "diffusionad", "glad", "mdps", "bernoulli", "grad")
+
+
+def megabytes() -> float:
+    """The most memory this process ever had."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def images(n: int = 64, size: int = SIZE) -> Tensor:
+    """Random images (n, 1, size, size) in [-1, 1]; speed does not depend on what they show."""
+    return torch.rand(n, 1, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+# ------------------------------------------------------------------------ against diffusers
+
+PAIRS = {  # name -> stem of ours, of theirs
+    "as used": (2, 1),  # ours with its stem, theirs as it comes
+    "same stem": (2, 2),
+    "no stem": (1, 1),
+}
+
+
+def pair(name: str, rounds: int = 5, steps: int = 10) -> dict[str, Any]:
+    """Seconds of a training step and images sampled a second, the two in turn."""
+    ours, theirs = twin.our_network(PAIRS[name][0]), twin.Unshuffled(PAIRS[name][1], SIZE)
+    shape, data = (BATCH, 1, SIZE, SIZE), images()
+    found: dict[str, Any] = {
+        side: {"parameters": sum(p.numel() for p in network.parameters()), "step": [], "images": []}
+        for side, network in (("ours", ours), ("theirs", theirs))
+    }
+    train = {"ours": (twin.train_ours, ours), "theirs": (twin.train_theirs, theirs)}
+    sample = {"ours": (twin.sample_ours, ours), "theirs": (twin.sample_theirs, theirs)}
+    for i in range(rounds + 1):  # the first warms up
+        for side in ("ours", "theirs"):
+            loop, network = train[side]
+            step = twin.seconds(lambda: loop(network, data, steps, BATCH)) / steps  # noqa: B023
+            draw, network = sample[side]
+            a_second = BATCH / twin.seconds(lambda: draw(network, shape))  # noqa: B023
+            if i:
+                found[side]["step"].append(step)
+                found[side]["images"].append(a_second)
+    return found
+
+
+def training_memory(name: str, side: str) -> float:
+    """Megabytes that a training takes beside what the process had before its first step."""
+    data, stems = images(), dict(zip(("ours", "theirs"), PAIRS[name], strict=True))
+    if side == "ours":
+        loop, network = twin.train_ours, twin.our_network(stems[side])
+    else:
+        loop, network = twin.train_theirs, twin.Unshuffled(stems[side], SIZE)
+    before = megabytes()
+    loop(network, data, 5, BATCH)
+    return megabytes() - before
+
+
+# --------------------------------------------------------------------------------- metrics
+
+
+def metrics(n: int = 1000, size: int = 256) -> dict[str, float]:
+    """Seconds and megabytes of all pixel metrics of n maps; a tenth of them has a defect."""
+    rng = np.random.default_rng(0)
+    maps = rng.random((n, size, size), dtype=np.float32)
+    masks = np.zeros((n, size, size), bool)
+    for i in range(0, n, 10):
+        y, x = rng.integers(0, size - 40, 2)
+        masks[i, y : y + 40, x : x + 40] = True
+    maps[masks] += 0.3
+    before = megabytes()
+    seconds = twin.seconds(lambda: pixel_metrics(masks, maps))
+    return {"seconds": seconds, "mb": megabytes() - before, "maps": n, "size": size}
+
+
+# -------------------------------------------------------------------------------- start-up
+
+
+def start(rounds: int = 5) -> dict[str, float]:
+    """Seconds of new processes, the median of some."""
+
+    def median(*words: str) -> float:
+        call = [sys.executable, *words]
+        return float(
+            np.median(
+                [
+                    twin.seconds(lambda: subprocess.run(call, check=True, capture_output=True))
+                    for _ in range(rounds)
+                ]
+            )
+        )
+
+    torch_alone = median("-c", "import torch")
+    return {
+        "import torch": torch_alone,
+        "import diffad_lite": median("-c", "import torch, diffad_lite") - torch_alone,
+        "import diffad_lite.experiments": median("-c", "import torch, diffad_lite.experiments")
+        - torch_alone,
+        "diffad --help": median("-m", "diffad_lite.cli", "--help"),
+    }
+
+
+# ----------------------------------------------------------------------------------- scale
+
+
+def step_seconds(size: int, batch: int, n: int = 64, steps: int = 4) -> float:
+    """Seconds of a training step of the lite denoiser, after one that warms up."""
+    network, data = twin.our_network(2), images(n, size)
+    twin.train_ours(network, data, 2, batch)
+    return twin.seconds(lambda: twin.train_ours(network, data, steps, batch)) / steps
+
+
+def scale() -> dict[str, Any]:
+    """Seconds of a step against image size, batch, and number of training images."""
+    return {
+        "size": {str(s): step_seconds(s, BATCH) for s in (32, 64, 128, 256)},
+        "batch": {str(b): step_seconds(SIZE, b) for b in (4, 16, 64)},
+        "images": {str(n): step_seconds(SIZE, BATCH, n) for n in (64, 512, 4096)},
+        "noises": noises(),
+    }
+
+
+def noises() -> dict[str, float]:
+    """Milliseconds an image of AnoDDPM against the number of noises that are averaged."""
+    found = {}
+    for n in (1, 4, 16):
+        method = METHODS["anoddpm"](METHODS["anoddpm"].Config(n_noises=n))
+        method.network.eval()
+        method.predict(images(BATCH))
+        found[str(n)] = 1000 * twin.seconds(lambda: method.predict(images(BATCH))) / BATCH  # noqa: B023
+    return found
+
+
+# ------------------------------------------------------------- a model of the paper profiles
+
+
+class Saved:
+    """Bytes that autograd keeps for the backward pass, weights apart."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.seen = {p.untyped_storage().data_ptr() for p in network.parameters()}
+        self.bytes = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Count a tensor that is kept."""
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def count_step(
+    network: nn.Module, loss: Callable, data: Tensor, config: TrainConfig
+) -> dict[str, float]:
+    """Operations and memory of one training step, counted on a batch of two and scaled."""
+    few = min(2, len(data))
+    saved, amp = Saved(network), supports_bf16(torch.device("cpu"))
+    network.train()
+    with FlopCounterMode(display=False) as counter:
+        with (
+            torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=amp),
+        ):
+            value = loss(network, data[:few], torch.Generator().manual_seed(0))
+        value.backward()
+    network.zero_grad(set_to_none=True)
+    scale, weights = config.batch_size / few, sum(p.numel() for p in network.parameters())
+    return {
+        "parameters": weights,
+        "steps": config.steps,
+        "batch": config.batch_size,
+        "flops": counter.get_total_flops() * scale,
+        "gb": (BYTES_A_WEIGHT * weights + saved.bytes * scale) / 2**30,
+    }
+
+
+def stages(name: str, profile: str, size: int) -> dict[str, dict[str, float]]:
+    """Stage -> :func:`count_step` of each training of a method, none of which is made."""
+    found: dict[str, dict[str, float]] = {}
+
+    def counted(network, loss, data, config, *, stage="train", **options):
+        found[stage] = count_step(network, loss, data, config)
+        return TrainReport(0, 0.0, torch.zeros(0))
+
+    channels = 1 if profile == "lite" else 3
+    config = METHODS[name].Config.for_profile(profile, channels=channels, image_size=size)
+    method = METHODS[name](config)
+    data = images(8, size).expand(-1, channels, -1, -1).contiguous()
+    if name == "grad":  # its pool is drawn, not trained; a part of a pool has the same shapes
+        drawn = torch.cat([data, torch.ones_like(data[:, :1])], 1)
+        method.draw_pool = lambda *arguments: drawn
+        method.twins = lambda *arguments: data
+    options = {"seed": 0, "budget": None, "workdir": None, "progress": False}
+    with contextlib.ExitStack() as stack:
+        for place, module in list(sys.modules.items()):
+            if place.startswith("diffad_lite.methods") and hasattr(module, "train_network"):
+                stack.enter_context(mock.patch.object(module, "train_network", counted))
+        method._fit(method.prepare(data), **options)
+    return found
+
+
+def prediction(size: int) -> dict[str, float]:
+    """Counted operations and memory of a step of the lite denoiser beside what it takes."""
+    network, method = twin.our_network(2), METHODS["anoddpm"](twin.CONFIG)
+    data = images(BATCH, size)
+    found = count_step(network, method.loss, data, TrainConfig(batch_size=BATCH))
+    before = megabytes()
+    seconds = step_seconds(size, BATCH)
+    return found | {"seconds": seconds, "measured_gb": (megabytes() - before) / 2**10}
