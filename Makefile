@@ -43,6 +43,11 @@ test-browser: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet -e '.[browser]'
 	$(BIN)/python -m pytest tests/browser -rs --timeout=1800
 
+# The course, the guide and the API as a static site, in build/site/index.html.
+docs: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet -e '.[docs]'
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/site
+
 # Ten thousand spoilt inputs and a hundred kills; `make test` does a small part of the inputs.
 fuzz: $(VENV)/.installed-test
 	DIFFAD_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz*.py --timeout=3600
