@@ -534,7 +534,11 @@ def test_the_image_size_of_a_listing(refused):
         ("beta_schedule=square", "AnoDDPMConfig.beta_schedule", "must be one of 'linear', 'cosi"),
         ("train.steps=0", "TrainConfig.steps", "must be in 1..1000000000, got 0"),
         ("train.batch_size=-2", "TrainConfig.batch_size", "must be in 1..1000000, got -2"),
-        ("train.learning_rate=-1", "TrainConfig.learning_rate", "must be in 0..1000000.0, got -1.0"),
+        (
+            "train.learning_rate=-1",
+            "TrainConfig.learning_rate",
+            "must be in 0..1000000.0, got -1.0",
+        ),
         ("train.ema_decay=1.5", "TrainConfig.ema_decay", "must be in 0..1, got 1.5"),
         ("base_channels=0", "base_channels", "must be at least 1, got 0"),
         ("channel_mults=[]", "channel_mults", "must be at least 1"),
