@@ -121,7 +121,6 @@ class TrainingState:
         Raises:
             FloatingPointError: the loss is not finite.
         """
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         mean = loss.detach().clone()
         gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
@@ -138,6 +137,7 @@ class TrainingState:
         if self.config.grad_clip:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.grad_clip)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # none is kept during the next step
         self.ema.update_parameters(self.network)
         self.losses.append(value)
         self.step += 1

@@ -21,6 +21,7 @@ from diffad_lite.training import TrainConfig, supports_bf16, train_network
 
 CONFIG = AnoDDPMConfig()
 STEPS = 10  # of DDIM, when images are sampled
+LOSS = AnoDDPM(CONFIG).loss
 
 
 class Unshuffled(nn.Module):
@@ -60,11 +61,10 @@ def our_network(side: int) -> UNet:
     )
 
 
-def train_ours(network: nn.Module, images: Tensor, steps: int, batch_size: int) -> Callable:
-    """Trains by the package's loop; returns nothing of interest."""
-    method = AnoDDPM(CONFIG)
+def train_ours(network: nn.Module, images: Tensor, steps: int, batch_size: int) -> None:
+    """Trains by the package's loop."""
     config = TrainConfig(steps=steps, batch_size=batch_size)
-    return train_network(network, method.loss, images, config, seed=0, progress=False)
+    train_network(network, LOSS, images, config, seed=0, progress=False)
 
 
 def train_theirs(network: nn.Module, images: Tensor, steps: int, batch_size: int) -> None:
