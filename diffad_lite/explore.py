@@ -40,9 +40,8 @@ TRIES = 24  # defects that are drawn to find one near the wanted place
 
 
 def is_live() -> bool:
-    """Whether a person can move a slider: a notebook kernel, and not an unattended run, which the
-    environment variables ``CI`` and ``DIFFAD_STATIC`` tell; ``diffad notebooks`` sets the latter.
-    """
+    """Whether a person can move a slider: a kernel, and neither ``CI`` nor ``DIFFAD_STATIC`` is set
+    in the environment; ``diffad notebooks`` sets the latter."""
     unattended = os.environ.get("CI") or os.environ.get("DIFFAD_STATIC")
     return not unattended and getattr(get_ipython(), "kernel", None) is not None
 
@@ -113,8 +112,8 @@ def _stack(sliders: Sequence, frames: Mapping[tuple, bytes], *chosen: Any) -> ip
 def _slider(name: str, values: Sequence, start: Any = None) -> ipywidgets.Widget:
     """A slider over values; names are chosen from a list. Arrow keys move either."""
     kind = ipywidgets.Dropdown if isinstance(start, str) else ipywidgets.SelectionSlider
-    value = values[len(values) // 2] if start is None else start
-    return kind(options=list(values), value=value, description=name)
+    start = values[len(values) // 2] if start is None else start
+    return kind(options=list(values), value=start, description=name)
 
 
 def show_grid(
@@ -155,8 +154,8 @@ def show_grid(
                 grid[here] = colours(Normalize(*scale)(x))[..., :3]
                 if masks and masks[i] is not None:
                     mask = torch.from_numpy(np.asarray(masks[i], np.float32))
-                    mask = F.adaptive_max_pool2d(mask[None], (H, W))  # and beside it
-                    outline[here] = F.max_pool2d(mask, 5, 1, 2)[0]
+                    mask = F.adaptive_max_pool2d(mask[None], (H, W))
+                    outline[here] = F.max_pool2d(mask, 5, 1, 2)[0]  # and beside it
             else:
                 x = x if len(x) == 3 else x[:1]
                 grid[here] = (x.transpose(1, 2, 0).clip(-1, 1) + 1) / 2

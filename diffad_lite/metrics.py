@@ -22,9 +22,8 @@ def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
     """AUROC, average precision and the best F1 of image scores, by scikit-learn.
 
     `labels` (n,) are 0 normal, 1 anomalous; `scores` (n,) are finite, higher = more anomalous.
-    Returns, in [0, 1], ``image_auroc``, ``image_ap``, ``image_f1max_oracle`` (the largest F1 over
-    all thresholds, chosen on these same labels). Raises ValueError for unequal lengths, NaN or
-    infinity, labels other than 0 and 1, only one class.
+    Returns, in [0, 1], ``image_auroc``, ``image_ap``, ``image_f1max_oracle`` (of the threshold best
+    on these labels). ValueError for unequal lengths, NaN or infinity, other labels, only one class.
     """
     labels, scores = _checked_images(labels, scores)
     fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
@@ -39,8 +38,8 @@ def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
 def f1_at_threshold(labels: ArrayLike, scores: ArrayLike, threshold: float) -> float:
     """F1 in [0, 1] of the prediction ``score > threshold``; 0 when nothing is predicted.
 
-    `labels` (n,), `scores` (n,) and errors as in `image_metrics`; ValueError also for a NaN
-    threshold. It comes from normal images (`conformal_threshold`), never from these labels.
+    Errors as in `image_metrics`, and for a NaN threshold; it comes from normal images, never from
+    these labels (n,).
     """
     labels, scores = _checked_images(labels, scores)
     if math.isnan(threshold):
@@ -51,9 +50,8 @@ def f1_at_threshold(labels: ArrayLike, scores: ArrayLike, threshold: float) -> f
 def pixel_metrics(masks: Images, maps: Images, limit: float = 0.3) -> dict[str, float]:
     """Pixel AUROC, pixel AP, the best Dice and AUPRO up to `limit`, from one ranking of all pixels.
 
-    `masks` and `maps` hold one (H_i, W_i) array an image; sizes may differ between images. A mask
-    is 0 on normal pixels (everywhere on a normal image), else anomalous; a map is finite, higher =
-    more anomalous, and ranked in its own dtype (float32 is the fastest).
+    `masks` and `maps` hold one (H_i, W_i) array an image; sizes may differ. A mask is 0 on normal
+    pixels, else anomalous; a map is finite, higher = more anomalous, ranked in its own dtype.
     Returns, in [0, 1], ``pixel_auroc`` and ``pixel_ap`` (as scikit-learn on the pooled pixels, with
     ties), ``dice_oracle`` (pooled, best threshold on these masks), ``aupro``. Errors as `aupro`.
     """
@@ -81,9 +79,8 @@ def aupro(masks: Images, maps: Images, limit: float = 0.3) -> float:
     of all normal pixels at or above it, y = covered share of a region, averaged over the regions
     (8-connected) of all masks. Points are joined linearly, cut at x = `limit`, and the area is
     divided by `limit`: in [0, 1], perfect = 1, unchanged by strictly increasing maps.
-    Raises ValueError for no anomalous region, no normal pixel, NaN or infinity, unequal numbers
-    or shapes, `limit` out of range. Source: Bergmann et al., "The MVTec Anomaly Detection
-    Dataset", IJCV 2021; exact here, with no grid of thresholds.
+    Raises ValueError for no anomalous region, no normal pixel, NaN or infinity, unequal numbers or
+    shapes, `limit` out of range. Source: Bergmann et al., IJCV 2021; no grid of thresholds here.
     """
     return pixel_metrics(masks, maps, limit)["aupro"]
 
@@ -126,10 +123,9 @@ def conformal_threshold(calibration_scores: ArrayLike, q: float = 0.95) -> float
     if scores.ndim != 1 or not n or not 0 < q < 1:
         raise ValueError(f"scores {scores.shape}, q {q}: need shape (n,) with n >= 1 and 0 < q < 1")
     _check_finite(scores, "calibration_scores")
-    share = Fraction(str(q))  # as written: 0.07 of 100 is 7, in floats a bit more, its ceiling 8
-    k = math.ceil(share * (n + 1))
+    k = top_count(q, n + 1)
     if k > n:
-        needed = f"give at least {math.ceil(share / (1 - share))}, or lower q"
+        needed = f"give at least {math.ceil(1 / (1 - Fraction(str(q)))) - 1}, or lower q"
         warnings.warn(f"{n} scores, q = {q}: the maximum is used; {needed}", stacklevel=2)
     return float(np.sort(scores)[min(k, n) - 1])
 
@@ -198,9 +194,8 @@ def verdict(low: float, high: float, minimum: float = 0.0) -> str:
 class MapCalibration:
     """Position-wise mean and standard deviation, each (H, W), of the maps of normal images.
 
-    The variance is shrunk towards its mean over positions: with s^2 the unbiased variance of n maps
-    at a position and k = `shrink`, s~^2 = ((n - 1) s^2 + k mean(s^2)) / (n - 1 + k), so k counts
-    pseudo-observations. Source: Smyth, "Linear models and empirical Bayes methods ...", 2004.
+    The variance s^2 of n maps is shrunk towards its mean over positions: with k = `shrink`,
+    s~^2 = ((n - 1) s^2 + k mean(s^2)) / (n - 1 + k): k counts pseudo-observations (Smyth 2004).
     """
 
     mean: NDArray[np.float64]
@@ -251,7 +246,7 @@ class MapCalibration:
 
 
 def top_count(fraction: float, n: int) -> int:
-    """ceil(fraction n), at least 1; exact, where the product of floats is not."""
+    """ceil(fraction n), at least 1; 0.07 of 100 is 7, in floats a bit more, its ceiling 8."""
     return max(1, math.ceil(Fraction(str(fraction)) * n))
 
 

@@ -15,7 +15,7 @@ from diffad_lite.images import image_keys, undo_standardise
 from diffad_lite.methods import METHODS, Method, get_method, load_pretrained, pretrained
 from diffad_lite.methods import base as methods_base
 from diffad_lite.methods.anoddpm import AnoDDPM
-from diffad_lite.methods.base import blur
+from diffad_lite.methods.numerics import blur, exact
 from diffad_lite.metrics import MapCalibration, conformal_threshold, top_k_mean
 from diffad_lite.speed import TensorsAlive
 
@@ -769,6 +769,6 @@ def test_indices_are_stored_as_they_are(tmp_path):
 def test_exact_leaves_other_settings_alone():
     cudnn = torch.backends.cudnn
     with cudnn.flags(enabled=True, deterministic=True, benchmark=True, allow_tf32=True):
-        with methods_base.exact():
+        with exact():
             assert (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark) == (False, True, True)
         assert cudnn.allow_tf32

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from diffad_lite.config import Profile, check_ranges
 from diffad_lite.gaussian import GaussianDiffusion, Generators, Step, last, randn
-from diffad_lite.methods.base import Method, exact
+from diffad_lite.methods.base import Method
+from diffad_lite.methods.numerics import exact
 from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.networks import UNet
 from diffad_lite.readers import FLIP_AXES

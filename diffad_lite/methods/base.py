@@ -14,13 +14,13 @@ from typing import Any, ClassVar, Self, Unpack
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from diffad_lite import processes
 from diffad_lite.config import unknown_name
 from diffad_lite.gaussian import noise_generators
 from diffad_lite.images import image_keys, standardise, undo_standardise
 from diffad_lite.methods import pretrained
+from diffad_lite.methods.numerics import blur, exact
 from diffad_lite.methods.prediction import Prediction
 from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.metrics import MapCalibration, conformal_threshold, top_k_mean
@@ -29,15 +29,6 @@ from diffad_lite.training import FitOptions, TrainReport
 FEWEST_CALIBRATION = 5  # normal images, so that statistics can be cross-fitted
 BATCH_SIZE = 32  # images scored at once; no result depends on it
 METHODS: dict[str, type["Method"]] = {}
-
-
-@contextmanager
-def exact() -> Iterator[None]:
-    """Convolve float32 exactly; recent GPUs otherwise do it with ten bits of mantissa."""
-    cudnn = torch.backends.cudnn
-    options = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
-    with cudnn.flags(enabled=cudnn.enabled, allow_tf32=False, **options):
-        yield
 
 
 class Method(ABC):
@@ -289,13 +280,6 @@ class Method(ABC):
             ValueError: another method's, broken, or a change that would need training.
         """
         return pretrained.load(cls, Path(folder), changes)
-
-
-def blur(maps: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of maps (B, H, W), reflecting at the border; sigma in pixels."""
-    side = min(maps.shape[-2:])
-    width = min(2 * int(3 * sigma + 0.5) + 1, 2 * side - 1)
-    return gaussian_blur(maps[:, None], [width, width], [sigma, sigma])[:, 0]
 
 
 def get_method(name: str) -> type[Method]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from diffad_lite.bernoulli import BernoulliDiffusion, BitStep, Process, sample_bits
 from diffad_lite.config import Profile, check_ranges
 from diffad_lite.gaussian import last
-from diffad_lite.methods.base import Method, exact
+from diffad_lite.methods.base import Method
+from diffad_lite.methods.numerics import exact
 from diffad_lite.methods.prediction import Networks
 from diffad_lite.methods.profiles import MethodConfig
 from diffad_lite.networks import AutoencoderConfig, BinaryAutoencoder, UNet

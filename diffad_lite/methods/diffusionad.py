@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from diffad_lite.config import Profile, check_ranges
 from diffad_lite.gaussian import Denoiser, last, randn
 from diffad_lite.methods.anoddpm import PRIOR_SHARE, AnoDDPMConfig, PriorConfig, prior_of
-from diffad_lite.methods.base import Method, exact
+from diffad_lite.methods.base import Method
+from diffad_lite.methods.numerics import exact
 from diffad_lite.methods.prediction import Networks
 from diffad_lite.networks import SegmentationConfig, SegmentationNet, segmentation_loss
 from diffad_lite.synthesis import Synthesis, SynthesisConfig, foreground_of

@@ -30,8 +30,9 @@ from diffad_lite.features import (
 )
 from diffad_lite.gaussian import randn
 from diffad_lite.methods.anoddpm import PRIOR_SHARE, prior_of
-from diffad_lite.methods.base import BATCH_SIZE, Method, exact
+from diffad_lite.methods.base import BATCH_SIZE, Method
 from diffad_lite.methods.glad_config import GLADConfig
+from diffad_lite.methods.numerics import exact
 from diffad_lite.methods.prediction import Buffers, Networks
 from diffad_lite.metrics import conformal_threshold, top_count
 from diffad_lite.synthesis import Synthesis

@@ -21,8 +21,9 @@ from diffad_lite.config import changed_fields
 from diffad_lite.features import ImageNetFeatures, peak_ratio, perceptual_distance
 from diffad_lite.gaussian import randn
 from diffad_lite.methods.anoddpm import AnoDDPM, prior_of
-from diffad_lite.methods.base import BATCH_SIZE, Method, blur, exact
+from diffad_lite.methods.base import BATCH_SIZE, Method
 from diffad_lite.methods.mdps_config import MDPSConfig
+from diffad_lite.methods.numerics import blur, exact
 from diffad_lite.methods.prediction import Buffers, Networks
 from diffad_lite.metrics import top_count
 from diffad_lite.training import FitOptions, TrainReport

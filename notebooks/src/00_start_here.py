@@ -228,15 +228,18 @@ fig, _ = plots.show_bars(aurocs, intervals, xlabel="image AUROC, 95 % interval")
 
 # %%
 results = report.read_results(data_dir() / "results")
-found = report.select(results, dataset="elpv", category="mono", plant=None)
-Markdown(report.image_table(found))
+wanted = {"dataset": "elpv", "category": "mono", "image_size": 64}  # one data set
+wanted |= {"plant": None, "variant": "default", "training": ""}  # as it comes
+Markdown(report.image_table(report.select(results, **wanted)))
 
 # %% [markdown]
 # *Table: rendered from the result files in `data/results`; AP is average precision, F1 and false
 # alarms are at the threshold from calibration cells, "evaluations" counts how often the network
-# looks at an image.* Brightness raises more false alarms than the 5 % that were meant, more than one
-# unlucky draw of calibration cells explains well; other values of `split_seed` would tell. Keep three questions for the way: Which defects does each method miss?
-# What does it cost? And is a difference larger than its interval?
+# looks at an image. "Calibrated": maps in units of what is usual at a position; "raw": not.*
+# Brightness raises more false alarms than the 5 % that were meant, more than one unlucky draw of
+# calibration cells explains well; other values of `split_seed` would tell. Keep three questions for
+# the way: Which defects does each method miss? What does it cost? And is a difference larger than
+# its interval?
 #
 # ## Move a slider
 #
@@ -271,16 +274,21 @@ explore(at_threshold, threshold=ladder)
 # | [**04** GLAD](04_glad.ipynb) | an own noise level for every image |
 # | [**05** MDPS](05_mdps.ipynb) | posterior sampling where the image is suspect |
 # | [**06** Masked Bernoulli diffusion](06_bernoulli.ipynb) | flipping bits instead of adding noise |
-# | 07 GRAD | diffusion as a maker of wrong patterns |
-# | 08 Evaluation | which claims hold? |
-# | 09 Explore · 10 Your own images · 11 Scaling up | it is your turn |
+# | [**07** GRAD-style detection](07_grad.ipynb) | diffusion as a maker of wrong patterns |
+# | [**08** Evaluation](08_evaluation.ipynb) | which claims hold? |
+# | [**09** Explore](09_explore.ipynb) | every knob, one cell |
+# | [**10** Your own images](10_own_images.ipynb) | a folder in, a report out |
+# | [**11** Scaling up](11_scaling_up.ipynb) | grids, workers, cost |
 #
-# Notebooks without a link are in preparation. Each has exercises with checks.
+# Each has exercises with checks.
 #
 # ## Notation
 #
-# A symbol means one thing in the whole course, whatever its paper calls it. Images are in
-# $[-1, 1]$ with shape (B, C, H, W); timesteps count from 0, and $t = -1$ is the clean image.
+# The symbols of this table mean one thing in the whole course, whatever a paper calls them, except
+# where a notebook says otherwise (03: $m$, a share, and $A$, an appearance; 06: $s$, an earlier
+# step; 08 and 10: $m$, a count). Other letters, such as $k$, $n$, $\tau$, $\kappa$, $\rho$, $\delta$, $\pi$, belong to
+# their notebook, which says what they are. Images are in $[-1, 1]$ with shape (B, C, H, W); timesteps count from 0, and
+# $t = -1$ is the clean image.
 #
 # | symbol | in code | meaning | in the papers |
 # | --- | --- | --- | --- |
@@ -332,18 +340,26 @@ for check in doctor.checks():
 # %% [markdown] tags=["exercise"]
 # ### Exercise 00.1 ★
 #
-# Compute image scores from the anomaly maps by hand: for each map, the mean of its largest
-# `k = ceil(0.01 * H * W)` values. Put them into `my_scores` (a NumPy array).
+# Compute image scores from anomaly maps by hand. Write `my_score(maps)`: for each of the maps
+# (N, H, W), the mean of its largest `k = ceil(0.01 * H * W)` values, as a NumPy array (N,). Do not
+# use `top_k_mean`.
+
 
 # %% tags=["solution"]
-maps = prediction.anomaly_map.numpy()
-# BEGIN SOLUTION
-flat = np.sort(maps.reshape(len(maps), -1), axis=1)
-k = int(np.ceil(0.01 * flat.shape[1]))
-my_scores = flat[:, -k:].mean(axis=1)
-# END SOLUTION
+def my_score(maps: np.ndarray) -> np.ndarray:
+    # BEGIN SOLUTION
+    flat = np.sort(maps.reshape(len(maps), -1), axis=1)
+    k = int(np.ceil(0.01 * flat.shape[1]))
+    return flat[:, -k:].mean(axis=1)
+    # END SOLUTION
+
 
 # %% tags=["check"]
+ramp = np.arange(200.0).reshape(1, 10, 20)
+assert np.allclose(my_score(ramp), [198.5]), "200 values: the mean of the largest 2"
+assert np.allclose(my_score(ramp[:, :, :15]), [193.5]), "150 values: k is 2, too"
+maps = prediction.anomaly_map.numpy()
+my_scores = my_score(maps)
 assert np.allclose(my_scores, top_k_mean(maps, 0.01), atol=1e-4), "not the top-1 % mean"
 assert np.allclose(my_scores, scores, atol=1e-3), "differs from the method's scores"
 print("right: that is the image score")
@@ -356,18 +372,25 @@ print("right: that is the image score")
 # %% [markdown] tags=["exercise"]
 # ### Exercise 00.2 ★★
 #
-# AUROC is a probability. Compute `my_auroc` from `scores` and `labels` by comparing every
-# defective cell with every normal one; ties count one half. Do not use scikit-learn.
+# AUROC is a probability. Write `my_auroc(labels, scores)`: compare every defective cell (label 1)
+# with every normal one (label 0), and return the share of pairs in which the defective cell scores
+# higher; ties count one half. Do not use scikit-learn.
+
 
 # %% tags=["solution"]
-# BEGIN SOLUTION
-difference = scores[labels == 1][:, None] - scores[labels == 0][None, :]
-my_auroc = (difference > 0).mean() + 0.5 * (difference == 0).mean()
-# END SOLUTION
+def my_auroc(labels: np.ndarray, scores: np.ndarray) -> float:
+    # BEGIN SOLUTION
+    difference = scores[labels == 1][:, None] - scores[labels == 0][None, :]
+    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
+    # END SOLUTION
+
 
 # %% tags=["check"]
-assert abs(my_auroc - image_metrics(labels, scores)["image_auroc"]) < 1e-9
-print(f"right: {my_auroc:.3f}")
+four = np.array([0, 1, 0, 1]), np.array([1.0, 1.0, 0.0, 2.0])
+assert my_auroc(*four) == 0.875, "of four pairs three are right and one is a tie: 0.875"
+found = my_auroc(labels, scores)
+assert abs(found - image_metrics(labels, scores)["image_auroc"]) < 1e-9, "not the AUROC"
+print(f"right: {found:.3f}")
 
 # %% [markdown] tags=["explain"]
 # This is the Mann-Whitney statistic divided by the number of pairs. It shows at once why AUROC
@@ -384,7 +407,7 @@ print(f"right: {my_auroc:.3f}")
 def conformal(scores: np.ndarray, q: float) -> float:
     # BEGIN SOLUTION
     n = len(scores)
-    rank = int(np.ceil((n + 1) * q))
+    rank = int(np.ceil(round((n + 1) * q, 9)))
     return float(np.sort(scores)[min(rank, n) - 1])
     # END SOLUTION
 
@@ -399,6 +422,7 @@ print("right: that is where the dashed line stands")
 # Why $n + 1$? The new cell is one more draw from the same distribution: among $n + 1$ equally
 # likely ranks, at most a share $1 - q$ lies above rank $\lceil (n+1) q \rceil$. With few
 # calibration cells and a high $q$ the rank exceeds $n$, and no threshold can promise that much.
+# (Rounded first: in floats $100 \cdot 0.55$ is a little above 55, and would be rounded up to 56.)
 
 # %% [markdown]
 # ## What we learned

@@ -26,7 +26,10 @@
 # ## Prerequisites
 #
 # [01](01_ddpm_basics.ipynb): the forward process and the one-step estimate. Scores, thresholds and
-# AUROC are explained in [00](00_start_here.ipynb), with the notation of the course.
+# AUROC are explained in [00](00_start_here.ipynb), with the notation of the course. (This notebook's
+# own letters: $S_t$, $E_t$, what survives of a defect and the error on normal cells; $\ell$, $d$, side
+# and darkness of a square; $p$, a position; $\mu(p)$, $v(p)$, statistics of maps there, and $f(p)$, its
+# features; $\kappa$, shrinkage; $N$, a number of cells.)
 
 # %% tags=["parameters"]
 profile: str = "lite"  # ci | lite | paper
@@ -557,13 +560,15 @@ fig, _ = plots.show_curves(
 fig.axes[0].lines[2].set(color="black", linestyle=":", linewidth=1, marker="none")
 fig.axes[0].legend()
 ticks(fig, sides)
+for side, left_over in zip(sides, spread["simplex noise"], strict=True):
+    print(f"simplex noise, {side:2d} x {side:<2d} pixels: {left_over:.2f} is left")
 assert spread["simplex noise"][2] > 2 * spread["white noise"][2]
 
 # %% [markdown]
-# *Figure: how much of the noise is left in the mean over a square.* White noise follows $1/\ell$.
-# Simplex noise falls more slowly: at a quarter of its first wavelength most of it is left, at half of
-# it about half, at the whole a fifth, still some three times what white noise leaves. It averages out
-# too, only later.
+# *Figure: how much of the noise is left in the mean over a square; list: the simplex curve.* White
+# noise follows $1/\ell$. Simplex noise falls more slowly: at a quarter of its first wavelength most of
+# it is left, at half of it about half, and at the whole still several times what white noise leaves.
+# It averages out too, only later.
 #
 # The training is the same with the other noise. In the next figure one cell with an inactive area goes
 # through both models.
@@ -827,7 +832,8 @@ fig, _ = plots.show_scores(
 def stored(method, category="mono", variant="default"):
     """Labels (n,) and scores (seeds, n) of the committed runs on real test images."""
     wanted = {"method": method, "category": category, "variant": variant}
-    own = report.select(results, plant=None, image_size=64, **wanted)
+    wanted |= {"plant": None, "training": "", "image_size": 64}  # no other training
+    own = report.select(results, **wanted)
     read = [report.read_scores(result["folder"]) for result in own]
     return (read[0][0], np.stack([scores for _, scores in read])) if read else None
 
@@ -842,7 +848,7 @@ def compare(a, b):
 
 
 # %%
-categories = list(dict.fromkeys(result["category"] for result in results))
+categories = [k for k in ("mono", "poly", "bottle", "tile") if stored("anoddpm", k)]
 lines = ["| calibrated - raw | " + " | ".join(categories) + " |"]
 lines.append("| --- " * (len(categories) + 1) + "|")
 for name in ("mean_image", "pca", "anoddpm"):
@@ -1150,12 +1156,13 @@ print(f"{total - n_planted} clean and {n_planted} planted cells")
 Markdown(report.pixel_table(by_kind))
 
 # %% [markdown]
-# *Table: planted cell defects, default settings.* Read the AUPRO columns. On cracks, fingers and
-# spots AnoDDPM and PCA are nearly perfect: what is small hardly survives noise, and cannot be drawn
-# from healthy components. PaDiM is close to them there, coarse as its maps are. The inactive areas
-# are AnoDDPM's weak side, as the survival curves told; PCA is better, and PaDiM better still. On
-# inactive areas even the mean image and plain brightness reach or pass PaDiM: such an area is simply
-# dark. As an image score on planted cells AnoDDPM is ahead of PCA.
+# *Table: planted cell defects, default settings.* Read the AUPRO columns. On fingers and spots
+# AnoDDPM, PCA and PaDiM are all nearly perfect, PaDiM with coarse maps: what is small hardly survives
+# noise, cannot be drawn from healthy components, and is unusual among features. On cracks AnoDDPM and
+# PaDiM are, too; PCA less so. The inactive areas are AnoDDPM's weak side, as the survival curves told;
+# PCA is better, and PaDiM better still. On inactive areas even the mean image and plain brightness
+# reach or pass PaDiM: such an area is simply dark. As an image score on planted cells AnoDDPM is ahead
+# of PCA.
 
 # %%
 areas = {}
@@ -1172,15 +1179,17 @@ assert better == sorted(better)
 #
 # And real defects. `mono` and `poly` are two kinds of solar cells; poly cells show crystals, in another
 # pattern in each cell. `bottle` (MVTec AD) and `tile` (magnetic tiles) are photographs that do not come
-# with the course: their columns were made with `data/grid_folders.yaml`.
+# with the course: their columns were made with `data/grid_folders.yaml`. (`breast`, ultrasound, is
+# for [08](08_evaluation.ipynb), and the made scenes `shapes` for [07](07_grad.ipynb).)
 #
 # **Predict**: on which data will a reconstruction from healthy cells fail?
 
 # %%
-Markdown(report.tables(results)["overview"])
+four_sets = [result for result in results if result["category"] in categories]
+Markdown(report.overview_table(four_sets))
 
 # %% [markdown]
-# *Table: image AUROC with 95 % intervals on every data set, default settings, rendered from
+# *Table: image AUROC with 95 % intervals on four data sets, default settings, rendered from
 # `data/results`; three seeds in the 64-pixel rows of `mono`, one elsewhere. "224 px": the images are
 # loaded at 224 pixels; otherwise the feature network sees the 64-pixel image enlarged to 224.* And
 # the verdicts on one question: does the baseline rank better than AnoDDPM with Gaussian noise, on the
@@ -1373,34 +1382,45 @@ print(f"of what is darker only {auroc(labels, top_k_mean(signed, 0.01)):.3f}")
 # %% [markdown] tags=["exercise"]
 # ### Exercise 02.3 ★★
 #
-# When does a square of $\ell \times \ell$ pixels, darker by $d$, drown in *white* noise? Write
-# `drown_level(schedule, side, d)`: the first $t$ (an `int`) at which
-# $\ell\,d\,\sqrt{\mathrm{SNR}_t} \le 1$, with `side` for $\ell$. The attribute `schedule.snr` holds
-# all ratios $\bar\alpha_t / (1-\bar\alpha_t)$.
+# The formula $\ell\,d\,\sqrt{\mathrm{SNR}_t}$ of the lesson holds for *white* noise. Measure the ratio
+# by drawing, for noise of any kind: write `ratio_after(diffusion, t, d, noise)`. The fields `noise`
+# (n, 1, l, l) have variance 1. Noise a square whose pixels all are $-d$ to the level $t$ with each of
+# them (`diffusion.add_noise(x0, t, noise)`), take the mean of each noised square, and return by how
+# many deviations of these n means they lie, on average, below 0.
 
 
 # %% tags=["solution"]
-def drown_level(schedule, side, d):
+def ratio_after(diffusion, t, d, noise):
     # BEGIN SOLUTION
-    return int((side * d * schedule.snr.sqrt() <= 1).nonzero()[0])
+    x_t = diffusion.add_noise(torch.full_like(noise, -d), t, noise)
+    means = x_t.mean((1, 2, 3))  # (n,)
+    return float(-means.mean() / means.std())
     # END SOLUTION
 
 
 # %% tags=["check"]
-schedule = method.diffusion.schedule
-for side, d in ((1, 0.3), (4, 0.3), (16, 0.5)):
-    t = drown_level(schedule, side, d)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(4000, 1, side, side, generator=generator)
-    x_t = method.diffusion.add_noise(torch.full_like(noise, -d), t, noise)
-    ratio = x_t.mean().abs() / x_t.mean((1, 2, 3)).std()
-    assert abs(ratio - 1) < 0.1, f"signal to noise {ratio:.2f} at t = {t}, not 1"
-    print(f"{side:2d} x {side:<2d} pixels, darker by {d}: drowns at t = {t}")
+diffusion, waves = method.diffusion, {"octaves": 4, "persistence": 0.8}
+generator = torch.Generator().manual_seed(0)
+for t, side, d in ((50, 1, 0.3), (200, 4, 0.3), (500, 16, 0.5)):
+    white = torch.randn(2000, 1, side, side, generator=generator)
+    white = torch.cat([white, -white])  # so that the noise has mean 0
+    wavy = simplex_noise(white, generator, wavelength=16, **waves)
+    equal = white[:, :, :1, :1].expand_as(white)  # one number for the whole square
+    ratio = {"of one pixel": d * float(diffusion.schedule.snr[t]) ** 0.5}
+    ratio["white"] = side * ratio["of one pixel"]
+    for name, noise in (("of one pixel", equal), ("white", white)):
+        found = ratio_after(diffusion, t, d, noise)
+        right = abs(found / ratio[name] - 1) < 0.1
+        assert right, f"{found:.3f} at t = {t}, expected {ratio[name]:.3f} ({name})"
+    ratio["simplex"] = ratio_after(diffusion, t, d, wavy)
+    text = ", ".join(f"{name} {value:.2f}" for name, value in ratio.items())
+    print(f"t = {t}, {side} x {side} pixels, darker by {d}: {text}")
 
 # %% [markdown] tags=["explain"]
-# The formula speaks of an observer who knows where to look and how large the square is. The network
-# knows neither, but it knows what healthy cells look like, which tells it a lot. Compare with the
-# curves of survival: a crack of one pixel's width is also long, and its pixels count together.
+# In white noise the ratio grows with the side. Noise that is one number for the whole square does not
+# average out at all, and simplex noise lies between: so it hides a large dark area better. The ratio
+# speaks of an observer who knows where to look and how large the square is. The network knows neither,
+# but it knows what healthy cells look like, which tells it a lot.
 
 # %% [markdown] tags=["exercise"]
 # ### Exercise 02.4 ★★★

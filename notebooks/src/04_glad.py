@@ -90,6 +90,11 @@ print("profile:", profile)
 # The official code works in the latent space of Stable Diffusion, and compares with features of DINO.
 # Neither is here: this is GLAD in pixel space, with a small U-Net and a small ImageNet network. What
 # changes is listed at the end.
+#
+# (This notebook's own letters: $T'$, $t_{\min}$, $t^*$, levels; $a_t$, the drift, and $\delta$, its threshold;
+# $m$, the mask of fusion; $\Delta$, an offset, $\varsigma$, the deviation of healthy pixels; $\kappa$, the sign of
+# the target $\tau$; $r_t = \sqrt{\bar\alpha_t}/\sigma_t$; $\lambda_t$, fading, and $\pi_t$, the share of an anomaly
+# that is in the state; $\rho$, a radius.)
 
 # %% tags=["context"]
 source = dataset, category or None
@@ -259,8 +264,8 @@ label = above.set_xlabel("noise level t")
 # %% [markdown]
 # *Figure: price (to the right) and gain (down) of a noise level, by kind of defect; a handful of each.*
 # Small and thin kinds fall quickly, while healthy detail has suffered little. A good part of an inactive area
-# is left even at the highest level, for which every healthy cell has paid. Put as a question to each cell: **from which level is its
-# reconstruction nearest to its healthy twin?** That is an *oracle*: nobody knows the twin at test time.
+# is left even at the highest level, for which every healthy cell has paid. Put as a question to each cell: **from which
+# level is its reconstruction nearest to its healthy twin?** That is an *oracle*: nobody knows the twin at test time.
 
 # %%
 far = [(b - clean).square().flatten(1).sum(1) for _, b in from_level.values()]
@@ -476,11 +481,11 @@ ax.invert_xaxis()
 # and $t_{\min}$.* Every curve begins at zero and rises, also the healthy one: the network changes healthy
 # detail, too. So $\delta$ cannot be small. It is not chosen by hand here, and not on test images:
 #
-# $$\delta = \text{the conformal 95 % quantile, over normal calibration cells, of }
+# $$\delta = \text{the conformal quantile at 0.95, over normal calibration cells, of }
 # \max_{t \ge t_{\min}} \text{score}(a_t) ,$$
 #
 # so that about one normal image in twenty is let go by mistake. (The official code has a table of a
-# hand-set $\delta$ for each category; the choice of such tables is a topic of exercise 4.)
+# hand-set $\delta$ for each category; the choice of such tables is a topic of exercise 04.4.)
 #
 # ### Does $t^*$ know how bad it is?
 #
@@ -533,15 +538,15 @@ fig, _ = plots.show_curves(
     markers=True,
 )
 line = fig.axes[0].axhline(c.min_level, color="grey", linewidth=1, linestyle=":")
-legend = fig.axes[0].legend(loc="lower right")
+legend = fig.axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5)
 
 # %% [markdown]
-# *Figure: mean level at which cells are let go, by kind and strength; dotted, $t_{\min}$: below it is a
-# reset.* $t^*$ rises with strength; how clearly is the interval above. The kinds differ: large ones are let go
-# early even when they are weak (the strength of a turned patch is its size alone), thin and small ones late. When
-# they are weak these do not drift at all, are reset like healthy cells, and must be found by their
-# reconstruction from $t_{\min}$. **$t^*$ knows how much of the picture moves, which is not the same as how
-# bad it is.**
+# *Figure: mean level at which cells are let go, by kind and strength (cracks and fingers nearly coincide);
+# dotted, $t_{\min}$: below it is a reset.* $t^*$ rises with strength; how clearly is the interval above. The kinds
+# differ: large ones are let go early even when they are weak (the strength of a turned patch is its size alone), thin
+# and small ones late. When they are weak these do not drift at all, are reset like healthy cells, and must be found by
+# their reconstruction from $t_{\min}$. **$t^*$ knows how much of the picture moves, which is not the same as how bad it
+# is.**
 #
 # ### A switch with two positions
 #
@@ -622,6 +627,8 @@ for name, (plain, reset, drift) in ways.items():
         print(f"  minus {other:20} {row}  {metrics.verdict(*found[1:])}")
         real_drift = as_described and (name, other) == ("real", "the drift alone")
         assert not real_drift or metrics.verdict(*found[1:]) != "holds"
+    high, low = (auroc(truth[name], scores) for scores in (plain, reset))
+    assert quick or not as_described or high >= low  # as the text says
 
 # %%
 axes = {"xlabel": r"$\delta$", "ylabel": "image AUROC", "log": "x"}
@@ -632,10 +639,9 @@ line = fig.axes[0].axvline(delta, color="black", linewidth=1, linestyle=":")
 # *Figure: image AUROC against $\delta$, without fusion; left all are let go (plain DDIM from $T'$), right
 # none (one low level for all); dotted, the calibrated $\delta$. Listed: what the switch is worth at the
 # calibrated $\delta$, with paired intervals over the cells of this notebook, and the verdict on "the switch
-# ranks better".* Look at the two ends. The left one is what adaptivity protects from: a level that is too
-# high for normal cells. The right one is the plain alternative, one low level for all, nobody watched.
-# **An adaptive level must be held against the best fixed level, not only against the high one that it starts
-# from.**
+# ranks better".* Look at the two ends. Left, all are let go: the high level for everybody. Right, nobody is:
+# the plain alternative, one low level for all. Here the high level ranks no worse than the low one. **An
+# adaptive level must be held against the best fixed level, whichever that is.**
 #
 # In between, the switch can be better than both ends, and not because of better pictures alone. A cell that
 # is let go gets the large differences of the high level, a cell that is reset the small ones of the low
@@ -917,7 +923,7 @@ assert not as_described or inside > outside
 #
 # $$x_t \;\leftarrow\; m\,x_t + (1 - m)\,x^{\rm in}_t .$$
 #
-# (The public code mixes the two clean estimates; with one $\hat\epsilon$ that is the same, exercise 2.)
+# (The public code mixes the two clean estimates. Is that the same? Exercise 04.2.)
 # What is $m$? Two answers:
 #
 # - **literal**, as in the public code: $m = \mathrm{sigmoid}(a)$. The drift is a distance, so
@@ -1401,7 +1407,7 @@ print("right; t* =", found.t_star.tolist())
 # the reset makes a difference.
 
 # %% [markdown] tags=["exercise"]
-# ### Exercise 04.2 ★★
+# ### Exercise 04.2 ★
 #
 # The public code fuses clean estimates, $\hat x = m\,\hat x_{\rm rec} + (1-m)\,\hat x_{\rm in}$, and goes on
 # from $\hat x$ with the same $\hat\epsilon$. Which *state* at level $t$ has $\hat x$ as its clean estimate?
@@ -1433,7 +1439,7 @@ print(f"right; with m = sigmoid(a) and a >= 0 the state keeps at least {weakest:
 # $[0, 2]$, so the literal $m$ is between 0.5 and 0.88: never a mask in the sense of "here, and not there".
 
 # %% [markdown] tags=["exercise"]
-# ### Exercise 04.3 ★★
+# ### Exercise 04.3 ★
 #
 # Which $\kappa$ makes a perfect denoiser leave a given share of the anomaly (0: none, 1: all, 2: twice)?
 # Write `kappa_for(share)`. What does $\kappa = 0$ train, and on which images?

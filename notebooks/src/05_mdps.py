@@ -291,11 +291,11 @@ line = fig.axes[0].axvline(y_seen, color="black", linewidth=1, linestyle=":")
 
 # %% [markdown]
 # *Figure: prior, true posterior, and densities of 10 000 samples with each guidance, 1000 steps; the
-# vertical line is the observation $y$. List: means and deviations by stride (1: every timestep).* With the exact likelihood the
-# samples are those of the posterior. DPS believes the observation too much, and is too sure of the result:
-# its mean is near 0.63. That is no error in the code; it is the approximation. Coarse strides move the mean
-# little and make the samples too similar: the variance of an ancestral step leaves out that $x_0$ is uncertain,
-# which matters when steps are long. MDPS lives with both.
+# vertical line is the observation $y$. List: means and deviations by stride (1: every timestep).* With the exact
+# likelihood the samples are those of the posterior. DPS believes the observation too much, and is too sure of the
+# result: its mean is near 0.63. That is no error in the code; it is the approximation. Coarse strides move the mean
+# little and make the samples too similar: the variance of an ancestral step leaves out that $x_0$ is uncertain, which
+# matters when steps are long. MDPS lives with both.
 #
 # ## Two ways to impose what is known
 #
@@ -360,8 +360,9 @@ assert not checked or known_ends["code"] > 10 * known_ends["paper"]
 
 # %% [markdown]
 # With $m = 0$ the sample of the paper's form is $y$, whatever the network says. In the code's form the last clean
-# estimate is the network's, so that known pixels end only as near to $y$ as that is. With $m = 1$ and $w = 0$ both are the plain
-# ancestral sampler of AnoDDPM's denoiser. MDPS is what lies between. From here on all samples are of the paper's form.
+# estimate is the network's, so that known pixels end only as near to $y$ as that is. With $m = 1$ and $w = 0$ both are
+# the plain ancestral sampler of AnoDDPM's denoiser. MDPS is what lies between. From here on all samples are of the
+# paper's form.
 #
 # ### What known neighbours are worth
 #
@@ -533,8 +534,9 @@ for w, *point in zip(weights, wrong["no mask"], left["no mask"], strict=True):
 # *Figure: share of the defect left against the error on healthy pixels, one marker for each $w$ (0 and 1 are next to
 # each other), means over the planted cells; with the true mask healthy pixels are copied and only the share moves.*
 # Without a mask $w$ is the noise level's dilemma again, with another knob: a larger weight saves healthy detail and
-# brings the defect back. With a mask there is nothing to save outside, and inside guidance does only harm here. **The mask, not the gradient, is what protects.**
-# (Read with eq. 7, $w$ is a statement about $\nu$: a large one says that the anomaly is small.)
+# brings the defect back. With a mask there is nothing to save outside, and inside guidance does only harm here. **The
+# mask, not the gradient, is what protects.** (Read with eq. 7, $w$ is a statement about $\nu$: a large one says that
+# the anomaly is small.)
 #
 # ## The mask
 #
@@ -881,11 +883,12 @@ print(f"deviation inside defects {inside:.3f}, outside {outside:.3f}")
 assert not checked or (inside < 1.5 * outside and maps.mean() > of_mean.mean())
 
 # %% [markdown]
-# *Figure: from level 100, without a mask: cell; mean of the samples; their deviation; map of the first sample, mean
-# of the maps, map of the mean sample (one scale for the maps, as in the first figure).* The deviation
-# follows edges: wires and the rim. Inside of defects it is hardly larger than elsewhere. It says where the *model* has
-# a choice, which is not where the cell is defective; a map of defects it is not. And the mean of the maps is brighter than the map of the mean; for pixels since
-# $\mathbb E|y - x_0| \ge |y - \mathbb E\,x_0|$: it has the model's uncertainty in its background.
+# *Figure: from level 100, without a mask: cell; mean of the samples; their deviation (white: the largest); map of the
+# first sample, mean of the maps, map of the mean sample (one scale for the maps, as in the first figure).* The
+# deviation follows edges: wires and the rim. Inside of defects it is hardly larger than elsewhere. It says where the
+# *model* has a choice, which is not where the cell is defective; a map of defects it is not. And the mean of the maps
+# is brighter than the map of the mean; for pixels since $\mathbb E|y - x_0| \ge |y - \mathbb E\,x_0|$: it has the
+# model's uncertainty in its background.
 #
 # ### On real cells
 #
@@ -946,8 +949,8 @@ if checked:
 # *List: image AUROC on the real cells of this notebook, and what is lost against the first line, the raw map of all
 # samples, with paired intervals (positive: the first line ranks better). The default is the second line, the
 # calibrated map.* Features alone lose most, the calibration a little. What the number of samples and the features
-# beside the pixels are worth cannot be told from nothing here. Pixels alone do nearly all of the work. (A look, not a choice. These few cells decide nothing, and happen to be easier than most;
-# tables of the whole test set follow.)
+# beside the pixels are worth cannot be told from nothing here. Pixels alone do nearly all of the work. (A look, not a
+# choice. These few cells decide nothing, and happen to be easier than most; tables of the whole test set follow.)
 #
 # ## Neighbours in a batch
 #
@@ -977,11 +980,10 @@ assert not checked or beside["code"][0] < beside["code"][1] < beside["code"][2]
 # %% [markdown]
 # *List: the score of one and the same cell, with $w = 30$ from level 200, so that guidance matters.* In `code`
 # mode it is higher beside another cell, and much higher beside noise: the other picture's residual goes into the norm,
-# so the cell is guided less, and its sample stays further from it. A score is then a property of the *batch* (the package
-# evaluates 32 images at once), of its size and of the order of files, and a weight that was tuned with 8 images is
-# another one with 1. With its own norm an image's score is its
-# own. (That also changes what $w$ means: among 8 pictures of equal residual, an own norm is smaller by
-# $\sqrt 8$, and so is the weight that does the same.)
+# so the cell is guided less, and its sample stays further from it. A score is then a property of the *batch* (the
+# package evaluates 32 images at once), of its size and of the order of files, and a weight that was tuned with 8 images
+# is another one with 1. With its own norm an image's score is its own. (That also changes what $w$ means: among 8
+# pictures of equal residual, an own norm is smaller by $\sqrt 8$, and so is the weight that does the same.)
 #
 # ## What is it worth?
 #
@@ -1008,8 +1010,8 @@ Markdown(rendered.get("elpv-mono-mdps-ablation", waiting))
 #
 # ### Against the others
 #
-# **Predict**: MDPS has the same denoiser as the standardised AnoDDPM, and starts from the same level. Does the rest of it
-# rank real cells better?
+# **Predict**: MDPS has the same denoiser as the standardised AnoDDPM, and starts from the same level. Does the rest of
+# it rank real cells better?
 
 
 # %%
@@ -1129,8 +1131,8 @@ print(f"time of a guided step / of a plain one: {seconds(1.0) / seconds(0.0):.1f
 
 # %% [markdown]
 # $k\,(1 + n)$ calls of the denoiser, all with a backward pass if $w > 0$, and $n + 3$ looks of the feature network.
-# The backward pass goes to $x_t$ alone and makes no gradients of weights, so a guided step takes about twice the time
-# of a plain one in all (last line). AnoDDPM has four calls, no backward pass and no features. (The
+# The backward pass goes to $x_t$ alone and makes no gradients of weights; how much longer a guided step takes than a
+# plain one in all, the last line says. AnoDDPM has four calls, no backward pass and no features. (The
 # public code asks the denoiser twice in each guided step, once for the gradient and once more for the same
 # noise estimate.)
 #
@@ -1189,11 +1191,11 @@ explore(frame, static=static, quantile=quantiles, n=numbers, w=ws)
 
 # %% [markdown]
 # *Figure: in a live notebook, three sliders. Printed: a large mask, $n = 4$, no guidance; then one knob changed at a
-# time: a small mask, $n = 1$, the strongest guidance. One scale for all maps.* (A mask's percentage is the quantile: a high one
-# makes a small mask.) A large mask lets the grain of healthy
-# places into the map; a small one keeps it dark. One sample instead of four changes little that the eye sees. Strong
-# guidance brings the defects back into the samples, and their maps fade (see the crack; the dark area, too bright for
-# the scale, in the list), although the mask covers them.
+# time: a small mask, $n = 1$, the strongest guidance. One scale for all maps.* (A mask's percentage is the quantile: a
+# high one makes a small mask.) A large mask lets the grain of healthy places into the map; a small one keeps it dark.
+# One sample instead of four changes little that the eye sees. Strong guidance brings the defects back into the samples,
+# and their maps fade (see the crack; the dark area, too bright for the scale, in the list), although the mask covers
+# them.
 
 # %% [markdown]
 # ## Paper, public code, ours

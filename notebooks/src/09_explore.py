@@ -387,6 +387,8 @@ for w in weights[1:]:
         f"w = {w:3d}: largest change of a pixel of the maps, from w = 0: {moved[w]:.2f}"
     )
 assert moved[100] > moved[1]
+m_of_one = 1 - float(abar[judge.config.noise_level])
+assert not checked or abs(m_of_one - 0.01) < 0.002  # as the text says
 
 # %% [markdown]
 # At the published weight of 1 the two scales hardly differ from one, for at this small level $m$ is about a
@@ -658,14 +660,15 @@ if with_grad:
 # *Figure: in a live notebook, the receptive field of the generator in pixels, the level that the window is redrawn
 # from, and the exponent. Printed: the highest level with each receptive field. Normal cell, the same with a redrawn
 # window, weights, the detector's logits (black: the median of normal places; white line: the largest score of some
-# normal cells); white outline: around the window.*
+# normal cells); outline: around the window.*
 #
 # Neither field is large enough to see where a wire came from, so wires lose their way in the window. From a low level
 # hardly anything is changed at all. The map reaches beyond the window, because the detector has a receptive field,
-# too (the first line of the list). And where the exponent is 2, the surroundings are black: what normal cells have as
-# well counts least. The weights here were found after the training, from a few drawn pictures: **the bundled detector
-# was trained without them**, since on development defects they did harm. Architectures and the rule of the weights
-# are this course's own; the method was re-implemented from its abstract.
+# too (the first line of the list). And where the exponent is 2, places far from the window are black: what normal cells
+# have as well counts least. The ring around the window, where the detector's field sees a piece of it, has more weight
+# than the window itself, perhaps because its clusters are rarer. The weights here were found after the training, from a
+# few drawn pictures: **the bundled detector was trained without them**, since on development defects they did harm.
+# Architectures and the rule of the weights are this course's own; the method was re-implemented from its abstract.
 #
 # ## A threshold, and what it costs
 #

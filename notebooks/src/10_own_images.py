@@ -60,7 +60,7 @@ from PIL import Image
 from scipy import stats
 
 from diffad_lite import metrics, plots, report
-from diffad_lite.datasets import load_dataset
+from diffad_lite.datasets import data_dir, load_dataset
 from diffad_lite.experiments import Run, evaluate, train
 from diffad_lite.explore import explore
 from diffad_lite.images import list_images, read_image, resize_image, to_float
@@ -209,9 +209,9 @@ assert not as_described or contrast[32] < contrast[64] < contrast[128]
 
 # %% [markdown]
 # *Figure: a cell with a planted crack, whole and at smaller sizes; above each, the largest change of a pixel by the
-# crack, in grey levels.* The eye still sees the crack at 64, since it is long. At 32 it is mostly gone, and no method
-# can bring it back. A larger side costs: pixels grow with its square, and so does the time. For parts that are not
-# square, `resize="pad"` keeps the aspect.
+# crack, in grey levels.* (Resizing sharpens a little, so that a value can exceed that of the whole.) The eye still sees
+# the crack at 64, since it is long. At 32 most of it is gone, and no method brings that back. A larger side costs:
+# pixels grow with its square, and so does the time. For parts that are not square, `resize="pad"` keeps the aspect.
 #
 # ## The split
 #
@@ -386,6 +386,8 @@ rates = {f"n = {n}": false_alarm_rate(n)[1].pdf(x) for n in (20, 40, 120, 1000)}
 axes = {"xlabel": "rate of false alarms R", "ylabel": "density"}
 fig, _ = plots.show_curves(x, rates, **axes)
 line = fig.axes[0].axvline(1 - q, color="black", linewidth=1, linestyle=":")
+low, high = false_alarm_rate(40)[1].interval(0.9)
+assert low < 0.01 and high > 0.1  # as the text says
 
 # %% [markdown]
 # *Figure: how the rate of false alarms scatters over draws of $n$ calibration images; dotted: 5 %.* "Five per cent"
@@ -517,17 +519,16 @@ for name, rows in judged.items() if truth else ():
     real[name] = np.mean([row["alarm"] for row in rows if truth[row["file"]]])
     print(f"{name:12} planted {caught[name][at_one]:4.0%}   real {real[name]:4.0%}")
 if checked:
-    assert caught["padim"][at_one] > caught["pca"][at_one] + 0.1  # a clear winner
+    assert caught["padim"][at_one] > caught["pca"][at_one] + 0.05  # a winner
     assert abs(real["padim"] - real["pca"]) < 0.2  # none
     assert real["brightness"] > caught["brightness"][at_one]
 
 # %% [markdown]
 # *Lists: what was found at each threshold, with exact 95 % intervals; then the same shares beside those of planted
-# defects of severity 1.* On planted defects PaDiM beats PCA clearly; on these real cells the two cannot be told
+# defects of severity 1.* Of the planted defects PaDiM finds more than PCA; on these real cells the two cannot be told
 # apart, and even brightness, which planted defects call useless, finds some, since real defects take light away.
 # Planted defects answer whether a pipeline works, how small is too small, and where a map lights up. **They do not
-# rank methods for your defects.** For that, collect real ones: with a few dozen the intervals above begin to be of
-# use.
+# rank methods for your defects.** For that, collect real ones: with a few dozen the intervals above begin to be of use.
 #
 # ## Another light
 #
@@ -565,7 +566,8 @@ for name, method in fitted.items():
 # *List: warnings of `shifts`, then false alarms on the same healthy images before and after.* `shifts` compares the
 # three numbers of the survey, and speaks when nearly all pairs of a normal and a new image are ordered alike. A defect
 # touches some images; light touches all. Methods that standardise each image (PCA by default, AnoDDPM as trained here)
-# hardly notice; the plain mean image does, and its standardised twin does not.
+# hardly notice, nor does PaDiM, which does not standardise; the plain mean image does, and its standardised twin does
+# not.
 #
 # The price: what only brightness tells is lost to a standardised method, and some real defects of solar cells are
 # just that. If light can be kept constant, keep it, and do not standardise. If it cannot, standardise, and look for
@@ -671,8 +673,7 @@ explore(at_quantile, static=[{"q": 0.95}, {"q": 0.7}], q=[0.5, 0.7, 0.8, 0.9, 0.
 # ImageNet?
 
 # %%
-steps = [n for n in (10, 20, 40, 80, 120) if n <= len(data.train)]
-steps = steps[::2] if quick else steps
+steps = [n for n in (10, 40, 120) if n <= len(data.train)]
 learners = ("mean_image", "pca", "padim")
 learnt = {name: [] for name in learners}
 for n in steps:
@@ -688,12 +689,13 @@ axes = {"xlabel": "normal images in training", "ylabel": "image AUROC, planted"}
 fig, _ = plots.show_curves(steps, curves, **axes, log="x", markers=True)
 fig.axes[0].set_xticks(steps, steps)
 fig.axes[0].minorticks_off()
-assert not checked or learnt["pca"][-1] > learnt["pca"][0] + 0.02
+gain = {name: values[-1] - values[0] for name, values in learnt.items()}
+assert not checked or gain["pca"] > 0.04 > abs(gain["mean_image"])
 
 # %% [markdown]
 # *Figure: image AUROC on planted defects against the number of normal images that were learnt from; one draw each, so
-# that small differences mean nothing.* PCA gains with each doubling; features that were learnt elsewhere start high.
-# Make this curve with your images: if it still rises at its end, the cheapest improvement is a camera.
+# that small differences mean nothing.* PCA and PaDiM gain from more images. The mean image does not: what it lacks is
+# not images. Make this curve with yours: if it still rises at its end, the cheapest improvement is a camera.
 #
 # ### With five images
 #
@@ -728,11 +730,15 @@ for result in records:
     label = report.METHOD_NAMES[result["method"]]
     row = f"{result['train_seconds']:8.1f} s{each:9.1f} ms"
     print(f"{label:26}{row}{86_400 * each / 3.6e6:14.1f} h")
+speeds = report.read_speeds(data_dir() / "results")  # of solar cells, in one run
+for name in ("glad", "mdps") if speeds else ():
+    times = np.median(speeds[name]["ms"]) / np.median(speeds["anoddpm"]["ms"])
+    print(f"{report.METHOD_NAMES[name]}: {times:.0f} times AnoDDPM's time, on record")
 
 # %% [markdown]
 # *List: seconds in training loops, milliseconds to score an image (among few, so that start-up counts), and hours for
-# a day's pictures.* Methods of this course with many network evaluations an image cost ten to thirty times AnoDDPM's
-# (notebook 04 and 05; the tables of [data/README.md](../data/README.md)). Pixels cost with the square of the side.
+# a day's pictures; then two methods with many network evaluations an image ([04](04_glad.ipynb), [05](05_mdps.ipynb)),
+# from the record of `diffad speed`.* Pixels cost with the square of the side.
 #
 # ## When not to use it
 #
@@ -766,10 +772,10 @@ for result in records:
 #   a copy saved as JPEG.
 # - **A verdict on half a minute of diffusion**: it would be one on the machine. The list of differences above says what
 #   it was worth here, on planted defects; on the real cells of this folder a second of PCA is hard to beat.
-# - **Planted defects as a judge of methods**: they preferred features clearly, and the real cells did not. They were
+# - **Planted defects as a judge of methods**: they preferred ImageNet features, and the real cells did not. They were
 #   also misleading when MDPS was set up ([data/README.md](../data/README.md) tells).
-# - **Brightness as a friend**: real defects are darker here, so that a method which keeps brightness finds more,
-#   until the lamp ages.
+# - **Brightness as a friend**: real defects are darker here, so that even a mean grey value finds some, until the lamp
+#   ages.
 # - **Reproducing a budget**: seconds are not steps. A report from a budget cannot be repeated exactly elsewhere.
 
 # %% [markdown]
@@ -883,34 +889,36 @@ assert all((p <= a).mean() < a + 0.02 for a in (0.05, 0.1, 0.5)), (
 # %% [markdown] tags=["exercise"]
 # ### Exercise 10.4 ★★★
 #
-# Eleven alarms among forty new images: defects, or the light? If nothing has changed, each new image is normal and
-# the number of alarms among $m$ is binomial with the rate $R \sim \operatorname{Beta}(n+1-k, k)$, that is,
-# *beta-binomial*. Write `chance_of(alarms, m, n, k)`: the probability of *at least* so many alarms.
-# (`stats.betabinom` has a `sf`, which is the probability of *more than*.)
+# From how many alarms on should somebody look at the line? If nothing has changed, each of $m$ new images is normal,
+# and the number of alarms is binomial with the rate $R \sim \operatorname{Beta}(n+1-k, k)$, which is itself a matter of
+# luck. Write `alarm_limit(m, n, k, chance)`: the smallest number $a$ such that $a$ *or more* alarms have a probability
+# of at most `chance`; $m + 1$ if even $m$ alarms are more probable than that.
 
 
 # %% tags=["solution"]
-def chance_of(alarms, m, n, k):
+def alarm_limit(m, n, k, chance=0.01):
     # BEGIN SOLUTION
-    return float(stats.betabinom(m, n + 1 - k, k).sf(alarms - 1))
+    alarms = np.arange(m + 2)
+    or_more = stats.betabinom(m, n + 1 - k, k).sf(alarms - 1)  # sf: more than
+    return int(alarms[or_more <= chance][0])
     # END SOLUTION
 
 
 # %% tags=["check"]
-assert chance_of(0, 40, 40, 39) == 1, "at least none is certain"
-assert abs(chance_of(1, 1, 40, 39) - 2 / 41) < 1e-9, "one image: the mean rate"
-rng, (n, k, m) = np.random.default_rng(2), (40, 39, 40)
-old, later = rng.random((20_000, n)), rng.random((20_000, m))
-counts = (later > np.sort(old, axis=1)[:, [k - 1]]).sum(1)
-for alarms in (1, 3, 6, 11):
-    exact, simulated = chance_of(alarms, m, n, k), (counts >= alarms).mean()
-    print(f"at least {alarms:2d}: {exact:.4f}, simulated {simulated:.4f}")
-    assert abs(exact - simulated) < 0.01, "not the probability of at least so many"
+assert alarm_limit(1, 40, 39, 0.05) == 1, "one image: an alarm has the chance 2 / 41"
+assert alarm_limit(1, 40, 39, 0.01) == 2, "one image: no number is rare enough"
+for m, n, k in ((40, 40, 39), (40, 120, 115), (200, 40, 39)):
+    limit = alarm_limit(m, n, k, 0.01)
+    each = stats.betabinom(m, n + 1 - k, k).pmf(np.arange(m + 1))
+    or_more = each[::-1].cumsum()[::-1]  # from 0, from 1, ...
+    assert or_more[limit] <= 0.01 < or_more[limit - 1], f"not {limit} of {m}, n = {n}"
+    sure = stats.binom(m, 0.05).isf(0.01) + 1  # if the rate were 5 % for sure
+    print(f"n = {n:3d}: {limit} of {m}; with a rate of 5 % for sure, {sure:.0f}")
 
 # %% [markdown] tags=["explain"]
-# A threshold from 40 images scatters so much that six alarms among forty are no alarm about the line; a binomial with
-# 5 % would have called them one. Eleven are rare either way. What has changed the count does not say: defects, or the
-# light. Ask `shifts` first.
+# A threshold from few images scatters, so that more alarms are needed before they mean something than a binomial with
+# 5 % says; and the more new images share *one* threshold, the larger the difference. What has changed the count does
+# not say: defects, or the light. Ask `shifts` first.
 
 # %% [markdown]
 # ## What we learned
