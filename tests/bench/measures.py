@@ -47,7 +47,7 @@ PAIRS = {  # name -> stem of ours, of theirs
 }
 
 
-def pair(name: str, rounds: int = 5, steps: int = 10) -> dict[str, Any]:
+def pair(name: str, rounds: int = 4, steps: int = 8) -> dict[str, Any]:
     """Seconds of a training step and images sampled a second, the two in turn."""
     ours, theirs = twin.our_network(PAIRS[name][0]), twin.Unshuffled(PAIRS[name][1], SIZE)
     shape, data = (BATCH, 1, SIZE, SIZE), images()
@@ -101,7 +101,7 @@ def metrics(n: int = 1000, size: int = 256) -> dict[str, float]:
 # -------------------------------------------------------------------------------- start-up
 
 
-def start(rounds: int = 7) -> dict[str, float]:
+def start(rounds: int = 5) -> dict[str, float]:
     """Seconds that new processes take, in turn, the fastest of some: a machine is only ever slowed.
 
     Imports are counted beyond that of torch.

@@ -54,17 +54,22 @@ FINISHED = """() => {
     const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')];
     return prompts.length > 0 && prompts.every(p => /\\[\\d+\\]/.test(p.textContent));
 }"""
-# From a key to the first frame that shows another picture, on the page's own clock.
-WATCH = """() => {
+# From a key to the first frame that shows another picture of this box, on the page's own clock.
+WATCH = """box => {
     window.latencies = [];
-    let pressed = null;
-    document.addEventListener('keydown', e => { pressed = e.timeStamp; }, true);
-    document.addEventListener('load', e => requestAnimationFrame(() => {
-        if (pressed !== null && e.target.tagName === 'IMG') {
-            window.latencies.push(performance.now() - pressed);
-            pressed = null;
-        }
-    }), true);
+    const shown = () => {
+        const img = box.querySelector('img');
+        return img && img.complete && img.naturalWidth ? img.src : null;
+    };
+    document.addEventListener('keydown', e => {
+        const before = shown();
+        const look = () => {
+            const now = shown();
+            if (now && now !== before) window.latencies.push(performance.now() - e.timeStamp);
+            else requestAnimationFrame(look);
+        };
+        requestAnimationFrame(look);
+    }, true);
 }"""
 
 
@@ -225,7 +230,7 @@ def test_a_key_shows_another_picture_soon(page, out, record_property):
     box = explorers(page)[0]
     box.scroll_into_view_if_needed()
     slider = box.locator(".noUi-handle").first
-    page.evaluate(WATCH)
+    box.evaluate(WATCH)
     slider.focus()
     for i in range(PRESSES):
         page.keyboard.press(key_inwards(slider))
