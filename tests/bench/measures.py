@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffad_lite.features import ImageNetFeatures
 from diffad_lite.methods import METHODS
 from diffad_lite.metrics import pixel_metrics
 from diffad_lite.training import TrainConfig, TrainReport, supports_bf16
@@ -208,6 +210,8 @@ def stages(name: str, profile: str, size: int) -> dict[str, dict[str, float]]:
 
     channels = 1 if profile == "lite" else 3
     config = METHODS[name].Config.for_profile(profile, channels=channels, image_size=size)
+    if hasattr(config, "synthesis"):  # made textures take the place of downloaded ones
+        config = replace(config, synthesis=replace(config.synthesis, texture_root=""))
     method = METHODS[name](config)
     data = images(8, size).expand(-1, channels, -1, -1).contiguous()
     if name == "grad":  # its pool is drawn, not trained; a part of a pool has the same shapes
@@ -216,6 +220,7 @@ def stages(name: str, profile: str, size: int) -> dict[str, dict[str, float]]:
         method.twins = lambda *arguments: data
     options = {"seed": 0, "budget": None, "workdir": None, "progress": False}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(ImageNetFeatures, "load_weights"))  # a download
         for place, module in list(sys.modules.items()):
             if place.startswith("diffad_lite.methods") and hasattr(module, "train_network"):
                 stack.enter_context(mock.patch.object(module, "train_network", counted))
