@@ -143,10 +143,7 @@ def _difference(
         groups = list(grouped(select(results, **DEFAULT_ROW | dict(own))).values())
         both.append(groups[0] if groups else [])
     seeds = sorted(set.intersection(*({r["seed"] for r in group} for group in both)))
-    if not seeds:
-        return None
-    pair = [[r for r in group if r["seed"] in seeds] for group in both]
-    return *difference_of(*pair), seeds
+    return (*difference_of(*both), seeds) if seeds else None
 
 
 def _ratio(claim: Claim, speeds: Mapping[str, Any]) -> tuple[float, float, float, list[int]] | None:

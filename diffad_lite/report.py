@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from diffad_lite.claims import claims_table, judge_all
+from diffad_lite.claims import Judged, claims_table, judge_all
 from diffad_lite.config import write_atomically
 from diffad_lite.metrics import verdict
 from diffad_lite.performance import performance_tables, read_performance
@@ -177,6 +177,19 @@ def tables(results: Sequence[Result]) -> dict[str, str]:
     return found
 
 
+def every_table(
+    records: Sequence[Result], judged: Sequence[Judged], results: str | Path
+) -> dict[str, str]:
+    """:func:`tables`, and those of times, benchmarks and claims: name -> Markdown."""
+    found = tables(records)
+    if speeds := read_speeds(results):
+        found["speed"] = speed_table(speeds)
+    found |= performance_tables(read_performance(results))
+    if judged:
+        found["claims"] = claims_table(judged)
+    return found
+
+
 def render(results: str | Path, documents: Iterable[Path]) -> list[Path]:
     """Write ``tables.md`` into ``results`` and refresh the marked tables of documents.
 
@@ -190,12 +203,7 @@ def render(results: str | Path, documents: Iterable[Path]) -> list[Path]:
         ValueError: a document asks for a table that no result makes; ``claims.yaml`` is broken.
     """
     records = read_results(results)
-    rendered = tables(records)
-    if speeds := read_speeds(results):
-        rendered["speed"] = speed_table(speeds)
-    rendered |= performance_tables(read_performance(results))
-    if judged := judge_all(records, results):
-        rendered["claims"] = claims_table(judged)
+    rendered = every_table(records, judge_all(records, results), results)
     parts = [f"## {name}\n\n{table}\n" for name, table in rendered.items()]
     head = "# Results\n\nRendered from the result files of this folder by `make tables`.\n"
     targets = {Path(results) / "tables.md": "\n".join([head, *parts])}

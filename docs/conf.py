@@ -94,15 +94,13 @@ def rendered() -> dict[str, str]:
     """
     records = report.read_results(RESULTS)
     judged = claims.judge_all(records, RESULTS)
-    found = report.tables(records) | {"claims": claims.claims_table(judged)}
+    found = report.every_table(records, judged, RESULTS)
     for method, name in report.METHOD_NAMES.items():
         beside = ["brightness", "pca", "padim", "anoddpm", method]
         own = [one for one in judged if one.claim.method == name]
         chosen = [record for record in records if record["method"] in beside]
         found[f"overview-{method}"] = report.overview_table(chosen)
         found[f"claims-{method}"] = claims.claims_table(own)
-    if speeds := report.read_speeds(RESULTS):
-        found["speed"] = report.speed_table(speeds)
     return found
 
 

@@ -252,6 +252,9 @@ def test_training_has_a_stage_of_the_denoiser_alone_and_one_of_both(tmp_path):
     assert list(made.reports_) == ["diffusion", "joint"]
     assert [r["steps"] for r in made.reports_.values()] == [3, 3]
     assert list(fit(pretrain=False).reports_) == ["joint"]
+    other = fit(residual_resampling=True)  # a denoiser of its own, so nobody else's training
+    assert list(other.reports_) == ["diffusion", "joint"]
+    assert other.config.first_stage is None
 
 
 def test_the_first_stage_is_anoddpms_training_itself(tmp_path):

@@ -90,8 +90,12 @@ class DiffusionADConfig(PriorConfig):
     @property
     def first_stage(self) -> AnoDDPMConfig | None:
         """The denoiser's training alone, where there is one and the denoiser is AnoDDPM's."""
-        own = self.residual_resampling or not self.pretrain or self.reconstruction != "guided"
-        return None if own else super().first_stage
+        return super().first_stage if self.pretrains and not self.residual_resampling else None
+
+    @property
+    def pretrains(self) -> bool:
+        """Whether there is a denoiser that is trained alone first."""
+        return self.pretrain and self.reconstruction == "guided"
 
     @classmethod
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
@@ -232,7 +236,7 @@ class DiffusionAD(Method):
         c, budget = self.config, options["budget"]
         reports: dict[str, TrainReport] = {}
         _ = self.synthesis.files  # missing textures are an error now, not after the first stage
-        if c.first_stage is not None:
+        if c.pretrains:
             options["budget"] = left(budget, {}, PRIOR_SHARE)
             reports |= self.prior._fit(train, **options)
         options["budget"] = left(budget, reports)

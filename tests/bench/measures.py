@@ -4,7 +4,6 @@ Each runs in a process of its own, see :mod:`run`, so that memory and start-up a
 """
 
 import contextlib
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffad_lite.doctor import peak_memory_mb
 from diffad_lite.features import ImageNetFeatures
 from diffad_lite.methods import METHODS
 from diffad_lite.metrics import pixel_metrics
@@ -31,8 +31,7 @@ PUBLISHED = ("anoddpm", "diffusionad", "glad", "mdps", "bernoulli", "grad")
 
 def megabytes() -> float:
     """The most memory this process ever had."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+    return peak_memory_mb(torch.device("cpu")) or 0.0
 
 
 def images(n: int = 64, size: int = SIZE) -> Tensor:
@@ -230,9 +229,8 @@ def stages(name: str, profile: str, size: int) -> dict[str, dict[str, float]]:
 
 def prediction(size: int) -> dict[str, float]:
     """Counted operations and memory of a step of the lite denoiser beside what it takes."""
-    network, method = twin.our_network(2), METHODS["anoddpm"](twin.CONFIG)
-    data = images(BATCH, size)
-    found = count_step(network, method.loss, data, TrainConfig(batch_size=BATCH))
+    network, data = twin.our_network(2), images(BATCH, size)
+    found = count_step(network, twin.LOSS, data, TrainConfig(batch_size=BATCH))
     before = megabytes()
     seconds = step_seconds(size, BATCH)
     return found | {"seconds": seconds, "measured_gb": (megabytes() - before) / 2**10}

@@ -22,6 +22,7 @@ import torch
 
 from diffad_lite.config import write_json
 from diffad_lite.doctor import machine_record
+from diffad_lite.performance import read_performance
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "data" / "results" / "performance.json"
@@ -46,7 +47,7 @@ def against_diffusers() -> dict[str, Any]:
 
 
 def paper_profiles() -> dict[str, Any]:
-    """Method -> stage -> counted cost of the paper profile, or why it could not be counted."""
+    """Method -> stage -> counted cost of the paper profile."""
     return {name: alone(measures.stages, name, "paper", PAPER_SIZE) for name in measures.PUBLISHED}
 
 
@@ -85,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("topics", nargs="*", help=f"some of {', '.join(TOPICS)}; default: all")
     chosen = parser.parse_args().topics or list(TOPICS)
-    record = json.loads(OUT.read_text()) if OUT.exists() else {}
+    record = read_performance(OUT.parent)
     machine = machine_record(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     machine["versions"]["diffusers"] = version("diffusers")
     machine["load_before"] = round(os.getloadavg()[0], 2)
