@@ -35,7 +35,9 @@ sys.exit(main(arguments))
 
 def call(*arguments: str, cwd: Path, threads: int = 1) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k not in ("HOME", "MPLCONFIGDIR")}
-    env |= {"OMP_NUM_THREADS": str(threads), "PYTHONDONTWRITEBYTECODE": "1"}
+    # Dask, in an earlier test, leaves MKL_NUM_THREADS=1 behind, and torch heeds both.
+    env |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    env |= {"PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", GUARDED, str(ROOT), *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
