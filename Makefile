@@ -48,7 +48,7 @@ docs: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet -e '.[docs]'
 	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/site
 
-# Ten thousand spoilt inputs and a hundred kills; `make test` does a small part of the inputs.
+# Ten thousand spoilt inputs and a hundred kills; `make test` does a small part of them.
 fuzz: $(VENV)/.installed-test
 	DIFFAD_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz*.py --timeout=3600
 

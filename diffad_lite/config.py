@@ -96,7 +96,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
             raise ValueError(f"{where} must be a mapping, got {shown(value)}")
         for name, inner in value.items():
             convert(name, args[0], f"a name in {where}")
-            convert(inner, args[1], f"{where}.{name}")
+            convert(inner, args[1], f"{where}.{name:.100}")
         return value
     if origin is typing.Literal:
         if value in args:

@@ -142,17 +142,41 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
 
+def check_values(images: Tensor, what: str) -> None:
+    """Raise ValueError unless there are images (N, C, H, W), finite and in [-1, 1].
+
+    Args:
+        images: as a model is to see them.
+        what: what the message calls them.
+    """
+    if len(images) == 0:
+        raise ValueError(f"{what}: no images")
+    if not torch.isfinite(images).all():
+        bad = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"{what}: image {bad} contains NaN or infinity")
+    if images.min() < -1.001 or images.max() > 1.001:
+        raise ValueError(
+            f"{what}: values must lie in [-1, 1], got {images.min():.3g}..{images.max():.3g}; "
+            "scale uint8 images by x / 127.5 - 1"
+        )
+
+
 def image_keys(images: Tensor) -> list[str]:
     """A name for each image made of its own pixels (as uint8), for seeding its noise."""
     return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in to_uint8(images)]
 
 
-def standardise(images: Tensor) -> Tensor:
+def standardise(images: Tensor, like: Tensor | None = None) -> Tensor:
     """Images (B, C, H, W) brought to mean 0 and one deviation each, and clipped to [-1, 1].
 
     What then differs between two images is not how bright or how contrasty they are.
+
+    Args:
+        images: (B, C, H, W).
+        like: images (B, C, H, W) whose means and deviations are taken instead, such as the twins
+            that the images were before defects were planted in them.
     """
-    mean, deviation = _mean_and_deviation(images)
+    mean, deviation = _mean_and_deviation(images if like is None else like)
     return ((images - mean) / deviation * STANDARD_DEVIATION).clamp(-1, 1)
 
 

@@ -110,9 +110,10 @@ def read_speeds(folder: str | Path) -> dict[str, Any]:
     found = values.get("settings") if isinstance(values, dict) else None
     settings: dict[str, Any] = convert(found, dict[str, Any], where)
     for name, setting in settings.items():
-        _check_forms(setting, SPEED, f"{where}.{name}")
+        here = f"{where}.{name:.100}"
+        _check_forms(setting, SPEED, here)
         if min(*setting["ms"], setting["mb"], 1) <= 0:
-            raise ValueError(f"{where}.{name}: times and memory must be above 0")
+            raise ValueError(f"{here}: times and memory must be above 0")
     if 0 in (rounds := {len(setting["ms"]) for setting in settings.values()}) or len(rounds) > 1:
         raise ValueError(f"{where} differ in their number of rounds; run 'diffad speed' again")
     return settings

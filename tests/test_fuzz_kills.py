@@ -1,7 +1,7 @@
 """A process killed at any moment: what has its final name is whole, and the same call goes on.
 
 Where exactly a process dies is chosen in test_interruptions.py; here chance chooses, again and
-again, 100 times with ``DIFFAD_FUZZ=10000``.
+again: 5 times, or 100 with ``DIFFAD_FUZZ=10000``.
 """
 
 import contextlib
@@ -32,7 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.timeout(max(300, TOTAL)),
     pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX"),
-    pytest.mark.skipif("DIFFAD_FUZZ" not in os.environ, reason="minutes long: make fuzz"),
 ]
 
 # Imports everything once; a line of input is a call, made in a fork of its own, whose number it

@@ -707,6 +707,35 @@ def test_changed_inference_fields_drop_the_threshold_until_calibration(name, sav
 
 
 @each_method
+def test_other_settings_share_weights_and_nothing_else(name, saved):
+    x, method = pictures(3, seed=4), fitted(name)
+    before = {k: v.clone() for k, v in method.network.state_dict().items()}
+    other = method.with_settings(smooth_sigma=2.0)
+    assert other.threshold_ is None and other.map_calibration_ is None
+    assert other.config == replace(method.config, smooth_sigma=2.0)
+    loaded = METHODS[name].from_pretrained(saved(name), smooth_sigma=2.0)
+    assert_same(other.predict(x), loaded.predict(x))
+    for one, same in zip(method.network.parameters(), other.network.parameters(), strict=True):
+        assert one.data_ptr() == same.data_ptr()
+        assert one.requires_grad == same.requires_grad
+    for one, own in zip(method.network.buffers(), other.network.buffers(), strict=True):
+        assert one.data_ptr() != own.data_ptr() or not one.numel()
+    other.calibrate(pictures(20, seed=9))
+    for key, value in method.network.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
+
+
+def test_settings_that_would_need_training_or_do_not_exist():
+    method = fitted("anoddpm")
+    with pytest.raises(ValueError, match=r"^base_channels cannot be changed on a trained model"):
+        method.with_settings(base_channels=64)
+    with pytest.raises(ValueError, match=r"unknown setting 'n_noise'; did you mean 'n_noises'\?"):
+        method.with_settings(n_noise=2)
+    with pytest.raises(ValueError, match="n_noises"):
+        method.with_settings(n_noises=0)
+
+
+@each_method
 def test_a_field_set_to_what_it_was_keeps_the_threshold(name, saved):
     method = METHODS[name].from_pretrained(saved(name), quantile=0.95)
     assert method.threshold_ == fitted(name).threshold_

@@ -10,6 +10,7 @@ from diffad_lite.datasets import load_dataset
 from diffad_lite.experiments import Run
 from diffad_lite.methods import get_method
 from diffad_lite.report import speed_table
+from diffad_lite.results import read_speeds
 from diffad_lite.speed import SETTINGS, TensorsAlive, measure
 
 
@@ -69,3 +70,11 @@ def test_the_table_has_the_fastest_first_with_all_rounds():
         "| fast | 0.2 [0.1, 0.4] | 0 | 1.0 | 0.00 M |",
         "| slow | 25.0 [20.0, 30.0] | 4 | 12.3 | 2.74 M |",
     ]
+
+
+@pytest.mark.parametrize("setting", [3, {"ms": [1.0]}], ids=["a number", "no memory"])
+def test_a_broken_record_is_named_in_few_words(tmp_path, setting):
+    (tmp_path / "speed.json").write_text(json.dumps({"settings": {"x" * 9999: setting}}))
+    with pytest.raises(ValueError, match=r"speed.json: settings\.x{100} (must|lacks)") as found:
+        read_speeds(tmp_path)
+    assert len(str(found.value)) < 1000

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffad_lite import processes
 from diffad_lite.config import unknown_name
 from diffad_lite.gaussian import noise_generators
-from diffad_lite.images import image_keys, standardise, undo_standardise
+from diffad_lite.images import check_values, image_keys, standardise, undo_standardise
 from diffad_lite.methods import pretrained
 from diffad_lite.methods.numerics import blur, exact
 from diffad_lite.methods.prediction import Prediction
@@ -204,9 +204,9 @@ class Method(ABC):
         keys = image_keys(images) if keys is None else keys
         return self.prepare(images).to(self.device), noise_generators(keys, seed)
 
-    def prepare(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) as the networks see them."""
-        return standardise(images) if self.config.standardise else images
+    def prepare(self, images: Tensor, like: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W) as the networks see them, or as their twins ``like`` were seen."""
+        return standardise(images, like) if self.config.standardise else images
 
     def _score(self, images: Tensor, maps: Tensor) -> Tensor:
         """Image scores (B,) from images and their final maps: the mean of the largest values."""
@@ -225,16 +225,7 @@ class Method(ABC):
                 f"{what}: images are {tuple(images.shape[-2:])} (height, width), but {self.name} "
                 f"is for {(side, side)} (Config.image_size); resize the images"
             )
-        if len(images) == 0:
-            raise ValueError(f"{what}: no images")
-        if not torch.isfinite(images).all():
-            bad = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
-            raise ValueError(f"{what}: image {bad} contains NaN or infinity")
-        if images.min() < -1.001 or images.max() > 1.001:
-            raise ValueError(
-                f"{what}: values must lie in [-1, 1], got {images.min():.3g}..{images.max():.3g}; "
-                "scale uint8 images by x / 127.5 - 1"
-            )
+        check_values(images, what)
 
     @contextmanager
     def count_evaluations(self) -> Iterator[list[int]]:
@@ -251,6 +242,16 @@ class Method(ABC):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def with_settings(self, **changes: Any) -> Self:
+        """The same trained networks under other settings, to see what a mechanism is worth.
+
+        Weights are shared, statistics copied; maps are raw, without threshold, until calibrated.
+
+        Raises:
+            ValueError: a setting is none of ``inference_fields``, or cannot have that value.
+        """
+        return pretrained.with_settings(self, changes)
 
     # ---------------------------------------------------------------------------- files
 

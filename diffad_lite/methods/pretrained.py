@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +24,7 @@ from diffad_lite.config import (
     read_json,
     shown,
     to_dict,
+    unknown_name,
     write_json,
     writing,
 )
@@ -147,11 +149,7 @@ def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:
         raise ValueError(f"{folder / 'config.json'}: {error}; {_fix(folder)}") from None
     config = from_dict(cls.Config, values["config"] | dict(changes))
     changed = changed_fields(stored, config)
-    if fixed := sorted(changed - cls.inference_fields):
-        raise ValueError(
-            f"{', '.join(fixed)} cannot be changed on a trained model; train anew, or change "
-            f"only: {', '.join(sorted(cls.inference_fields))}"
-        )
+    _check_changeable(cls, changed)
     tensors = _read(folder / "model.safetensors")
     method = _build(cls, config, folder, sum(value.numel() for value in tensors.values()))
     weights = {k[8:]: v.float() for k, v in tensors.items() if k.startswith("network.")}
@@ -176,6 +174,28 @@ def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:
     method.reports_ = values.get("reports", {})
     method.network.to(processes.device()).eval()
     return method
+
+
+def with_settings(method: M, changes: Mapping[str, Any]) -> M:
+    """See :meth:`Method.with_settings`."""
+    for name in changes.keys() - to_dict(method.config).keys():
+        raise unknown_name("setting", name, sorted(method.inference_fields))
+    _check_changeable(type(method), changes.keys())
+    other = type(method)(replace(method.config, **changes))
+    weights = dict(method.network.named_parameters())
+    state = {k: v if k in weights else v.clone() for k, v in method.network.state_dict().items()}
+    other.network.load_state_dict(state, assign=True)
+    other.network.eval()
+    other.reports_ = method.reports_
+    return other
+
+
+def _check_changeable(cls: type[Method], names: Collection[str]) -> None:
+    if fixed := sorted(set(names) - cls.inference_fields):
+        raise ValueError(
+            f"{', '.join(fixed)} cannot be changed on a trained model; train anew, or change "
+            f"only: {', '.join(sorted(cls.inference_fields))}"
+        )
 
 
 def _build(cls: type[M], config: MethodConfig, folder: Path, held: int) -> M:

@@ -41,7 +41,6 @@ retrain: bool = False  # train anew instead of loading bundled weights
 out_dir: str = "runs/notebooks"  # where trainings go
 
 # %% tags=["setup"]
-import copy
 import time
 from dataclasses import replace
 
@@ -206,13 +205,6 @@ fig, _ = plots.show_images(rows, titles, columns=4)
 
 
 # %% tags=["context"]
-def variant(method, **changes):
-    """The same weights, other inference settings; raw maps until calibrated."""
-    other = copy.copy(method)
-    other.config, other.map_calibration_ = replace(method.config, **changes), None
-    return other
-
-
 # %% tags=["context"]
 def auroc(labels, scores):
     return metrics.image_metrics(labels, np.asarray(scores))["image_auroc"]
@@ -220,7 +212,7 @@ def auroc(labels, scores):
 
 # %%
 own = blur(maps, c.smooth_sigma)
-theirs = variant(method).predict(three, seed=seed, keys=three_keys)
+theirs = method.with_settings().predict(three, seed=seed, keys=three_keys)
 torch.testing.assert_close(own, theirs.anomaly_map, rtol=1e-3, atol=1e-4)
 scores = top_k_mean(own.numpy(), c.top_fraction)
 np.testing.assert_allclose(scores, theirs.image_score, rtol=1e-3)
@@ -243,7 +235,7 @@ levels = (5, 10, 25, 50, 100, 200, 400)
 chosen = [crack, inactive]
 pictures = [defect[chosen]]
 for t in levels:
-    at_t = variant(method, noise_level=t)
+    at_t = method.with_settings(noise_level=t)
     result = at_t.predict(defect[chosen], seed=seed, keys=[keys[i] for i in chosen])
     pictures.append(result.reconstruction)
 titles = ["cell", *[f"t = {t}" for t in levels]] * 2
@@ -274,7 +266,7 @@ fig, _ = plots.show_images(rows, titles, columns=1 + len(levels))
 # %%
 def survival(method, t):
     """What is left of each defect (pairs,), and the mean error on the healthy twins."""
-    at_t = variant(method, noise_level=t, n_noises=2)
+    at_t = method.with_settings(noise_level=t, n_noises=2)
     a = at_t.predict(clean, seed=seed, keys=keys).reconstruction
     b = at_t.predict(defect, seed=seed, keys=keys).reconstruction
     change = defect - clean
@@ -393,7 +385,7 @@ with_defects = torch.cat([clean, defect]), np.repeat([0, 1], pairs)
 curves = {"image AUROC, real": [], "image AUROC, planted": [], "AUPRO, planted": []}
 ts = sorted({*(levels[::3] if quick else levels), c.noise_level})
 for t in ts:
-    at_t = variant(method, noise_level=t, n_noises=2).calibrate(data.calibration)
+    at_t = method.with_settings(noise_level=t, n_noises=2).calibrate(data.calibration)
     real = at_t.predict(data.test_images, seed=seed)
     fake = at_t.predict(with_defects[0], seed=seed)
     row = [auroc(labels, real.image_score), auroc(with_defects[1], fake.image_score)]
@@ -435,7 +427,7 @@ plans |= {"4 noises": (1, 4), "16 noises": (1, 16)}
 few = data.subset(16) if quick else data
 repaired, clock = {}, {}
 for name, (steps, n) in plans.items():
-    plan = variant(method, noise_level=high_level, steps=steps, n_noises=n)
+    plan = method.with_settings(noise_level=high_level, steps=steps, n_noises=n)
     start = time.perf_counter()
     repaired[name] = plan.predict(few.test_images, seed=seed)
     clock[name] = time.perf_counter() - start
@@ -581,7 +573,7 @@ few_levels = (50, 200)
 one, key = defect[inactive : inactive + 1], [keys[inactive]]
 rows, titles = [], []
 for name, model in both.items():
-    parts = [strip(variant(model, noise_level=t), one, key) for t in few_levels]
+    parts = [strip(model.with_settings(noise_level=t), one, key) for t in few_levels]
     rows += [one] + [p[k] for p in parts for k in (1, 2)]
     titles.append("cell")
     titles += [text for t in few_levels for text in (f"{name}, t = {t}", r"$\hat x_0$")]
@@ -688,7 +680,7 @@ Markdown(report.pixel_table(two))
 # the mean over all positions, $\overline{v}$; $\kappa = 10$ is how many maps that opinion is worth.
 
 # %% tags=["context"]
-raw = variant(method)
+raw = method.with_settings()
 raw_calibration = raw.predict(data.calibration).anomaly_map.numpy()  # (N, H, W)
 raw_prediction = raw.predict(data.test_images, seed=seed)
 raw_maps = raw_prediction.anomaly_map.numpy()
@@ -717,7 +709,7 @@ fig, _ = plots.show_detections(
 # **Predict**: which marks of a raw map will be gone in the calibrated one?
 
 # %%
-at_level = variant(method, noise_level=high_level).calibrate(data.calibration)
+at_level = method.with_settings(noise_level=high_level).calibrate(data.calibration)
 before, after = repaired["4 noises"], at_level.predict(few.test_images, seed=seed)
 usual = at_level.map_calibration_
 spread = np.sqrt((usual.std**2).mean() + usual.mean.var())  # over all positions
@@ -1250,7 +1242,7 @@ frames, chosen = {}, [crack, inactive]
 slider = [25, 200] if quick else [5, 15, 25, 50, 100, 150, 200, 300, 400, 500]
 for name, model in both.items():
     for t in slider:
-        at_t = variant(model, noise_level=t)
+        at_t = model.with_settings(noise_level=t)
         frames[name, t] = strip(at_t, defect[chosen], [keys[i] for i in chosen])
 
 

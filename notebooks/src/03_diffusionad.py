@@ -437,13 +437,6 @@ for title, ts in {
 
 
 # %% tags=["context"]
-def variant(method, **changes):
-    """The same weights, other inference settings."""
-    other = copy.copy(method)
-    other.config, other.map_calibration_ = replace(method.config, **changes), None
-    return other
-
-
 def roughness(images):
     """Mean difference of horizontal neighbours; grain and edges raise it."""
     return (images[..., 1:] - images[..., :-1]).abs().mean().item()
@@ -455,7 +448,7 @@ few = data.subset(16) if quick else data
 method.predict(few.test_images[:2])  # warm up
 walked, clock, evaluations = {}, {}, {}
 for steps in sorted({1, 5, min(20, most)}):
-    plan = variant(method, steps=steps)
+    plan = method.with_settings(steps=steps)
     start = time.perf_counter()
     with plan.count_evaluations() as count:
         walked[steps] = plan.predict(few.test_images, seed=seed)

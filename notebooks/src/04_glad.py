@@ -57,7 +57,7 @@ from diffad_lite.datasets import data_dir, load_dataset
 from diffad_lite.experiments import Run, pretrained_or_train
 from diffad_lite.explore import explore
 from diffad_lite.gaussian import GaussianDiffusion, noise_generators, randn
-from diffad_lite.images import STANDARD_DEVIATION, image_keys
+from diffad_lite.images import image_keys
 from diffad_lite.methods.base import blur
 from diffad_lite.methods.glad import drift_score
 from diffad_lite.metrics import top_k_mean
@@ -140,18 +140,7 @@ crack, inactive = index["crack"], index["inactive"]
 
 
 # %% tags=["context"]
-def like_twins(images):
-    """Planted cells (pairs, C, H, W), standardised as their twins are."""
-    if not c.standardise:
-        return images
-    mean = healthy.mean((1, 2, 3), keepdim=True)
-    deviation = healthy.std((1, 2, 3), keepdim=True).clamp_min(0.02)
-    return ((images - mean) / deviation * STANDARD_DEVIATION).clamp(-1, 1)
-
-
-# %% tags=["context"]
-clean, defect = like_twins(healthy), like_twins(sick)  # x and x'
-torch.testing.assert_close(clean, method.prepare(healthy))
+clean, defect = method.prepare(healthy), method.prepare(sick, like=healthy)  # x and x'
 everything = torch.cat([healthy, sick])
 pair_labels = np.repeat([0, 1], pairs)
 
@@ -164,14 +153,6 @@ def rng(seed):
 def noise_of(images, keys):
     """The noise that the package draws for images with these keys."""
     return randn(images, noise_generators(keys, seed))
-
-
-# %% tags=["context"]
-def variant(method, **changes):
-    """The same weights, other inference settings; raw maps."""
-    other = copy.copy(method)
-    other.config, other.map_calibration_ = replace(method.config, **changes), None
-    return other
 
 
 # %% tags=["context"]
@@ -196,7 +177,7 @@ three_keys = [keys[crack], keys[inactive], keys[inactive]]
 names = ["crack", "inactive area", "normal"]
 x = method.prepare(three).to(device)
 noise = noise_of(x, three_keys)
-plain = variant(method, adaptive=False).reconstruct(x, noise)
+plain = method.with_settings(adaptive=False).reconstruct(x, noise)
 glad = method.reconstruct(x, noise)
 maps = method.explain(three, seed=seed, keys=three_keys)["anomaly_map"]
 
@@ -339,7 +320,7 @@ def adaptive(images, noise):
 
 # %%
 ours, t_star = adaptive(x, noise)
-theirs = variant(method, fusion="off").reconstruct(x, noise)
+theirs = method.with_settings(fusion="off").reconstruct(x, noise)
 torch.testing.assert_close(ours, theirs.x, rtol=1e-3, atol=1e-3)
 assert torch.equal(t_star, theirs.t_star)
 for name, t in zip(names, t_star.tolist(), strict=True):
@@ -447,7 +428,7 @@ for offset in offsets:
 severities = (0.5, 1.5) if quick else (0.3, 0.6, 1.0, 1.5)
 at_severity = {s: load_dataset(*source, **options, severity=s) for s in severities}
 weaker = {s: at.test_images[normals : normals + pairs] for s, at in at_severity.items()}
-never = variant(method, delta=math.inf, min_level=0)  # watched to the end
+never = method.with_settings(delta=math.inf, min_level=0)  # watched to the end
 
 
 # %%
@@ -585,8 +566,8 @@ def two_ways(images):
     for part in images.split(16):
         x = method.prepare(part).to(device)
         noise = noise_of(x, image_keys(part))
-        plain = variant(method, adaptive=False).reconstruct(x, noise)
-        reset = variant(method, delta=math.inf).reconstruct(x, noise)
+        plain = method.with_settings(adaptive=False).reconstruct(x, noise)
+        reset = method.with_settings(delta=math.inf).reconstruct(x, noise)
         watched = [
             i for i, t in enumerate(reset.timesteps) if i > 0 and t >= c.min_level
         ]
@@ -609,7 +590,7 @@ for name, (plain, reset, drift) in ways.items():
 
 # %%
 few = data.test_images[:8]
-own = variant(method, fusion="off")
+own = method.with_settings(fusion="off")
 own.map_calibration_ = method.map_calibration_
 switched = np.where(ways["real"][2] > delta, *ways["real"][:2])[:8]
 theirs = own.predict(few, seed=seed).image_score.numpy()
@@ -938,7 +919,7 @@ assert not as_described or inside > outside
 inside = defect.to(device)
 noise = noise_of(inside, keys)
 modes = ("off", "literal", "calibrated")
-fused = {m: variant(method, fusion=m).reconstruct(inside, noise) for m in modes}
+fused = {m: method.with_settings(fusion=m).reconstruct(inside, noise) for m in modes}
 path, spread = fused["off"], float(statistics.spread)
 
 # %%
@@ -1043,7 +1024,9 @@ def exchanged(images, k):
 def compared(a, b, radius):
     """The feature distance of the package with that radius, (B, H, W)."""
     a, b = a.to(device), b.to(device)
-    return variant(method, radius=radius).distance(a, b, 0 * a, c.map_features).cpu()
+    return (
+        method.with_settings(radius=radius).distance(a, b, 0 * a, c.map_features).cpu()
+    )
 
 
 # %%
@@ -1302,7 +1285,9 @@ x, frames = method.prepare(three).to(device), {}
 noise = noise_of(x, three_keys)
 for T_high in bigs:
     for value in deltas:
-        at = variant(method, noise_level=T_high, min_level=min(T_high, 30), delta=value)
+        at = method.with_settings(
+            noise_level=T_high, min_level=min(T_high, 30), delta=value
+        )
         path = at.reconstruct(x, noise)
         maps = map_of(x, path.x, noise)
         frames[T_high, value] = path.x.cpu(), path.t_star.tolist(), maps
@@ -1395,8 +1380,8 @@ settings = never_reset()
 assert "adaptive" not in settings, "adaptive stays on"
 few = method.prepare(sick[:4]).to(device)
 noise = noise_of(few, keys[:4])
-wanted = variant(method, adaptive=False).reconstruct(few, noise).x
-found = variant(method, **settings).reconstruct(few, noise)
+wanted = method.with_settings(adaptive=False).reconstruct(few, noise).x
+found = method.with_settings(**settings).reconstruct(few, noise)
 assert torch.equal(found.x, wanted), "not plain DDIM"
 print("right; t* =", found.t_star.tolist())
 

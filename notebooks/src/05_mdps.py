@@ -43,7 +43,6 @@ out_dir: str = "runs/notebooks"  # where a training goes
 import copy
 import math
 import time
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -123,16 +122,10 @@ crack, inactive = index["crack"], index["inactive"]
 
 
 # %% tags=["context"]
-def like_twins(images):
-    """Planted cells (pairs, C, H, W), standardised as their twins are."""
-    if not c.standardise:
-        return images
-    mean = healthy.mean((1, 2, 3), keepdim=True)
-    deviation = healthy.std((1, 2, 3), keepdim=True).clamp_min(0.02)
-    return ((images - mean) / deviation * STANDARD_DEVIATION).clamp(-1, 1)
-
-
-clean, defect = like_twins(healthy).to(device), like_twins(sick).to(device)
+clean = method.prepare(healthy).to(device)
+defect = method.prepare(sick, like=healthy).to(
+    device
+)  # as their twins are standardised
 change = defect - clean
 truth = (change.abs().amax(1, keepdim=True) > 0.02).float()  # the oracle's mask
 everywhere = torch.ones_like(truth)
@@ -143,18 +136,11 @@ def rng(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def variant(method, **changes):
-    """The same weights, other inference settings; raw maps."""
-    other = copy.copy(method)
-    other.config, other.map_calibration_ = replace(method.config, **changes), None
-    return other
-
-
 # %% tags=["context"]
 def drawn(y, mask, level, w, *, keys=keys, seed=seed, **changes):
     """One posterior sample for each of y (B, C, H, W), by the package."""
     own = noise_generators(keys, seed)
-    return variant(method, **changes).sample(y, mask, level, w, own)
+    return method.with_settings(**changes).sample(y, mask, level, w, own)
 
 
 def auroc(labels, scores):
@@ -178,7 +164,7 @@ def as_picture(maps, white=1.0):
 three = torch.stack([defect[crack], defect[inactive], clean[inactive]])
 three_keys = [keys[crack], keys[inactive], keys[inactive]]
 names = ["crack", "inactive area", "normal"]
-higher = variant(method, noise_level=100, n_samples=2)
+higher = method.with_settings(noise_level=100, n_samples=2)
 own = noise_generators(three_keys, seed)
 with torch.no_grad():
     mask = higher.find_mask(three, own)
@@ -449,7 +435,7 @@ def guided_noise(method, x_t, t, y, w):
 # The slope of the norm must be $\langle \nabla, u \rangle$ (in double precision).
 
 # %%
-doubled = variant(method)
+doubled = method.with_settings()
 doubled.network = copy.deepcopy(method.network).double()
 t, one = 100, defect[[inactive]].double()
 x_t = diffusion.add_noise(one, t, randn(one, rng(1)))
@@ -831,7 +817,7 @@ assert not checked or ratios["shuffle"][0] > 3 * ratios["shuffle"][1]
 # one that is 3 everywhere.
 
 # %%
-soft = variant(method, score="softmax")
+soft = method.with_settings(score="softmax")
 bump = torch.rand(1, size, size, generator=rng(0))
 bump[:, 20:24, 20:24] += 2
 trials = {"all 0": 0 * bump, "all 3": 0 * bump + 3, "a bump": bump}
@@ -857,7 +843,7 @@ count = 4 if quick else 12
 chosen = [index[kind] for kind in list(index)[:4]]
 y, some_keys = torch.cat([defect[chosen], clean[[inactive]]]), [keys[i] for i in chosen]
 some_keys.append(keys[inactive])
-many = variant(method, noise_level=100, n_samples=count, mask="none")
+many = method.with_settings(noise_level=100, n_samples=count, mask="none")
 own = noise_generators(some_keys, seed)
 with torch.no_grad():
     several, maps = many.posterior(y, torch.ones_like(y[:, :1]), own)
@@ -928,7 +914,7 @@ def scores_of(maps, calibration=None):
 # %%
 both = features + c.pixel_weight * scaled
 scores = {f"raw map, n = {c.n_samples}": scores_of(both.mean(0))}
-few = variant(method).predict(data.test_images[:4], seed=0).image_score.numpy()
+few = method.with_settings().predict(data.test_images[:4], seed=0).image_score.numpy()
 np.testing.assert_allclose(next(iter(scores.values()))[:4], few, rtol=1e-2)
 scores["calibrated by position"] = scores_of(both.mean(0), method.map_calibration_)
 scores["one sample"] = scores_of(both[0])
@@ -970,7 +956,7 @@ company = {"alone": cell, "beside a cell": data.test_images[1:3]}
 company["beside noise"] = torch.cat([cell, loud[:1]])
 beside = {}
 for mode in ("code", "paper"):
-    at = variant(method, mode=mode, **settings)
+    at = method.with_settings(mode=mode, **settings)
     beside[mode] = [float(at.predict(b).image_score[0]) for b in company.values()]
     row = ", ".join(f"{k} {s:.4f}" for k, s in zip(company, beside[mode], strict=True))
     print(f"{mode:6} {row}")
@@ -1098,7 +1084,7 @@ def counted(image, **settings):
 
     nets = [denoiser, method.network["features"]]
     handles = [net.register_forward_hook(hook) for net in nets]
-    variant(method, mask="estimated", **settings).predict(image)
+    method.with_settings(mask="estimated", **settings).predict(image)
     for handle in handles:
         handle.remove()
     return calls
@@ -1153,7 +1139,9 @@ for q in quantiles:
     m = (pair_maps > thetas[q])[:, None].to(pair)
     for w in ws:
         own = noise_generators(pair_keys, seed)
-        at = variant(method, noise_level=100, guidance=float(w), n_samples=max(numbers))
+        at = method.with_settings(
+            noise_level=100, guidance=float(w), n_samples=max(numbers)
+        )
         with torch.no_grad():
             frames[q, w] = m, *at.posterior(pair, m, own)
 white = 0.5 * max(float(maps.mean(0).max()) for *_, maps in frames.values())
@@ -1304,7 +1292,7 @@ x_t = diffusion.add_noise(few, t, randn(few, rng(5)))
 with torch.no_grad():
     eps_hat = denoiser(x_t, torch.full((3,), t, device=device))
 residuals = few - diffusion.predict_x0(x_t, t, eps_hat)
-wanted = variant(method, mode="code").guided_noise(x_t, t, few, 50.0)
+wanted = method.with_settings(mode="code").guided_noise(x_t, t, few, 50.0)
 own_w = own_weights(50.0, residuals)
 assert own_w.shape == (3,), "one weight for each image"
 for i, w in enumerate(own_w.tolist()):

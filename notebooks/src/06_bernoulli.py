@@ -44,7 +44,6 @@ import copy
 import math
 import time
 import weakref
-from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -59,7 +58,7 @@ from diffad_lite.datasets import data_dir, load_dataset
 from diffad_lite.experiments import Run, pretrained_or_train
 from diffad_lite.explore import explore
 from diffad_lite.gaussian import noise_generators
-from diffad_lite.images import STANDARD_DEVIATION, image_keys
+from diffad_lite.images import image_keys
 from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
 from diffad_lite.networks.autoencoder import straight_through, unused_bits
 from diffad_lite.notebooks import resolve_profile
@@ -127,16 +126,8 @@ crack, inactive, last = index["crack"], index["inactive"], list(index.values())[
 
 
 # %% tags=["context"]
-def like_twins(images, twins):
-    """Planted cells (B, C, H, W), standardised as their twins are."""
-    if not c.standardise:
-        return images.to(device)
-    mean = twins.mean((1, 2, 3), keepdim=True)
-    deviation = twins.std((1, 2, 3), keepdim=True).clamp_min(0.02)
-    return ((images - mean) / deviation * STANDARD_DEVIATION).clamp(-1, 1).to(device)
-
-
-clean, defect = like_twins(healthy, healthy), like_twins(sick, healthy)
+clean = method.prepare(healthy).to(device)
+defect = method.prepare(sick, like=healthy).to(device)
 change = defect - clean
 truth = (change.abs().amax(1, keepdim=True) > 0.02).float()
 
@@ -146,20 +137,13 @@ def rng(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def variant(method, **changes):
-    """The same weights, other inference settings; raw maps."""
-    other = copy.copy(method)
-    other.config, other.map_calibration_ = replace(method.config, **changes), None
-    return other
-
-
 # %% tags=["context"]
 @torch.no_grad()
 def drawn(images, *, keys=keys, seed=seed, **changes):
     """One chain for each of images (B, C, H, W): the code, and every step."""
     own = noise_generators(keys, seed)
     z = sample_bits(method.encode(images), own)
-    return z, list(variant(method, **changes).chain(z, own))
+    return z, list(method.with_settings(**changes).chain(z, own))
 
 
 def auroc(labels, scores):
@@ -920,7 +904,8 @@ count = min(6 if quick else 24, half)
 twins = development.test_images[:count]
 weak = development.test_images[half : half + count]
 dev_keys = image_keys(twins)
-dev_clean, dev_sick = like_twins(twins, twins), like_twins(weak, twins)
+dev_clean = method.prepare(twins).to(device)
+dev_sick = method.prepare(weak, like=twins).to(device)
 dev_change = dev_sick - dev_clean
 dev_labels, dev_scores = np.repeat([0, 1], count), {}
 
@@ -998,11 +983,11 @@ plt.show()
 mixed = copy.copy(diffusion)
 mixed.posterior = diffusion.mixture_posterior
 compared = {
-    "masked": variant(method),
-    "unmasked, P < 0": variant(method, threshold=-1.0),
-    "autoencoder, P = 1": variant(method, threshold=1.0, steps=1),
+    "masked": method.with_settings(),
+    "unmasked, P < 0": method.with_settings(threshold=-1.0),
+    "autoencoder, P = 1": method.with_settings(threshold=1.0, steps=1),
 }
-compared["unmasked, mixture"] = variant(method, threshold=-1.0)
+compared["unmasked, mixture"] = method.with_settings(threshold=-1.0)
 compared["unmasked, mixture"].diffusion = mixed
 compared["masked, calibrated"] = method
 found = {name: m.predict(data.test_images, seed=0) for name, m in compared.items()}
@@ -1145,8 +1130,8 @@ class Alive(TorchDispatchMode):
 shape = {"channels": c.channels, "image_size": size}
 pixel_model = AnoDDPM(AnoDDPMConfig.for_profile("lite", **shape))
 pixel_model.network.to(device).eval()
-pixel_model = variant(pixel_model, steps=10, n_noises=1, calibrate=False)
-bit_model = variant(method, steps=10, noise_level=99, n_chains=1)
+pixel_model = pixel_model.with_settings(steps=10, n_noises=1, calibrate=False)
+bit_model = method.with_settings(steps=10, noise_level=99, n_chains=1)
 
 # %%
 sixteen = data.test_images[:16]

@@ -497,13 +497,6 @@ for (r, network), theirs in zip(fields.items(), drawn, strict=True):
 
 
 # %%
-def variant(method, **changes):
-    """The same weights, other settings."""
-    other = copy.copy(method)
-    other.config, other.map_calibration_ = replace(method.config, **changes), None
-    return other
-
-
 def places(normal, other):
     """AUROC of logits of places, normal ones against others."""
     both = torch.cat([normal.flatten(), other.flatten()]).numpy()
@@ -511,7 +504,9 @@ def places(normal, other):
 
 
 # %%
-small = variant(method, n_patterns=16 if quick else 64, steps=4 if quick else 15)
+few_patterns = {"n_patterns": 16 if quick else 64, "steps": 4 if quick else 15}
+small = type(method)(replace(method.config, **few_patterns))
+small.network = method.network
 held_out = unseen[: 16 if quick else 48]
 usual = logits_of(held_out)
 print(f"twins:            {places(usual, logits_of(small.twins(held_out, 1))):.3f}")
@@ -527,8 +522,8 @@ assert not checked or found > 0.7
 levels, by_level = (0.1, 0.3, 0.5, 0.7, 1.0), {}
 for r, network in fields.items():
     for level in levels:
-        at = variant(small, levels=(level, level))
-        part, mask = parts_of_pool(at.draw_patterns(network, held_out, 8, rng(2)))
+        small.config = replace(small.config, levels=(level, level))
+        part, mask = parts_of_pool(small.draw_patterns(network, held_out, 8, rng(2)))
         found = places(usual, logits_of(part)[mask])
         by_level.setdefault(f"field {r}", []).append(found)
 axes = {"xlabel": "level from which the window is drawn, t / T"}
@@ -1062,7 +1057,7 @@ planted = planted.subset(20 if quick else 200)
 kind_of = np.array(planted.defect_types)
 scores = {}
 for name, judge in judges.items():
-    as_method = variant(method, calibrate=False)
+    as_method = method.with_settings(calibrate=False)
     as_method.network = torch.nn.ModuleDict({"detector": judge})
     scores[name] = as_method.predict(planted.test_images).image_score.numpy()
     each = []

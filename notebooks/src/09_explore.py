@@ -169,13 +169,6 @@ assert truth.flatten(1).any(1).all()
 
 
 # %% tags=["context"]
-def variant(method, **changes):
-    """The same weights, other inference settings; raw maps."""
-    other = copy.copy(method)
-    other.config, other.map_calibration_ = replace(method.config, **changes), None
-    return other
-
-
 def floor_and_contrast(maps):
     """Of maps (3, H, W): the noise floor, and a contrast for each defect."""
     floor = float(top_k_mean(maps[:1], 0.01)[0])
@@ -223,13 +216,13 @@ levels = (25, 100, 400) if quick else (5, 15, 25, 50, 100, 150, 200, 300, 400, 5
 
 @cache
 def at_level(t):
-    model = variant(methods["anoddpm"], noise_level=t, steps=1, n_noises=1)
+    model = methods["anoddpm"].with_settings(noise_level=t, steps=1, n_noises=1)
     seen = model.explain(three, seed=seed, keys=keys)
     x_t, x0_hat = seen["trajectory"][0].x, seen["trajectory"][-1].x
     return x_t, x0_hat, seen["anomaly_map"]
 
 
-limit = limit_of(variant(methods["anoddpm"], noise_level=25, n_noises=1))
+limit = limit_of(methods["anoddpm"].with_settings(noise_level=25, n_noises=1))
 
 
 def noise_frame(t):
@@ -299,7 +292,7 @@ sampled = cache(lambda sampler, steps: walk(three, keys, sampler, steps))
 
 
 # %%
-limit_high = limit_of(variant(model, noise_level=start, steps=1, n_noises=1))
+limit_high = limit_of(model.with_settings(noise_level=start, steps=1, n_noises=1))
 
 
 def sampler_frame(sampler, steps):
@@ -352,12 +345,12 @@ assert not checked or floor_of["DDPM", 25] > max(
 judge, bigs = methods["diffusionad"], (100, 300) if quick else (50, 100, 200, 300)
 weights = (0, 1, 100) if quick else (0, 1, 10, 30, 60, 100)
 abar = judge.diffusion.schedule.alphas_cumprod
-limit_judge = limit_of(variant(judge))
+limit_judge = limit_of(judge.with_settings())
 
 
 @cache
 def guided(big, w):
-    at = variant(judge, noise_level_big=big, guidance=float(w))
+    at = judge.with_settings(noise_level_big=big, guidance=float(w))
     seen = at.explain(three, seed=seed, keys=keys)
     pictures = [*seen["estimates"].x0_hat, seen["estimates"].guided]
     unit = judge.config.unit_range  # the paper profile's images lie in [0, 1]
@@ -409,13 +402,13 @@ usual = float(watcher.network["statistics"].delta)
 deltas = [
     float(f"{f * usual:.2g}") for f in ((0.25, 16) if quick else (0.25, 1, 4, 16))
 ]
-limit_watcher = limit_of(variant(watcher))
+limit_watcher = limit_of(watcher.with_settings())
 
 
 @cache
 def watched(top, delta):
     lowest = min(watcher.config.min_level, top)
-    at = variant(watcher, noise_level=top, min_level=lowest, delta=delta)
+    at = watcher.with_settings(noise_level=top, min_level=lowest, delta=delta)
     seen = at.predict(three, seed=seed, keys=keys)
     return seen.reconstruction, seen.extras["t_star"].int().tolist(), seen.anomaly_map
 
@@ -463,7 +456,7 @@ assert max(held) < min(freely) if checked else max(held) <= max(freely)
 sampler, factors = methods["mdps"], (0.5, 2.0) if quick else (0.5, 1.0, 2.0)
 ws, ns = (0, 60) if quick else (0, 10, 60), (1, 2) if quick else (1, 2, 4)
 y = sampler.prepare(three).to(sampler.device)
-free = variant(sampler, noise_level=100, mask_level=100, n_samples=max(ns))
+free = sampler.with_settings(noise_level=100, mask_level=100, n_samples=max(ns))
 theta = float(sampler.network["statistics"].mask_threshold)
 
 
@@ -478,13 +471,13 @@ def first_pass():
 @torch.no_grad()
 def posterior(factor, w):
     mask = (first_pass() > factor * theta)[:, None].to(y)
-    at = variant(free, guidance=float(w))
+    at = free.with_settings(guidance=float(w))
     samples, maps = at.posterior(y, mask, noise_generators(keys, seed))
     return mask.cpu(), samples.cpu(), maps.cpu()
 
 
 # %%
-limit_sampler = limit_of(variant(free, n_samples=1, guidance=0.0))
+limit_sampler = limit_of(free.with_settings(n_samples=1, guidance=0.0))
 
 
 def posterior_frame(threshold, n, w):
@@ -535,13 +528,13 @@ assert not checked or on_dark[ws[-1]] < on_dark[0]
 coder = methods["bernoulli"]
 explored = {"L": (100, 300) if quick else (50, 100, 200, 300)}
 explored["P"] = (-1.0, 0.5, 1.0) if quick else (-1.0, 0.3, 0.5, 0.7, 0.9, 1.0)
-limit_coder = limit_of(variant(coder, n_chains=1))
+limit_coder = limit_of(coder.with_settings(n_chains=1))
 
 
 @cache
 def chained(L, P):
-    at = variant(
-        coder, noise_level=L - 1, threshold=P, steps=5 if quick else 10, n_chains=1
+    at = coder.with_settings(
+        noise_level=L - 1, threshold=P, steps=5 if quick else 10, n_chains=1
     )
     seen = at.explain(three, seed=seed, keys=keys)
     flips, masks = seen["chain"][1].flip.mean(1), seen["chain"][-1].mask.mean(1)
@@ -601,12 +594,13 @@ if with_grad:
         (0.0, 2.0),
     )
     seen = painter.prepare(whole.calibration[:few])
-    pool = variant(painter, n_patterns=few, steps=5 if quick else 20).draw_pool(
-        seen, seed
-    )
+    some = replace(painter.config, n_patterns=few, steps=5 if quick else 20)
+    brief = type(painter)(some)
+    brief.network = painter.network
+    pool = brief.draw_pool(seen, seed)
     weighting = copy.deepcopy(painter.network["weights"])
     weighting.fit(painter.network["detector"], *parts_of_pool(pool), seen, seed)
-    usual_maps = variant(painter).predict(whole.calibration[:few]).anomaly_map
+    usual_maps = painter.with_settings().predict(whole.calibration[:few]).anomaly_map
     low, top = float(usual_maps.median()), float(top_k_mean(usual_maps, 0.01).max())
 else:
     print("GRAD's weights are not bundled: this section shows nothing")
@@ -1018,7 +1012,7 @@ for i, kind in enumerate(planted):
     contrasts = np.zeros((len(grid_t), len(grid_n)))
     for j, t in enumerate(grid_t):
         for k, n in enumerate(grid_n):
-            at = variant(methods["anoddpm"], noise_level=t, steps=n, n_noises=1)
+            at = methods["anoddpm"].with_settings(noise_level=t, steps=n, n_noises=1)
             maps = at.predict(three, seed=seed, keys=keys).anomaly_map
             contrasts[j, k] = floor_and_contrast(maps)[1][i]
     of_t, of_n = main_effects(contrasts)
