@@ -41,9 +41,11 @@ class Claim:
         claim: in our words.
         source: where it was read.
         measure: what is compared; None where nothing of ours can, and ``remark`` says why.
-        better: fields of the results that have what is praised; ``method`` at least.
+        better: fields of the results that have what is praised, ``method`` at least; of times
+            and memory the ``name`` that :mod:`.speed` gives.
         than: likewise without it.
-        minimum: what the effect must exceed: a difference of AUROC, or a ratio "times less".
+        minimum: what the effect must exceed: a difference of AUROC, or a ratio "times less",
+            which must be named.
         remark: what a reader of the verdict must know.
     """
 
@@ -111,6 +113,8 @@ def _check_settings(claim: Claim) -> None:
         for key in own:
             if key not in known:
                 raise unknown_name("key of a setting", key, known)
+        if claim.measure != "auroc" and claim.minimum < 1:
+            raise ValueError(f"a ratio's minimum is at least 1, got {claim.minimum}")
         if claim.measure != "auroc" and not isinstance(own.get("name"), str):
             raise ValueError("a setting has no name")
         if claim.measure == "auroc" and own.get("method") not in list(METHOD_NAMES):

@@ -76,11 +76,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+PLANT_HELP = "defects: cells, lesions, development or uncertain"
+
+
 def _add_runs(added: argparse._SubParsersAction) -> None:
     """What has to do with one run."""
     evaluate = added.add_parser("evaluate", help="train or load a method, score it, record it")
     _add_run(evaluate)
-    evaluate.add_argument("--plant", help="planted defects: cells, lesions or development")
+    evaluate.add_argument("--plant", help=PLANT_HELP)
     evaluate.add_argument(
         "--checkpoint", help="load this folder, or 'bundled', instead of training"
     )
@@ -100,7 +103,7 @@ def _add_runs(added: argparse._SubParsersAction) -> None:
 
     datasets = added.add_parser("datasets", help="list data sets, or show what one holds")
     _add_data(datasets, required=False)
-    datasets.add_argument("--plant", help="planted defects: cells, lesions or development")
+    datasets.add_argument("--plant", help=PLANT_HELP)
     datasets.add_argument("--sheet", type=Path, help="write a contact sheet of the test set")
     datasets.set_defaults(command=commands.datasets)
 
@@ -142,7 +145,9 @@ def _add_series(added: argparse._SubParsersAction) -> None:
 
 def _add_data(parser: argparse.ArgumentParser, required: bool) -> None:
     default = "elpv" if required else None
-    parser.add_argument("--dataset", default=default, help="elpv, folder, shapes or digits")
+    parser.add_argument(
+        "--dataset", default=default, help="one of those that 'diffad datasets' lists"
+    )
     parser.add_argument("--category", help="mono or poly (elpv), a sub-folder (folder)")
     parser.add_argument("--root", help="folder of your images")
     parser.add_argument("--image-size", type=int, help="side in pixels; 64, for paper 256")

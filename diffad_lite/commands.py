@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import shlex
+import statistics
 import sys
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,7 @@ def score(arguments: argparse.Namespace) -> int:
     method = load_pretrained(arguments.checkpoint)
     resize = read_record(arguments.checkpoint).get("resize", "squash")
     rows = score_folder(method, arguments.images, arguments.out, resize=resize)
-    for warning in survey(list_images(arguments.images)).warnings():
+    for warning in survey(list_images(arguments.images)).warnings(training=False):
         say(f"warning: {warning}")
     for row in rows[:10]:
         print(f"{row['image_score']:10.4g}  {'ALARM' if row['alarm'] else '':5}  {row['file']}")
@@ -105,6 +106,7 @@ def train(arguments: argparse.Namespace) -> int:
         words = ["--method", run.method, "--dataset", run.dataset, "--seed", str(run.seed)]
         words += ["--category", data.info["category"], "--profile", run.profile]
         words += ["--image-size", str(run.image_size), "--resize", run.resize]
+        words += [] if run.root is None else ["--root", "ROOT"]  # where it lies is not told
         if arguments.max_minutes is not None:
             words += ["--max-minutes", str(arguments.max_minutes)]
         words += [word for pair in arguments.set for word in ("--set", pair)]
@@ -151,7 +153,8 @@ def sweep(arguments: argparse.Namespace) -> int:
     else:
         from diffad_lite.cluster import sweep_on_dask
 
-        more = {"scheduler": arguments.scheduler, "workers": arguments.workers or 1}
+        workers = 1 if arguments.workers is None else arguments.workers
+        more = {"scheduler": arguments.scheduler, "workers": workers}
         failures = sweep_on_dask(grid, arguments.out, **more)
     for line in failures:
         say(line)
@@ -175,7 +178,7 @@ def speed(arguments: argparse.Namespace) -> int:
 
     more = {"n_images": arguments.images, "rounds": arguments.rounds}
     for name, found in measure_bundled(arguments.out, **more).items():
-        each, alive = sorted(found["ms"])[len(found["ms"]) // 2], found["mb"]
+        each, alive = statistics.median(found["ms"]), found["mb"]
         calls = found["evaluations"]
         print(f"{name:20} {each:8.1f} ms an image {alive:8.1f} MB {calls:6.0f} evaluations")
     print(f"record: {arguments.out}")

@@ -102,8 +102,9 @@ def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
     config = override(method.config, run.settings)
     if config != method.config:
         method = cls.from_pretrained(folder, **to_dict(config))
-    scores = method.calibration_scores_
-    if method.threshold_ is None or scores is None or len(scores) != len(data.calibration):
+    scores, side = method.calibration_scores_, data.calibration.shape[-1]
+    as_stored = scores is not None and len(scores) == len(data.calibration)
+    if method.threshold_ is None or not as_stored or side != method.config.image_size:
         method.calibrate(data.calibration)
     return method
 
@@ -205,7 +206,7 @@ def evaluate(
     out = Path(out)
     check_writable(out)
     data = run.load_data()
-    if data.test_labels.min() == data.test_labels.max():
+    if len(set(data.test_labels.tolist())) < 2:
         raise ValueError(
             "the test set has only one class, so that there is nothing to measure; add "
             "test/<defect> images, or use --plant cells to score planted defects"

@@ -111,8 +111,8 @@ def _stack(sliders: Sequence, frames: Mapping[tuple, bytes], *chosen: Any) -> ip
 
 def _slider(name: str, values: Sequence, start: Any = None) -> ipywidgets.Widget:
     """A slider over values; names are chosen from a list. Arrow keys move either."""
-    kind = ipywidgets.Dropdown if isinstance(start, str) else ipywidgets.SelectionSlider
     start = values[len(values) // 2] if start is None else start
+    kind = ipywidgets.Dropdown if isinstance(start, str) else ipywidgets.SelectionSlider
     return kind(options=list(values), value=start, description=name)
 
 

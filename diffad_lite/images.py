@@ -143,7 +143,7 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def check_values(images: Tensor, what: str) -> None:
-    """Raise ValueError unless there are images (N, C, H, W), finite and in [-1, 1].
+    """Raise ValueError unless there are images (N, C, H, W), float32, finite and in [-1, 1].
 
     Args:
         images: as a model is to see them.
@@ -151,6 +151,8 @@ def check_values(images: Tensor, what: str) -> None:
     """
     if len(images) == 0:
         raise ValueError(f"{what}: no images")
+    if images.dtype != torch.float32:
+        raise ValueError(f"{what}: expected float32, got {images.dtype}; call .float()")
     if not torch.isfinite(images).all():
         bad = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
         raise ValueError(f"{what}: image {bad} contains NaN or infinity")

@@ -33,7 +33,7 @@ class Survey:
     Attributes:
         names: file names.
         sizes: (height, width) in pixels.
-        channels: 1, 3 or 4.
+        channels: 1 to 4.
         looks: brightness (mean), contrast (standard deviation) and sharpness (mean absolute
             difference of neighbours) of the grey values, 0 .. 255; each (n,).
         copies: pairs of names whose pixels are equal.
@@ -47,13 +47,17 @@ class Survey:
     copies: list[tuple[str, str]]
     broken: list[str]
 
-    def warnings(self) -> list[str]:
-        """What may spoil a training on these images, one sentence each, with what to do."""
+    def warnings(self, training: bool = True) -> list[str]:
+        """What may spoil a training on these images, one sentence each, with what to do.
+
+        Args:
+            training: False leaves out what only matters where they are learnt as normal.
+        """
         found = (
             [f"{len(self.broken)} files cannot be read: {self.broken[0]}"] if self.broken else []
         )
         n = len(self.names)
-        if n < FEW:
+        if training and n < FEW:
             found.append(
                 f"{n} images are few: with less than {FEW} a model learns these very images, and "
                 "a fifth of them makes a rough threshold; add normal images"
@@ -68,13 +72,13 @@ class Survey:
                 "squeezing to a square distorts them differently; cut them alike, or use "
                 "resize='pad'"
             )
-        if self.copies:
+        if training and self.copies:
             one, other = self.copies[0]
             found.append(
                 f"{len(self.copies)} images are copies of others, such as {other} of {one}; a copy "
                 "on both sides of a split flatters the result: remove it"
             )
-        for look, values in self.looks.items():
+        for look, values in self.looks.items() if training else ():
             if odd := _outlying(values):
                 names = ", ".join(self.names[i] for i in odd[:3])
                 found.append(

@@ -2,7 +2,7 @@
 
 The cost of a training is modelled by two lines. Seconds are operations over a rate that this
 machine reached on the lite denoiser at the same image size; gigabytes are what autograd keeps of a
-batch, and twenty bytes a weight (itself, gradient, two moments, average, all float32).
+batch, and 22 bytes a weight (itself, gradient, two moments, average, and a copy in bfloat16).
 """
 
 from collections.abc import Mapping

@@ -224,7 +224,9 @@ def _refresh(path: Path, rendered: Mapping[str, str]) -> str:
     prefix, suffix = start.split("{}")
     pieces = text.split(prefix + "table ")
     for i, piece in enumerate(pieces[1:], 1):
-        name, rest = piece.split(suffix, 1)
+        name, found, rest = piece.partition(suffix)
+        if not found:  # another comment
+            continue
         if name not in rendered:
             raise ValueError(f"{path} asks for the table {name!r}; there are: {list(rendered)}")
         if end not in rest:

@@ -59,8 +59,9 @@ def read_results(folder: str | Path) -> list[Result]:
         result = {"training": ""} | result | {"folder": path.parent}
         where = f"{path} is not whole; run 'diffad evaluate' again: its record"
         _check_forms(result, FORMS, where)
+        _check_forms(result["config"], {"calibrate": bool}, f"{where}: config")
         for kind, found in result["per_defect"].items():
-            _check_forms(found, {"aupro": float | None}, f"{where}: per_defect.{kind}")
+            _check_forms(found, {"aupro": float | None}, f"{where}: per_defect.{kind:.100}")
         if len({result[key] is None for key in MASKED}) > 1:
             raise ValueError(f"{where} has some of {', '.join(MASKED)}, but not all")
         results.append(result)

@@ -27,7 +27,7 @@ SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
     "padim": ("padim", {}),
     "anoddpm": ("anoddpm", {}),
     "anoddpm, 10 steps": ("anoddpm", {"noise_level": "99", "steps": "10", "n_noises": "1"}),
-    "anoddpm, 250 steps": ("anoddpm", {"noise_level": "249", "steps": "250", "n_noises": "1"}),
+    "anoddpm, 600 steps": ("anoddpm", {"noise_level": "599", "steps": "600", "n_noises": "1"}),
     "diffusionad": ("diffusionad", {}),
     "glad": ("glad", {}),
     "mdps": ("mdps", {}),
@@ -113,7 +113,12 @@ def measure_bundled(
 
     Returns:
         what :func:`measure` returns; ``out`` has it as ``settings``, beside what machine it was.
+
+    Raises:
+        ValueError: no images or rounds, or no method of those names is there.
     """
+    if n_images < 1:
+        raise ValueError(f"n_images must be at least 1, got {n_images}")
     data = load_dataset("elpv", "mono")
     methods = {}
     for name in SETTINGS if names is None else names:
@@ -127,8 +132,11 @@ def measure_bundled(
             methods[name] = get_method(method)(config).fit(
                 data.train, data.calibration, seed=0, progress=False
             )
-    found = measure(methods, data.test_images[:n_images], rounds=rounds)
+    if not methods:
+        raise ValueError("no method to measure: give a name of speed.SETTINGS that has weights")
+    images = data.test_images[:n_images]
+    found = measure(methods, images, rounds=rounds)
     device = next(iter(methods.values())).device
-    record = {"n_images": n_images, "rounds": rounds, **machine_record(device)}
+    record = {"n_images": len(images), "rounds": rounds, **machine_record(device)}
     write_json(Path(out), record | {"settings": found})
     return found

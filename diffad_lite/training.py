@@ -47,7 +47,7 @@ class FitOptions(TypedDict):
 def supports_bf16(device: torch.device) -> bool:
     """Whether bfloat16 autocast is worth it: any recent GPU, and CPUs with AVX-512 or AMX."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     # Builds without oneDNN, such as those for Apple's processors, lack the question itself.
     onednn = torch.backends.mkldnn.is_available()
     return device.type == "cpu" and onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -136,6 +136,7 @@ def train_network(
                     run.total = bar.total = min(TIMED_STEPS + more, config.steps)
                 due = time.monotonic() - saved > SAVE_EVERY_SECONDS
                 stop, due = map(any, zip(*processes.gathered((interrupt.asked, due)), strict=True))
+                interrupt.asked = stop  # one process was asked: all of them raise at the end
                 if due:
                     run.save(torch.get_rng_state())
                     saved = time.monotonic()

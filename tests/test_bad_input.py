@@ -303,6 +303,7 @@ def spoilt(change: Callable[[torch.Tensor], object]) -> torch.Tensor:
 
 BAD_TENSORS = {
     "nan": (lambda: spoilt(lambda t: t[0, 3].fill_(torch.nan)), "image 5 contains NaN"),
+    "double": (lambda: spoilt(lambda t: t).double(), "expected float32, got torch.float64"),
     "infinity": (lambda: spoilt(lambda t: t[0, 3].fill_(-torch.inf)), "image 5 contains NaN or in"),
     "range": (lambda: spoilt(lambda t: t.mul_(255)), "scale uint8 images by x / 127.5 - 1"),
     "channels": (lambda: torch.zeros(8, 3, SIDE, SIDE), "expected (N, 1, H, W), got (8, 3, 16"),

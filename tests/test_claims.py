@@ -127,3 +127,14 @@ def test_the_committed_claims_name_what_there_is():
             else:
                 assert own["name"] in SETTINGS
     assert json.loads(json.dumps([c.claim for c in claims]))
+
+
+@pytest.mark.parametrize("measure", ["time", "memory"])
+def test_a_ratio_needs_a_minimum_that_means_less(tmp_path, measure):
+    entry = {"method": "PCA", "claim": "c", "source": "s", "measure": measure}
+    entry |= {"better": {"name": "pca"}, "than": {"name": "glad"}}
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump([entry]))
+    with pytest.raises(ValueError, match=r"claim 1: a ratio's minimum is at least 1, got 0.0"):
+        read_claims(tmp_path / "claims.yaml")
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump([entry | {"minimum": 2.0}]))
+    assert read_claims(tmp_path / "claims.yaml")[0].minimum == 2.0

@@ -393,3 +393,29 @@ def test_a_folder_of_many_sizes_with_masks_runs_from_start_to_end(tmp_path):
             with Image.open(path) as image:
                 height, width = sizes[int(path.stem) % 3]
                 assert image.size == (width, height)
+
+
+def test_a_comment_that_is_no_table_stays(tmp_path):
+    (tmp_path / "grid.yaml").write_text(GRID)
+    sweep(read_grid(tmp_path / "grid.yaml"), tmp_path / "runs")
+    page, words = tmp_path / "page.md", "<!-- table of contents -->\nwords\n"
+    page.write_text(words)
+    render(tmp_path / "runs", [page])
+    assert page.read_text() == words
+
+
+def test_images_of_another_size_are_calibrated_anew(tmp_path):
+    run = Run("padim", "shapes", profile="ci", image_size=32)
+    evaluate(run, tmp_path / "out", progress=False)
+    larger = replace(run, image_size=64)
+    data = larger.load_data()
+    method = load_checkpoint(tmp_path / "out" / "checkpoint", larger, data)
+    found = method.predict(data.calibration).image_score.numpy()
+    np.testing.assert_allclose(found, method.calibration_scores_, rtol=1e-4)
+
+
+def test_no_workers_are_refused(tmp_path, capsys):
+    (tmp_path / "grid.yaml").write_text(GRID)
+    command = ["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "o")]
+    assert main([*command, "--workers", "0"]) == 2
+    assert "workers must be at least 1, got 0" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields, replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -731,8 +732,28 @@ def test_settings_that_would_need_training_or_do_not_exist():
         method.with_settings(base_channels=64)
     with pytest.raises(ValueError, match=r"unknown setting 'n_noise'; did you mean 'n_noises'\?"):
         method.with_settings(n_noise=2)
-    with pytest.raises(ValueError, match="n_noises"):
-        method.with_settings(n_noises=0)
+    for value in (0, 2.5, "2", True):
+        with pytest.raises(ValueError, match="n_noises"):
+            method.with_settings(n_noises=value)
+    with pytest.raises(ValueError, match="calibrate must be of type bool, got 'no'"):
+        method.with_settings(calibrate="no")
+
+
+@each_method
+def test_other_settings_stay_on_the_device_of_the_method(name):
+    method = METHODS[name](tiny_config(name))
+    method.network.to("meta")  # as a GPU
+    network = method.with_settings(smooth_sigma=2.0).network
+    assert {v.device.type for v in [*network.parameters(), *network.buffers()]} <= {"meta"}
+
+
+@each_method
+def test_too_few_images_change_no_calibration(name):
+    method = fitted(name)
+    before = method.threshold_, method.map_calibration_
+    with pytest.raises(ValueError, match="calibration: 4 images are too few for map statistics, 5"):
+        method.calibrate(pictures(4))
+    assert (method.threshold_, method.map_calibration_) == before
 
 
 @each_method
@@ -801,3 +822,32 @@ def test_exact_leaves_other_settings_alone():
         with exact():
             assert (cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark) == (False, True, True)
         assert cudnn.allow_tf32
+
+
+# ------------------------------------------------------------- what goes wrong while saving
+
+
+def test_an_interrupt_between_old_and_new_keeps_a_checkpoint(saved, monkeypatch):
+    folder, usual = saved("pca"), Path.replace
+
+    def replace_until_new(path, target):
+        if Path(target) == folder and path.suffix != ".old":
+            assert not folder.exists()
+            raise KeyboardInterrupt
+        return usual(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace_until_new)
+    with pytest.raises(KeyboardInterrupt):
+        fitted("pca").save_pretrained(folder)
+    x = pictures(3, seed=4)
+    assert_same(METHODS["pca"].from_pretrained(folder).predict(x), fitted("pca").predict(x))
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_checkpoint_loads_with_its_schedule(schedule, tmp_path):
+    config = replace(tiny_config("anoddpm"), beta_schedule=schedule)
+    method = fit("anoddpm", config=config)
+    method.save_pretrained(tmp_path / "saved")
+    x = pictures(3, seed=4)
+    assert_same(load_pretrained(tmp_path / "saved").predict(x), method.predict(x))

@@ -87,7 +87,7 @@ def test_a_folder_without_labels_is_scored(trained, tmp_path, capsys):
     assert main(["score", *map(str, command), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr()
     assert "ALARM  004.png" in said.out
-    assert "6 images are few" in said.err
+    assert "few" not in said.err, "advice for training"
     with (tmp_path / "out" / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["file"] == "004.png"

@@ -119,3 +119,22 @@ def test_accelerate_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ImportError, match="pip install accelerate"):
         processes.device()
+
+
+def test_an_interrupt_of_one_process_ends_them_all(monkeypatch):
+    """Another one was asked: this one must not return a network that is half trained."""
+    network, images = torch.nn.Conv2d(1, 1, 1), torch.zeros(4, 1, 8, 8)
+
+    def gathered(value):
+        return [value, (True, False)] if isinstance(value, tuple) else [value]
+
+    monkeypatch.setattr("diffad_lite.training.processes.gathered", gathered)
+    with pytest.raises(KeyboardInterrupt):
+        train_network(
+            network,
+            lambda network, x, generator: network(x).square().mean(),
+            images,
+            TrainConfig(steps=50, batch_size=2),
+            seed=0,
+            progress=False,
+        )

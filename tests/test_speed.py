@@ -11,7 +11,7 @@ from diffad_lite.experiments import Run
 from diffad_lite.methods import get_method
 from diffad_lite.report import speed_table
 from diffad_lite.results import read_speeds
-from diffad_lite.speed import SETTINGS, TensorsAlive, measure
+from diffad_lite.speed import SETTINGS, TensorsAlive, measure, measure_bundled
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +78,12 @@ def test_a_broken_record_is_named_in_few_words(tmp_path, setting):
     with pytest.raises(ValueError, match=r"speed.json: settings\.x{100} (must|lacks)") as found:
         read_speeds(tmp_path)
     assert len(str(found.value)) < 1000
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="n_images must be at least 1, got 0"):
+        measure_bundled(tmp_path / "speed.json", n_images=0)
+    monkeypatch.setattr("diffad_lite.speed.SETTINGS", {"bank": ("bank", {})})
+    with pytest.raises(ValueError, match="no method to measure"):
+        measure_bundled(tmp_path / "speed.json")
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,7 @@
 """The U-Net: any size, any number of channels, independent images, messages, its size."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,3 +176,26 @@ def test_gradients_are_finite_and_reach_both_ends():
         assert torch.isfinite(parameter.grad).all(), name
     assert network.stem.weight.grad.abs().max() > 1e-6
     assert network.out.weight.grad.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("base", [8, 32], ids=["one head", "heads of 32"])
+def test_gradients_are_those_of_double_precision(base):
+    """In float32 nearly, under bfloat16 autocast roughly; and without gradients, likewise."""
+    network, x, t = tiny(base=base), images(2, 1, 16, 16), torch.tensor([3, 900])
+    exact = copy.deepcopy(network).double()
+    wanted = exact(x.double(), t)
+    wanted.square().mean().backward()
+    torch.testing.assert_close(apply(network, x, [3, 900]).double(), wanted, rtol=0, atol=1e-5)
+    for autocast, tolerance in ((False, 1e-4), (True, 0.1)):
+        network.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = network(x, t)
+        found.float().square().mean().backward()
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=tolerance)
+        for one, other in zip(network.parameters(), exact.parameters(), strict=True):
+            assert (one.grad - other.grad).norm() <= tolerance * other.grad.norm() + 1e-4
+
+
+def test_a_network_of_bfloat16_alone_works():
+    network = tiny(base=32).bfloat16()
+    assert apply(network, images(1, 1, 16, 16).bfloat16()).dtype == torch.bfloat16

@@ -107,20 +107,15 @@ class Method(ABC):
             calibration: normal images that ``train`` does not contain, same form.
             seed: of everything random in training.
             budget: seconds of training; None takes the configured number of steps.
-            workdir: folder for training states; a second call with the same arguments goes on
-                from there.
+            workdir: folder for training states; the same call goes on from there.
             progress: show bars.
 
         Raises:
-            ValueError: images of wrong shape, channels or range, NaN; foreign training state.
+            ValueError: images that :meth:`calibrate` refuses, too; foreign training state.
+            FloatingPointError: the loss is not finite.
         """
         self._check(train, "train")
         self._check(calibration, "calibration")
-        if self.config.calibrate and len(calibration) < FEWEST_CALIBRATION:
-            raise ValueError(
-                f"calibration: {len(calibration)} images are too few for map statistics, "
-                f"{FEWEST_CALIBRATION} are needed; add normal images, or set calibrate=false"
-            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = self._build().to(processes.device())
@@ -154,8 +149,8 @@ class Method(ABC):
         raw = self.predict(calibration).anomaly_map.numpy()
         maps = raw
         if self.config.calibrate:
-            self.map_calibration_ = MapCalibration.fit(raw)
             maps = MapCalibration.cross_fit(raw)
+            self.map_calibration_ = MapCalibration.fit(raw)
         self.calibration_scores_ = self._score(calibration, torch.from_numpy(maps)).numpy()
         self.threshold_ = conformal_threshold(self.calibration_scores_, self.config.quantile)
         return self
@@ -200,7 +195,7 @@ class Method(ABC):
     def seen(
         self, images: Tensor, seed: int, keys: Sequence[str] | None = None
     ) -> tuple[Tensor, list[torch.Generator]]:
-        """Images (B, C, H, W) as the networks see them, and one generator for the noise of each."""
+        """Images (B, C, H, W) as the networks see them, and a generator for each one's noise."""
         keys = image_keys(images) if keys is None else keys
         return self.prepare(images).to(self.device), noise_generators(keys, seed)
 
@@ -226,6 +221,11 @@ class Method(ABC):
                 f"is for {(side, side)} (Config.image_size); resize the images"
             )
         check_values(images, what)
+        if what == "calibration" and self.config.calibrate and len(images) < FEWEST_CALIBRATION:
+            raise ValueError(
+                f"calibration: {len(images)} images are too few for map statistics, "
+                f"{FEWEST_CALIBRATION} are needed; add normal images, or set calibrate=false"
+            )
 
     @contextmanager
     def count_evaluations(self) -> Iterator[list[int]]:

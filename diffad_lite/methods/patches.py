@@ -24,6 +24,7 @@ from diffad_lite.gaussian import noise_generators
 from diffad_lite.images import image_keys
 from diffad_lite.methods.anoddpm import AnoDDPMConfig, PriorConfig, prior_of
 from diffad_lite.methods.base import BATCH_SIZE, Method
+from diffad_lite.methods.numerics import exact
 from diffad_lite.methods.prediction import Buffers, Networks
 from diffad_lite.training import FitOptions, TrainReport
 
@@ -110,9 +111,10 @@ class PatchMethod(Method):
         self.network.eval()
         started = time.monotonic()
         patches = []
-        for batch in train.split(BATCH_SIZE):
-            generators = noise_generators(image_keys(batch), options["seed"])
-            patches.append(self._patches(batch.to(self.device), generators).cpu())
+        with exact():  # as images are scored
+            for batch in train.split(BATCH_SIZE):
+                generators = noise_generators(image_keys(batch), options["seed"])
+                patches.append(self._patches(batch.to(self.device), generators).cpu())
         generator = torch.Generator().manual_seed(options["seed"])
         self.network["statistics"] = self._summarise(torch.cat(patches), generator)
         seconds = time.monotonic() - started

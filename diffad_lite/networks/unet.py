@@ -61,11 +61,11 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
         # Fused attention, which keeps no matrix of HW x HW, wants the last axis in one piece.
         q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # each (B, heads, HW, head_dim)
-        if x.device.type == "cpu":  # where its gradient takes five times as long in bfloat16
-            q, k, v = q.float(), k.float(), v.float()
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            q, k, v = q.float(), k.float(), v.float()  # a gradient five times as fast
         with torch.autocast("cpu", enabled=False):
             h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h.transpose(-1, -2).reshape(B, C, H, W))
+        return x + self.out(h.to(qkv.dtype).transpose(-1, -2).reshape(B, C, H, W))
 
 
 def halve(x: Tensor) -> Tensor:

@@ -504,9 +504,16 @@ def places(normal, other):
 
 
 # %%
-few_patterns = {"n_patterns": 16 if quick else 64, "steps": 4 if quick else 15}
-small = type(method)(replace(method.config, **few_patterns))
-small.network = method.network
+def drawing(**changes):
+    """The same networks, whose pools are drawn by other settings."""
+    few = {"n_patterns": 16 if quick else 64, "steps": 4 if quick else 15}
+    other = type(method)(replace(method.config, **few, **changes))
+    other.network = method.network
+    return other
+
+
+# %%
+small = drawing()
 held_out = unseen[: 16 if quick else 48]
 usual = logits_of(held_out)
 print(f"twins:            {places(usual, logits_of(small.twins(held_out, 1))):.3f}")
@@ -522,8 +529,8 @@ assert not checked or found > 0.7
 levels, by_level = (0.1, 0.3, 0.5, 0.7, 1.0), {}
 for r, network in fields.items():
     for level in levels:
-        small.config = replace(small.config, levels=(level, level))
-        part, mask = parts_of_pool(small.draw_patterns(network, held_out, 8, rng(2)))
+        at = drawing(levels=(level, level))
+        part, mask = parts_of_pool(at.draw_patterns(network, held_out, 8, rng(2)))
         found = places(usual, logits_of(part)[mask])
         by_level.setdefault(f"field {r}", []).append(found)
 axes = {"xlabel": "level from which the window is drawn, t / T"}

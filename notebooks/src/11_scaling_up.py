@@ -402,8 +402,8 @@ assert gap < 0.05
 
 # %% [markdown]
 # The results are the same (another number of threads adds numbers in another order, which is a last digit). The time is
-# above: each worker is a new Python that imports PyTorch, and one training uses all cores by itself. **On one laptop
-# several workers gain little**, and lose where trainings are long and keep all cores busy anyway. On several machines
+# above: each worker is a new Python that imports PyTorch, and the workers share the cores that one run has alone. **On
+# one laptop several workers gain little**, and lose where a single run keeps all cores busy anyway. On several machines
 # they pay, since each brings its own cores. The commands:
 #
 # ```console

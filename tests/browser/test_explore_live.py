@@ -34,8 +34,6 @@ PRESSES = 30  # of an arrow key, whose latency is measured
 CHROMIUM = os.environ.get("DIFFAD_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-# Console messages that JupyterLab itself gives, by a part of their text.
-HARMLESS: tuple[str, ...] = ()
 
 pytestmark = [
     pytest.mark.timeout(PATIENCE + 300),
@@ -163,7 +161,7 @@ def page(server, complaints, out):
         page.set_default_timeout(120_000)
 
         def note(message):
-            if message.type == "error" and not any(part in message.text for part in HARMLESS):
+            if message.type == "error":
                 complaints.append(f"{message.text} ({message.location.get('url')})")
 
         page.on("console", note)
