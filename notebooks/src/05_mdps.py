@@ -1076,17 +1076,17 @@ if as_described and all(both):
 def counted(image, **settings):
     """Calls for one image: of the denoiser, of them with gradient, of features."""
     calls = {"denoiser": 0, "gradient": 0, "features": 0}
+    other = method.with_settings(mask="estimated", **settings)
+    nets = [other.network[name] for name in ("denoiser", "features")]
 
     def hook(module, inputs, output):
-        name = "denoiser" if module is denoiser else "features"
+        name = "denoiser" if module is nets[0] else "features"
         calls[name] += len(inputs[0])
         calls["gradient"] += name == "denoiser" and torch.is_grad_enabled()
 
-    nets = [denoiser, method.network["features"]]
-    handles = [net.register_forward_hook(hook) for net in nets]
-    method.with_settings(mask="estimated", **settings).predict(image)
-    for handle in handles:
-        handle.remove()
+    for net in nets:
+        net.register_forward_hook(hook)
+    other.predict(image)
     return calls
 
 
