@@ -205,7 +205,6 @@ fig, _ = plots.show_images(rows, titles, columns=4)
 
 
 # %% tags=["context"]
-# %% tags=["context"]
 def auroc(labels, scores):
     return metrics.image_metrics(labels, np.asarray(scores))["image_auroc"]
 
