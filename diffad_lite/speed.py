@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffad_lite.config import override, to_dict, write_json
+from diffad_lite.config import write_json
 from diffad_lite.datasets import load_dataset
 from diffad_lite.doctor import machine_record
 from diffad_lite.experiments import bundled_checkpoint
@@ -22,17 +22,17 @@ from diffad_lite.methods import Method, get_method, load_pretrained
 from diffad_lite.runs import Run
 
 # Name -> method and changed settings, on the bundled weights of elpv mono.
-SETTINGS: dict[str, tuple[str, dict[str, str]]] = {
+SETTINGS: dict[str, tuple[str, dict[str, int]]] = {
     "pca": ("pca", {}),
     "padim": ("padim", {}),
     "anoddpm": ("anoddpm", {}),
-    "anoddpm, 10 steps": ("anoddpm", {"noise_level": "99", "steps": "10", "n_noises": "1"}),
-    "anoddpm, 600 steps": ("anoddpm", {"noise_level": "599", "steps": "600", "n_noises": "1"}),
+    "anoddpm, 10 steps": ("anoddpm", {"noise_level": 99, "steps": 10, "n_noises": 1}),
+    "anoddpm, 600 steps": ("anoddpm", {"noise_level": 599, "steps": 600, "n_noises": 1}),
     "diffusionad": ("diffusionad", {}),
     "glad": ("glad", {}),
     "mdps": ("mdps", {}),
     "bernoulli": ("bernoulli", {}),
-    "bernoulli, 1 chain": ("bernoulli", {"n_chains": "1"}),
+    "bernoulli, 1 chain": ("bernoulli", {"n_chains": 1}),
     "grad": ("grad", {}),
 }
 FITTED_HERE = ("pca", "padim")
@@ -125,8 +125,7 @@ def measure_bundled(
         method, changes = SETTINGS[name]
         folder = bundled_checkpoint(method, "elpv", "mono")
         if folder.is_dir():
-            config = override(load_pretrained(folder).config, changes)
-            methods[name] = get_method(method).from_pretrained(folder, **to_dict(config))
+            methods[name] = load_pretrained(folder, **changes)
         elif method in FITTED_HERE:
             config = Run(method, "elpv", "mono").configure(data)
             methods[name] = get_method(method)(config).fit(

@@ -618,7 +618,7 @@ def test_starred_rules_hold_for_exercises_and_solutions(executed, name, rule):
         "N06": add_code("\n".join(["pass"] * 31)),
         "N07": add_code(WIDE),
         "N08": add_code("x = 1;"),
-        "N09": add_code("'/work/main'"),
+        "N09": add_code("'/work/me/x'"),
         "N10": lambda nb: nb.metadata.update(widgets={}),
         "N16": swap(1, "../00_made", "../00_gone"),
     }[rule]

@@ -115,7 +115,7 @@ class Method(ABC):
             FloatingPointError: the loss is not finite.
         """
         self._check(train, "train")
-        self._check(calibration, "calibration")
+        self._check_calibration(calibration)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = self._build().to(processes.device())
@@ -141,16 +141,13 @@ class Method(ABC):
             calibration: normal images (N, C, H, W) that training did not see, float32 in [-1, 1].
 
         Raises:
-            ValueError: images of wrong shape, channels or range, NaN; fewer than five where maps
-                are calibrated.
+            ValueError: images that :meth:`predict` refuses; fewer than 5 where maps are calibrated.
         """
-        self._check(calibration, "calibration")
+        self._check_calibration(calibration)
         self.map_calibration_ = None
-        raw = self.predict(calibration).anomaly_map.numpy()
-        maps = raw
+        maps = self.predict(calibration).anomaly_map.numpy()
         if self.config.calibrate:
-            maps = MapCalibration.cross_fit(raw)
-            self.map_calibration_ = MapCalibration.fit(raw)
+            maps, self.map_calibration_ = MapCalibration.cross_fit(maps), MapCalibration.fit(maps)
         self.calibration_scores_ = self._score(calibration, torch.from_numpy(maps)).numpy()
         self.threshold_ = conformal_threshold(self.calibration_scores_, self.config.quantile)
         return self
@@ -221,7 +218,10 @@ class Method(ABC):
                 f"is for {(side, side)} (Config.image_size); resize the images"
             )
         check_values(images, what)
-        if what == "calibration" and self.config.calibrate and len(images) < FEWEST_CALIBRATION:
+
+    def _check_calibration(self, images: Tensor) -> None:
+        self._check(images, "calibration")
+        if self.config.calibrate and len(images) < FEWEST_CALIBRATION:
             raise ValueError(
                 f"calibration: {len(images)} images are too few for map statistics, "
                 f"{FEWEST_CALIBRATION} are needed; add normal images, or set calibrate=false"

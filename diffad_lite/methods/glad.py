@@ -242,7 +242,7 @@ class GLAD(Method):
     @exact()
     def calibrate(self, calibration: Tensor) -> Self:
         """Set delta, the spread of drifts and the scale of pixels, then what every method sets."""
-        self._check(calibration, "calibration")
+        self._check_calibration(calibration)
         s = self.network["statistics"]
         drifts, parts = [], []
         for batch in calibration.split(BATCH_SIZE):

@@ -189,7 +189,7 @@ class MDPS(Method):
     @exact()
     def calibrate(self, calibration: Tensor) -> Self:
         """Set the scale of pixels and the mask's threshold, then what every method sets."""
-        self._check(calibration, "calibration")
+        self._check_calibration(calibration)
         c, s, parts = self.config, self.network["statistics"], []
         for batch in calibration.split(BATCH_SIZE):
             y, generators = self.seen(batch, 0)

@@ -180,10 +180,10 @@ def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:
 
 def with_settings(method: M, changes: Mapping[str, Any]) -> M:
     """See :meth:`Method.with_settings`."""
-    for name in changes.keys() - to_dict(method.config).keys():
-        raise unknown_name("setting", name, sorted(method.inference_fields))
-    _check_changeable(type(method), changes.keys())
     kinds = get_type_hints(type(method.config))
+    for name in changes.keys() - kinds.keys():
+        raise unknown_name("setting", name, method.inference_fields)
+    _check_changeable(type(method), changes.keys())
     for name, value in changes.items():
         if value != math.inf:  # which JSON lacks; beyond it lies no drift
             convert(value, kinds[name], name)
