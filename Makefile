@@ -5,19 +5,29 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # `make run TORCH=cpu` takes PyTorch's CPU wheels, which are much smaller on Linux.
 TORCH  ?=
+# Spoilt inputs that `make fuzz` makes; a hundredth as many kills.
+FUZZ   ?= 10000
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
 DOCUMENTS := README.md data/README.md docs/performance.md
 
-.PHONY: run test lab lint check-notebooks test-notebooks tables notebooks test-browser fuzz bench docs
+# Two processes of one thread each take both cores of a laptop, and never wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: run test test-slow lab lint check-notebooks test-notebooks tables notebooks test-browser
+.PHONY: fuzz bench docs
 
 run: $(VENV)/.installed
 	$(BIN)/diffad notebooks --profile lite --out runs/notebooks
 	@echo "Executed notebooks are in runs/notebooks; 'make lab' opens the series."
 
 test: lint check-notebooks
-	$(BIN)/python -m pytest
+	$(PYTEST)
 	$(MAKE) test-notebooks
+
+# What is slow and rarely breaks: kills, interruptions, surroundings, the wheel, Dask, processes.
+test-slow: $(VENV)/.installed-test
+	$(PYTEST) -m slow
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab notebooks
@@ -32,10 +42,9 @@ check-notebooks: $(VENV)/.installed-test
 	$(BIN)/python notebooks/tools/build.py --check
 	$(BIN)/python notebooks/tools/lint.py
 
-# Every notebook runs from start to end, once by papermill and once by nbval.
+# Every notebook runs from start to end; all cells of one go to the same process (loadfile).
 test-notebooks: $(VENV)/.installed-test
-	$(BIN)/diffad notebooks --profile ci --out runs/ci
-	DIFFAD_PROFILE=ci DIFFAD_STATIC=1 $(BIN)/python -m pytest --nbval-lax \
+	DIFFAD_PROFILE=ci DIFFAD_STATIC=1 $(PYTEST) --dist loadfile --nbval-lax \
 	    --nbval-cell-timeout=300 --timeout=600 $(LESSONS)
 
 # Notebook 09 in a real browser; skipped where Chromium or playwright is missing.
@@ -50,7 +59,7 @@ docs: $(VENV)/.installed-test
 
 # Ten thousand spoilt inputs and a hundred kills; `make test` does a small part of them.
 fuzz: $(VENV)/.installed-test
-	DIFFAD_FUZZ=10000 $(BIN)/python -m pytest tests/test_fuzz*.py --timeout=3600
+	DIFFAD_FUZZ=$(FUZZ) $(PYTEST) -m "slow or not slow" tests/fuzz/test_fuzz*.py --timeout=3600
 
 # Speed, memory and start-up, into data/results/performance.json; on a machine that is else idle.
 bench: $(VENV)/.installed-test

@@ -1,11 +1,13 @@
 """The figures of the course. Each function returns the figure and a dictionary of what it shows.
 
 One style: grey images, one colour scale for all maps of a figure, the Okabe-Ito palette (told
-apart by colour-blind readers and in grey print), units on every axis.
+apart by colour-blind readers and in grey print), units on every axis. Importing this module changes
+nothing of matplotlib; :func:`use_style` gives one's own figures the same style.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, ParamSpec
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,27 +16,42 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from diffad_lite.datasets import AnomalyData
-from diffad_lite.gaussian import Step
-from diffad_lite.metrics import image_metrics
+from diffad_lite.data.datasets import AnomalyData
+from diffad_lite.diffusion.gaussian import Step
+from diffad_lite.evaluation.metrics import image_metrics
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 MAP_COLOURS = "magma"
-plt.rcParams.update(
-    {
-        "figure.dpi": 100,
-        "figure.constrained_layout.use": True,
-        "font.size": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": False,
-        "legend.frameon": False,
-        "image.interpolation": "nearest",
-    }
-)
+STYLE: Any = {
+    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "legend.frameon": False,
+    "image.interpolation": "nearest",
+}
 
 Result = tuple[Figure, dict[str, Any]]
+Arguments = ParamSpec("Arguments")
+
+
+def use_style() -> None:
+    """Draw all later figures of this process in the style of the course."""
+    plt.rcParams.update(STYLE)
+
+
+def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorate a function that draws a figure: the style holds inside of it, and nowhere else."""
+
+    @wraps(draw)
+    def draw_in_style(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with plt.rc_context(STYLE):
+            return draw(*args, **kwargs)
+
+    return draw_in_style
 
 
 def _picture(image: ArrayLike) -> np.ndarray:
@@ -67,6 +84,7 @@ def _caption(fig: Figure, caption: str) -> None:
         fig.supxlabel(caption, fontsize=10)
 
 
+@styled
 def show_images(
     images: Tensor | Sequence[ArrayLike],
     titles: Sequence[str] | None = None,
@@ -96,6 +114,7 @@ def show_images(
     return fig, {"images": images}
 
 
+@styled
 def show_detections(
     images: Tensor,
     maps: Tensor,
@@ -146,6 +165,7 @@ def show_detections(
     return fig, {"maps": maps, "scale": (low, high)}
 
 
+@styled
 def show_kinds(data: AnomalyData, *, columns: int = 8, caption: str = "") -> Result:
     """A contact sheet of a test set: one row for each kind.
 
@@ -177,6 +197,7 @@ def show_kinds(data: AnomalyData, *, columns: int = 8, caption: str = "") -> Res
     return fig, {"ids": shown}
 
 
+@styled
 def show_trajectory(steps: Sequence[Step], *, index: int = 0, count: int = 8) -> Result:
     """The states of a sampler for one image, and below each the clean image it predicts.
 
@@ -201,6 +222,7 @@ def show_trajectory(steps: Sequence[Step], *, index: int = 0, count: int = 8) ->
     return fig, {"t": [steps[i].t for i in keep]}
 
 
+@styled
 def show_curves(
     x: ArrayLike,
     curves: Mapping[str, ArrayLike],
@@ -237,6 +259,7 @@ def show_curves(
     return fig, {"x": x, **curves}
 
 
+@styled
 def show_scores(
     labels: ArrayLike,
     scores: ArrayLike,
@@ -271,6 +294,7 @@ def show_scores(
     return fig, metrics
 
 
+@styled
 def show_bars(
     values: Mapping[str, float],
     intervals: Mapping[str, tuple[float, float]],

@@ -19,7 +19,8 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from diffad_lite import __version__, claims, report
+from diffad_lite import __version__
+from diffad_lite.evaluation import claims, records, tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "data" / "results"
@@ -92,14 +93,14 @@ def rendered() -> dict[str, str]:
     ``overview-METHOD`` is the overview with the controls beside one method, ``claims-METHOD`` the
     claims of its paper.
     """
-    records = report.read_results(RESULTS)
-    judged = claims.judge_all(records, RESULTS)
-    found = report.every_table(records, judged, RESULTS)
-    for method, name in report.METHOD_NAMES.items():
+    results = records.read_results(RESULTS)
+    judged = claims.judge_all(results, RESULTS)
+    found = tables.every_table(results, judged, RESULTS)
+    for method, name in records.METHOD_NAMES.items():
         beside = ["brightness", "pca", "padim", "anoddpm", method]
         own = [one for one in judged if one.claim.method == name]
-        chosen = [record for record in records if record["method"] in beside]
-        found[f"overview-{method}"] = report.overview_table(chosen)
+        chosen = [record for record in results if record["method"] in beside]
+        found[f"overview-{method}"] = tables.overview_table(chosen)
         found[f"claims-{method}"] = claims.claims_table(own)
     return found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffad_lite.cli import build_parser
+from diffad_lite.cli.main import build_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

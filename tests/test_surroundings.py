@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from diffad_lite.experiments import bundled_checkpoint
+from diffad_lite.experiments.evaluate import bundled_checkpoint
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 # Calls the command; whatever writes into the checkout, or asks the network, ends it.
 GUARDED = """
 import os, sys
@@ -27,7 +28,7 @@ def guard(event, details):
             raise RuntimeError(f"writes {details[0]}")
 
 sys.addaudithook(guard)
-from diffad_lite.cli import main
+from diffad_lite.cli.main import main
 
 sys.exit(main(arguments))
 """

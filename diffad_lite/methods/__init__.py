@@ -1,37 +1,61 @@
 """The methods, one file each; ``get_method(name)`` finds them."""
 
-from diffad_lite.methods import (
-    anoddpm,
-    baselines,
-    bernoulli,
-    diffusionad,
-    glad,
-    grad,
-    mdps,
-    patches,
-)
+from diffad_lite.methods import baselines
+from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig, AnoDDPMSimplex
 from diffad_lite.methods.base import (
     METHODS,
     Method,
+    MethodConfig,
+    Prediction,
+    blur,
     get_method,
     load_pretrained,
 )
-from diffad_lite.methods.prediction import Prediction
-from diffad_lite.methods.profiles import MethodConfig
+from diffad_lite.methods.bernoulli import Bernoulli, BernoulliConfig
+from diffad_lite.methods.calibration import MapCalibration, conformal_threshold, top_k_mean
+from diffad_lite.methods.diffusionad import DiffusionAD, DiffusionADConfig
+from diffad_lite.methods.glad import GLAD, GLADConfig, drift_score
+from diffad_lite.methods.grad import (
+    GRAD,
+    GRADConfig,
+    Reweighting,
+    WeightConfig,
+    parts_of_pool,
+    pattern_weights,
+)
+from diffad_lite.methods.mdps import MDPS, MDPSConfig
+from diffad_lite.methods.patches import Bank, PaDiM
 
 __all__ = [
+    "GLAD",
+    "GRAD",
+    "MDPS",
     "METHODS",
+    "AnoDDPM",
+    "AnoDDPMConfig",
+    "AnoDDPMSimplex",
+    "Bank",
+    "Bernoulli",
+    "BernoulliConfig",
+    "DiffusionAD",
+    "DiffusionADConfig",
+    "GLADConfig",
+    "GRADConfig",
+    "MDPSConfig",
+    "MapCalibration",
     "Method",
     "MethodConfig",
+    "PaDiM",
     "Prediction",
-    "anoddpm",
+    "Reweighting",
+    "WeightConfig",
     "baselines",
-    "bernoulli",
-    "diffusionad",
+    "blur",
+    "conformal_threshold",
+    "drift_score",
     "get_method",
-    "glad",
-    "grad",
     "load_pretrained",
-    "mdps",
-    "patches",
+    "parts_of_pool",
+    "pattern_weights",
+    "top_k_mean",
 ]

@@ -16,16 +16,14 @@ from typing import Any, Self, Unpack
 import torch
 from torch import Tensor, nn
 
-from diffad_lite.config import Profile, check_ranges
-from diffad_lite.gaussian import GaussianDiffusion, Generators, Step, last, randn
-from diffad_lite.methods.base import Method
-from diffad_lite.methods.numerics import exact
-from diffad_lite.methods.profiles import MethodConfig
-from diffad_lite.networks import UNet
-from diffad_lite.readers import FLIP_AXES
-from diffad_lite.schedules import BetaSchedule, NoiseSchedule
-from diffad_lite.simplex import simplex_noise
-from diffad_lite.training import FitOptions, TrainConfig, TrainReport, train_network
+from diffad_lite.core.config import Profile, check_ranges
+from diffad_lite.diffusion.gaussian import GaussianDiffusion, Generators, Step, last, randn
+from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
+from diffad_lite.diffusion.simplex import simplex_noise
+from diffad_lite.methods.base import Method, MethodConfig, exact
+from diffad_lite.networks.unet import UNet
+from diffad_lite.training.loop import FitOptions, TrainReport, train_network
+from diffad_lite.training.state import TrainConfig
 
 PRIOR_SHARE = 0.7  # of a time budget, where it is the first stage of another method
 
@@ -37,7 +35,7 @@ class AnoDDPMConfig(MethodConfig):
     Attributes:
         beta_schedule: of the forward process.
         num_timesteps: T.
-        base_channels: see :class:`~diffad_lite.networks.UNet`, as the next four.
+        base_channels: see :class:`~diffad_lite.networks.unet.UNet`, as the next four.
         channel_mults: widths of the levels.
         blocks_per_level: residual blocks.
         attention_levels: levels with self-attention.
@@ -68,15 +66,16 @@ class AnoDDPMConfig(MethodConfig):
         check_ranges(self, steps=(1, self.noise_level + 1))
 
     @classmethod
-    def for_profile(cls, profile: Profile, *, dataset: str | None = None, **shape: Any) -> Self:
+    def for_profile(
+        cls, profile: Profile, *, flip_axes: tuple[int, ...] = (), **shape: Any
+    ) -> Self:
         """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
-        base = super().for_profile(profile, dataset=dataset, **shape)
-        flips = FLIP_AXES.get(dataset or "", ())
+        base = super().for_profile(profile, **shape)
         if profile == "ci":
-            train = TrainConfig(steps=20, batch_size=8, flip_axes=flips)
+            train = TrainConfig(steps=20, batch_size=8, flip_axes=flip_axes)
             return replace(base, base_channels=16, n_noises=1, train=train)
         if profile == "lite":
-            return replace(base, train=TrainConfig(flip_axes=flips))
+            return replace(base, train=TrainConfig(flip_axes=flip_axes))
         # Public code (Julian-Wyatt/AnoDDPM), test_args/args28.json and UNet.py: 256 px, base 128,
         # multipliers (1, 1, 2, 2, 4, 4), two blocks, attention at 16 and 8 px, linear betas,
         # T = 1000, AdamW 1e-4, batch 1, 3000 epochs of 100 images, EMA 0.9999; detection.py,
@@ -84,7 +83,7 @@ class AnoDDPMConfig(MethodConfig):
         # decays, gradients are clipped, the way back is DDIM, and maps are blurred and calibrated
         # as in lite. Noise is simplex in that file: AnoDDPMSimplex.
         train = TrainConfig(
-            steps=300_000, batch_size=1, learning_rate=1e-4, ema_decay=0.9999, flip_axes=flips
+            steps=300_000, batch_size=1, learning_rate=1e-4, ema_decay=0.9999, flip_axes=flip_axes
         )
         return replace(
             base,
@@ -165,7 +164,7 @@ class AnoDDPM(Method):
         """Intermediates of the first noise.
 
         Returns:
-            ``trajectory`` (list of :class:`~diffad_lite.gaussian.Step`), ``residual``
+            ``trajectory`` (list of :class:`~diffad_lite.diffusion.gaussian.Step`), ``residual``
             (B, C, H, W) signed, image as prepared minus reconstruction, and what every method
             returns.
         """
@@ -205,7 +204,7 @@ def prior_of(config: AnoDDPMConfig, **unet: Any) -> AnoDDPM:
 
     Args:
         config: of the denoiser, its diffusion and its training.
-        unet: further options of :class:`~diffad_lite.networks.UNet`.
+        unet: further options of :class:`~diffad_lite.networks.unet.UNet`.
     """
     with torch.device("meta"):  # its own weights, of a fixed seed, are not wanted
         prior = AnoDDPM(config)

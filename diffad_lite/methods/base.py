@@ -5,33 +5,162 @@ to raw maps). Seeds, batching, calibration by position, scores, thresholds and f
 once for all.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self, Unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import gaussian_blur
 
-from diffad_lite import processes
-from diffad_lite.config import unknown_name
-from diffad_lite.gaussian import noise_generators
-from diffad_lite.images import check_values, image_keys, standardise, undo_standardise
-from diffad_lite.methods import pretrained
-from diffad_lite.methods.numerics import blur, exact
-from diffad_lite.methods.prediction import Prediction
-from diffad_lite.methods.profiles import MethodConfig
-from diffad_lite.metrics import MapCalibration, conformal_threshold, top_k_mean
-from diffad_lite.training import FitOptions, TrainReport
+from diffad_lite.core.config import Profile, check_profile, check_ranges, unknown_name
+from diffad_lite.data.images import check_values, image_keys, standardise, undo_standardise
+from diffad_lite.diffusion.gaussian import noise_generators
+from diffad_lite.methods.calibration import MapCalibration, conformal_threshold, top_k_mean
+from diffad_lite.methods.checkpoints import Checkpointed, claim, read_record
+from diffad_lite.training import processes
+from diffad_lite.training.loop import FitOptions, TrainReport
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """What every method is configured by.
+
+    Attributes:
+        channels: of the images, 1, 3 or 4.
+        image_size: side in pixels that the networks were designed for; other sizes also run.
+        standardise: bring each image to mean 0 and one deviation first; what an image's
+            brightness and contrast could tell is then lost.
+        smooth_sigma: standard deviation, in pixels, of the Gaussian blur of the raw map; 0 = none.
+        calibrate: whether maps are standardised by position (mean and deviation over normals).
+        top_fraction: the image score is the mean of this fraction of the largest map values.
+        quantile: of the calibration scores, where the threshold of "anomalous" is put.
+    """
+
+    channels: int = 1
+    image_size: int = 64
+    standardise: bool = False
+    smooth_sigma: float = 1.0
+    calibrate: bool = True
+    top_fraction: float = 0.01
+    quantile: float = 0.95
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values that cannot be, before a training, not after it."""
+        if self.channels not in (1, 3, 4):
+            raise ValueError(f"expected images of 1, 3 or 4 channels, got {self.channels}")
+        ranges = {"smooth_sigma": (0, math.inf), "top_fraction": (1e-6, 1)}
+        check_ranges(self, **ranges, quantile=(0.001, 0.999), image_size=(1, math.inf))
+
+    @property
+    def first_stage(self) -> "MethodConfig | None":
+        """Configuration of AnoDDPM, if its whole training is the first stage of this method's."""
+        return None
+
+    @classmethod
+    def for_profile(
+        cls,
+        profile: Profile,
+        *,
+        channels: int,
+        image_size: int,
+        dataset: str | None = None,
+        category: str | None = None,
+        flip_axes: tuple[int, ...] = (),
+    ) -> Self:
+        """The configuration of a profile; here the same for all, methods that train refine it.
+
+        Args:
+            profile: ``ci``, ``lite`` or ``paper``.
+            channels: of the images.
+            image_size: side in pixels.
+            dataset: whose settings to take, where a method has any.
+            category: likewise.
+            flip_axes: along which training may flip images, as ``AnomalyData.info`` has them.
+
+        Raises:
+            ValueError: unknown profile.
+        """
+        check_profile(profile)
+        return cls(channels=channels, image_size=image_size)
+
+
+@dataclass
+class Prediction:
+    """What a method says of B images; everything on the CPU in float32.
+
+    Attributes:
+        image_score: (B,), larger = more anomalous; comparable between images of one model only.
+        anomaly_map: (B, H, W), larger = more anomalous.
+        reconstruction: (B, C, H, W) the image as it would be without defects, or None.
+        extras: further tensors, first axis B, as each method documents.
+    """
+
+    image_score: Tensor
+    anomaly_map: Tensor
+    reconstruction: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def cat(parts: Sequence["Prediction"]) -> "Prediction":
+        """Batches joined along the first axis."""
+        first = parts[0]
+        reconstructions = [p.reconstruction for p in parts if p.reconstruction is not None]
+        return Prediction(
+            torch.cat([p.image_score for p in parts]),
+            torch.cat([p.anomaly_map for p in parts]),
+            torch.cat(reconstructions) if reconstructions else None,
+            {name: torch.cat([p.extras[name] for p in parts]) for name in first.extras},
+        )
+
+
+class Buffers(nn.Module):
+    """Named tensors that are saved with the model and have no gradient."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor: ...
+
+
+class Networks(nn.ModuleDict):
+    """The networks of a method by name; what each is, the line that takes it out says."""
+
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> Any: ...
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Convolve float32 exactly; recent GPUs otherwise do it with ten bits of mantissa."""
+    cudnn = torch.backends.cudnn
+    options = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    with cudnn.flags(enabled=cudnn.enabled, allow_tf32=False, **options):
+        yield
+
+
+def blur(maps: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of maps (B, H, W), reflecting at the border; sigma in pixels."""
+    side = min(maps.shape[-2:])
+    width = min(2 * int(3 * sigma + 0.5) + 1, 2 * side - 1)
+    return gaussian_blur(maps[:, None], [width, width], [sigma, sigma])[:, 0]
+
 
 FEWEST_CALIBRATION = 5  # normal images, so that statistics can be cross-fitted
 BATCH_SIZE = 32  # images scored at once; no result depends on it
 METHODS: dict[str, type["Method"]] = {}
 
 
-class Method(ABC):
+class Method(Checkpointed, ABC):
     """Base class of all methods; ``Method(config).fit(...).predict(...)``.
 
     After ``fit``: ``threshold_`` (scores above it are called anomalous), ``calibration_scores_``
@@ -41,7 +170,6 @@ class Method(ABC):
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     any_size: ClassVar[bool] = True  # False: images must have the side Config.image_size
-    # Fields that may be changed after training, as by --set together with --checkpoint.
     inference_fields: ClassVar[frozenset[str]] = frozenset(
         {"smooth_sigma", "calibrate", "top_fraction", "quantile"}
     )
@@ -51,14 +179,10 @@ class Method(ABC):
             METHODS[cls.name] = cls
 
     def __init__(self, config: MethodConfig) -> None:
-        self.config = config
+        super().__init__(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # fit() draws the initial weights anew from its own seed
             self.network = self._build()
-        self.map_calibration_: MapCalibration | None = None
-        self.calibration_scores_: np.ndarray | None = None
-        self.threshold_: float | None = None
-        self.reports_: dict[str, dict[str, float]] = {}
 
     # ------------------------------------------------------------- what a method implements
 
@@ -84,11 +208,6 @@ class Method(ABC):
         return {"anomaly_map": prediction.anomaly_map, "reconstruction": prediction.reconstruction}
 
     # ----------------------------------------------------------------- what users call
-
-    @property
-    def device(self) -> torch.device:
-        """Where the networks are."""
-        return next(iter(self.network.state_dict().values())).device
 
     def fit(
         self,
@@ -121,7 +240,7 @@ class Method(ABC):
             self.network = self._build().to(processes.device())
         folder = Path(workdir) if workdir is not None else None
         if folder is not None:
-            pretrained.claim(folder, self, seed, budget)
+            claim(folder, self, seed, budget)
         options = FitOptions(seed=seed, budget=budget, workdir=folder, progress=progress)
         reports = self._fit(self.prepare(train), **options)
         self.network.eval()
@@ -243,45 +362,6 @@ class Method(ABC):
             for handle in handles:
                 handle.remove()
 
-    def with_settings(self, **changes: Any) -> Self:
-        """The same trained networks under other settings, to see what a mechanism is worth.
-
-        Weights are shared, statistics copied; maps are raw, without threshold, until calibrated.
-
-        Raises:
-            ValueError: a setting is none of ``inference_fields``, or cannot have that value.
-        """
-        return pretrained.with_settings(self, changes)
-
-    # ---------------------------------------------------------------------------- files
-
-    def save_pretrained(
-        self, folder: str | Path, *, dtype: torch.dtype = torch.float32, **record: Any
-    ) -> None:
-        """Write ``config.json`` and ``model.safetensors``; see :mod:`.pretrained`.
-
-        Args:
-            folder: replaced if it exists.
-            dtype: of the stored weights; float16 halves the bundled files.
-            record: JSON values stored beside the configuration, e.g. ``fingerprint=``.
-        """
-        pretrained.save(self, Path(folder), dtype, record)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **changes: Any) -> Self:
-        """Load what :meth:`save_pretrained` wrote.
-
-        Args:
-            folder: the checkpoint.
-            changes: configuration fields to set instead; only ``inference_fields``. Statistics
-                and threshold then no longer hold: call :meth:`calibrate`.
-
-        Raises:
-            FileNotFoundError: no checkpoint there.
-            ValueError: another method's, broken, or a change that would need training.
-        """
-        return pretrained.load(cls, Path(folder), changes)
-
 
 def get_method(name: str) -> type[Method]:
     """The class of that name.
@@ -296,5 +376,5 @@ def get_method(name: str) -> type[Method]:
 
 def load_pretrained(folder: str | Path, **changes: Any) -> Method:
     """Load a checkpoint of any method; see :meth:`Method.from_pretrained`."""
-    name = pretrained.read_record(Path(folder))["method"]
+    name = read_record(Path(folder))["method"]
     return get_method(name).from_pretrained(folder, **changes)

@@ -13,11 +13,9 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from diffad_lite.config import Profile, check_ranges
-from diffad_lite.methods.base import Method
-from diffad_lite.methods.prediction import Buffers
-from diffad_lite.methods.profiles import MethodConfig
-from diffad_lite.training import FitOptions, TrainReport
+from diffad_lite.core.config import Profile, check_ranges
+from diffad_lite.methods.base import Buffers, Method, MethodConfig
+from diffad_lite.training.loop import FitOptions, TrainReport
 
 
 @dataclass(frozen=True)

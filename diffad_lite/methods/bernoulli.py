@@ -17,17 +17,15 @@ from typing import Any, Literal, Self, Unpack
 import torch
 from torch import Tensor, nn
 
-from diffad_lite.bernoulli import BernoulliDiffusion, BitStep, Process, sample_bits
-from diffad_lite.config import Profile, check_ranges
-from diffad_lite.gaussian import last
-from diffad_lite.methods.base import Method
-from diffad_lite.methods.numerics import exact
-from diffad_lite.methods.prediction import Networks
-from diffad_lite.methods.profiles import MethodConfig
-from diffad_lite.networks import AutoencoderConfig, BinaryAutoencoder, UNet
-from diffad_lite.readers import FLIP_AXES
-from diffad_lite.schedules import BetaSchedule, NoiseSchedule
-from diffad_lite.training import FitOptions, TrainConfig, TrainReport, left, train_network
+from diffad_lite.core.config import Profile, check_ranges
+from diffad_lite.diffusion.bernoulli import BernoulliDiffusion, BitStep, Process, sample_bits
+from diffad_lite.diffusion.gaussian import last
+from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
+from diffad_lite.methods.base import Method, MethodConfig, Networks, exact
+from diffad_lite.networks.autoencoder import AutoencoderConfig, BinaryAutoencoder
+from diffad_lite.networks.unet import UNet
+from diffad_lite.training.loop import FitOptions, TrainReport, left, train_network
+from diffad_lite.training.state import TrainConfig
 
 AUTOENCODER_SHARE = 0.5  # of a time budget
 
@@ -45,8 +43,8 @@ class BernoulliConfig(MethodConfig):
         beta_schedule: of the forward process.
         num_timesteps: T.
         process: ``symmetric``, or the official code's ``erasure``.
-        base_channels: of the network that predicts flips, see :class:`~diffad_lite.networks.UNet`,
-            as the next three.
+        base_channels: of the network that predicts flips, as the next three, see
+            :class:`~diffad_lite.networks.unet.UNet`.
         channel_mults: widths of the levels.
         blocks_per_level: residual blocks.
         attention_levels: levels with self-attention.
@@ -98,13 +96,14 @@ class BernoulliConfig(MethodConfig):
             )
 
     @classmethod
-    def for_profile(cls, profile: Profile, *, dataset: str | None = None, **shape: Any) -> Self:
+    def for_profile(
+        cls, profile: Profile, *, flip_axes: tuple[int, ...] = (), **shape: Any
+    ) -> Self:
         """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
-        base = super().for_profile(profile, dataset=dataset, **shape)
-        flips = FLIP_AXES.get(dataset or "", ())
+        base = super().for_profile(profile, **shape)
         if profile == "ci":
             small = AutoencoderConfig(base_channels=8, bits=8, codeword=16)
-            short = TrainConfig(steps=20, batch_size=8, flip_axes=flips)
+            short = TrainConfig(steps=20, batch_size=8, flip_axes=flip_axes)
             smoke: dict[str, Any] = {
                 "autoencoder": small,
                 "base_channels": 8,
@@ -114,7 +113,7 @@ class BernoulliConfig(MethodConfig):
             return replace(base, **smoke)
         if profile == "lite":
             stages = {name: getattr(base, name) for name in ("train_autoencoder", "train")}
-            return replace(base, **{k: replace(v, flip_axes=flips) for k, v in stages.items()})
+            return replace(base, **{k: replace(v, flip_axes=flip_axes) for k, v in stages.items()})
         # Official code, README, hparams/, script_util.py, train_ae.py, latent_train.py: 256 px,
         # base 32, (1, 2, 2, 4), two blocks, 128 bits a cell of 8 pixels, codewords of 256; Adam
         # 1.08e-4, batch 24, EMA .995, checkpoints at 120,000 steps (BraTS); flips by a U-Net of
@@ -249,8 +248,8 @@ class Bernoulli(Method):
         self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
     ) -> dict[str, Any]:
         """Of the first chain: ``code`` (B, bits, h, w), ``chain``, a list of
-        :class:`~diffad_lite.bernoulli.BitStep`; and ``decoded`` (B, C, H, W), the picture of the
-        code as it is, in the range of the networks.
+        :class:`~diffad_lite.diffusion.bernoulli.BitStep`; and ``decoded`` (B, C, H, W), the
+        picture of the code as it is, in the range of the networks.
         """
         common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
         prepared, generators = self.seen(images, seed, keys)

@@ -18,15 +18,14 @@ from typing import Any, Literal, NamedTuple, Self, Unpack
 import torch
 from torch import Tensor, nn
 
-from diffad_lite.config import Profile, check_ranges
-from diffad_lite.gaussian import Denoiser, last, randn
+from diffad_lite.core.config import Profile, check_ranges
+from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig, foreground_of
+from diffad_lite.diffusion.gaussian import Denoiser, last, randn
 from diffad_lite.methods.anoddpm import PRIOR_SHARE, AnoDDPMConfig, PriorConfig, prior_of
-from diffad_lite.methods.base import Method
-from diffad_lite.methods.numerics import exact
-from diffad_lite.methods.prediction import Networks
-from diffad_lite.networks import SegmentationConfig, SegmentationNet, segmentation_loss
-from diffad_lite.synthesis import Synthesis, SynthesisConfig, foreground_of
-from diffad_lite.training import FitOptions, TrainConfig, TrainReport, left, train_network
+from diffad_lite.methods.base import Method, Networks, exact
+from diffad_lite.networks.segmentation import SegmentationConfig, SegmentationNet, segmentation_loss
+from diffad_lite.training.loop import FitOptions, TrainReport, left, train_network
+from diffad_lite.training.state import TrainConfig
 
 TRAINING_GUIDANCE = 1.0  # w
 
@@ -37,7 +36,7 @@ class DiffusionADConfig(PriorConfig):
 
     Attributes:
         pretrain: train the denoiser alone first, as ``prior`` says.
-        residual_resampling: of the denoiser, see :class:`~diffad_lite.networks.UNet`.
+        residual_resampling: of the denoiser, see :class:`~diffad_lite.networks.unet.UNet`.
         unit_range: diffuse images in [0, 1], as the official code does, not in [-1, 1].
         scales: 2, or 1 for the method's first version, which has no norm guidance.
         noise_level: t of the small scale at inference, 0 .. T-1.

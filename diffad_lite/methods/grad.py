@@ -9,22 +9,269 @@ code was found. Architectures, sizes, the weights of patterns, and that they are
 of normal images, are ours.
 """
 
+import copy
 import math
-from dataclasses import replace
-from typing import Unpack
+from dataclasses import dataclass, field, replace
+from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
-from diffad_lite.gaussian import GaussianDiffusion, randn
-from diffad_lite.methods.base import BATCH_SIZE, Method
-from diffad_lite.methods.grad_config import GRADConfig
-from diffad_lite.methods.grad_weights import Reweighting
-from diffad_lite.methods.prediction import Networks
-from diffad_lite.networks import PatchDetector, PatchDiff
-from diffad_lite.schedules import NoiseSchedule
-from diffad_lite.training import FitOptions, TrainReport, left, random_flips, train_network
+from diffad_lite.core.config import Profile, check_ranges
+from diffad_lite.diffusion.gaussian import GaussianDiffusion, randn
+from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
+from diffad_lite.methods.base import BATCH_SIZE, Method, MethodConfig, Networks
+from diffad_lite.networks.patchnet import PatchDetector, PatchDiff
+from diffad_lite.training.loop import FitOptions, TrainReport, left, random_flips, train_network
+from diffad_lite.training.state import TrainConfig
+
+# ------------------------------------------------------------------------ weights of patterns
+#
+# Without labels: rare patterns count more, those that normal images have, less. What a crippled
+# diffusion model draws is long-tailed (a few patterns make most of it) and unlabelled (much of it
+# is normal). Locations are clustered by their features; a cluster's weight follows from its share
+# among contrastive and among normal locations. The rule is ours: GRAD's own could not be read.
+
+SAMPLED = 20_000  # locations that the clusters are found from
+CLIP = 10.0  # weights lie within 1 / CLIP and CLIP
+
+
+@dataclass(frozen=True)
+class WeightConfig:
+    """Configuration of :class:`Reweighting`.
+
+    Attributes:
+        n_clusters: K.
+        flatten_contrastive: exponent that makes rare contrastive patterns count more.
+        flatten_normal: likewise for normal ones.
+        filter_normal: exponent that takes weight from patterns which normal images have.
+    """
+
+    n_clusters: int = 32
+    flatten_contrastive: float = 0.5
+    flatten_normal: float = 0.5
+    filter_normal: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for numbers that cannot be."""
+        check_ranges(self, n_clusters=(1, 10**6))
+        for name in ("flatten_contrastive", "flatten_normal", "filter_normal"):
+            check_ranges(self, **{name: (0, 10)})
+
+
+def pattern_weights(
+    contrastive: Tensor, normal: Tensor, config: WeightConfig
+) -> tuple[Tensor, Tensor]:
+    """Weights of clusters from their shares.
+
+    ``w ~ c^-a (1 - n / (n + c))^eta`` and ``v ~ n^-b``, each of mean 1 over its locations, then
+    clipped.
+
+    Args:
+        contrastive: share c of each cluster among contrastive locations (K,), positive.
+        normal: likewise n among normal ones.
+        config: the exponents a, b and eta.
+
+    Returns:
+        ``w`` for contrastive and ``v`` for normal locations, (K,) each.
+    """
+    foreign = contrastive / (contrastive + normal)
+    w = contrastive**-config.flatten_contrastive * foreign**config.filter_normal
+    v = normal**-config.flatten_normal
+    w, v = w / (w * contrastive).sum(), v / (v * normal).sum()
+    return w.clamp(1 / CLIP, CLIP), v.clamp(1 / CLIP, CLIP)
+
+
+class Reweighting(nn.Module):
+    """Clusters of a frozen detector's features, and their weights.
+
+    Args:
+        detector: as large as the one whose features are clustered.
+        config: see :class:`WeightConfig`.
+        width: of its features.
+    """
+
+    contrastive: Tensor
+    normal: Tensor
+    w: Tensor
+    v: Tensor
+    centres: Tensor
+
+    def __init__(self, detector: PatchDetector, config: WeightConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.snapshot = copy.deepcopy(detector).requires_grad_(False)
+        for name in ("contrastive", "normal", "w", "v"):
+            self.register_buffer(name, torch.ones(config.n_clusters))
+        self.register_buffer("centres", torch.zeros(config.n_clusters, width))
+
+    @torch.no_grad()
+    def fit(
+        self,
+        detector: PatchDetector,
+        contrastive: Tensor,
+        drawn: Tensor,
+        normal: Tensor,
+        seed: int,
+    ) -> None:
+        """Freeze a copy of the detector, cluster its features, and set the weights.
+
+        A detector that goes on learning would move the features under the clusters; hence the copy.
+
+        Args:
+            detector: trained for a while.
+            contrastive: images (N, C, H, W).
+            drawn: which of their locations count, bool (N, h, w).
+            normal: images (M, C, H, W).
+            seed: of the clusters.
+        """
+        self.snapshot.load_state_dict(detector.state_dict())
+        points = [self._points(contrastive)[drawn.flatten()], self._points(normal)]
+        rng = torch.Generator().manual_seed(seed)
+        sample = torch.cat([p[torch.randperm(len(p), generator=rng)[:SAMPLED]] for p in points])
+        k = min(self.config.n_clusters, len(sample))
+        found = MiniBatchKMeans(k, random_state=seed, n_init=3).fit(sample.numpy())
+        self.centres[:k] = torch.from_numpy(found.cluster_centers_).to(self.centres)
+        self.centres[k:] = 10.0  # far from everything
+        for name, own in zip(("contrastive", "normal"), points, strict=True):
+            counts = torch.bincount(self._nearest(own.to(self.centres)), minlength=len(self.w))
+            getattr(self, name).copy_((counts + 1) / (counts + 1).sum())  # none is 0
+        w, v = pattern_weights(self.contrastive, self.normal, self.config)
+        self.w.copy_(w)
+        self.v.copy_(v)
+
+    def _points(self, images: Tensor) -> Tensor:
+        """Features of every location (n, width), on the CPU."""
+        device = self.centres.device
+        parts = [self.snapshot.features(part.to(device)).cpu() for part in images.split(32)]
+        return torch.cat(parts).permute(0, 2, 3, 1).flatten(0, 2)
+
+    def _nearest(self, points: Tensor) -> Tensor:
+        return torch.cdist(points, self.centres).argmin(1)
+
+    @torch.no_grad()
+    def clusters(self, images: Tensor) -> Tensor:
+        """Cluster of each location, (B, h, w)."""
+        features = self.snapshot.features(images).float()
+        nearest = self._nearest(features.permute(0, 2, 3, 1).flatten(0, 2))
+        return nearest.view(len(images), *features.shape[-2:])
+
+
+# -------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class GRADConfig(MethodConfig):
+    """Configuration of GRAD; defaults are the lite profile at 64 pixels.
+
+    Attributes:
+        beta_schedule: of the forward process.
+        num_timesteps: T.
+        blocks: one PatchDiff an entry; its receptive field has ``unshuffle (2 blocks + 1)`` pixels.
+        width: of the PatchDiffs.
+        unshuffle: side of their cells.
+        train_patchdiff: how each is trained.
+        n_patterns: pictures in the pool, of all PatchDiffs together: normal images of which each
+            PatchDiff has drawn a window anew.
+        steps: network evaluations for each of them.
+        windows: range of the sides of these windows, as fractions of the image's.
+        levels: range of the noise levels that they begin at, as fractions of T.
+        twin_level: t that normal images are noised to and denoised from by each PatchDiff, to
+            stand among the normal ones: so its touch alone is not what the detector learns.
+        extra: convolutions that widen the detector's receptive field, 22 + 8 extra pixels.
+        train: the detector, weights being 1 in the first third.
+        reweight: give patterns their weights after it; on development defects it does harm.
+        weights: how.
+    """
+
+    # Chosen on development defects and uncertain cells, as are windows, twins and no weights:
+    standardise: bool = True
+    calibrate: bool = False
+    beta_schedule: BetaSchedule = "linear"
+    num_timesteps: int = 1000
+    blocks: tuple[int, ...] = (2, 4)
+    width: int = 48
+    unshuffle: int = 2
+    train_patchdiff: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=1500, learning_rate=2e-3, ema_decay=0.995)
+    )
+    n_patterns: int = 256
+    steps: int = 40
+    windows: tuple[float, ...] = (0.0625, 0.75)
+    levels: tuple[float, ...] = (0.2, 1.0)
+    twin_level: int = 30
+    extra: int = 2
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=1500, batch_size=24, learning_rate=1e-3, ema_decay=0.995
+        )
+    )
+    reweight: bool = False
+    weights: WeightConfig = field(default_factory=WeightConfig)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for counts and ranges that cannot be."""
+        super().__post_init__()
+        check_ranges(self, num_timesteps=(1, math.inf), n_patterns=(1, math.inf))
+        check_ranges(self, steps=(1, self.num_timesteps), extra=(0, 100))
+        check_ranges(self, twin_level=(0, self.num_timesteps - 1))
+        for name in ("windows", "levels"):
+            ends = getattr(self, name)
+            if len(ends) != 2 or not 0 < ends[0] <= ends[1] <= 1:
+                raise ValueError(f"GRADConfig.{name} must be (low, high) within 0..1, got {ends}")
+        if not self.blocks or min(self.blocks) < 1 or len(set(self.blocks)) < len(self.blocks):
+            raise ValueError(
+                f"GRADConfig.blocks are different numbers from 1 on, got {self.blocks}"
+            )
+        if self.image_size % math.lcm(4, self.unshuffle):
+            raise ValueError(
+                f"GRADConfig.image_size must be a multiple of {math.lcm(4, self.unshuffle)}, the "
+                f"detector's and the PatchDiffs' cells, got {self.image_size}"
+            )
+
+    @classmethod
+    def for_profile(
+        cls, profile: Profile, *, flip_axes: tuple[int, ...] = (), **shape: Any
+    ) -> Self:
+        """``ci`` is a smoke test, ``lite`` the defaults, ``paper`` is assumed field by field."""
+        base = super().for_profile(profile, **shape)
+        if profile == "ci":
+            short = TrainConfig(steps=20, batch_size=8, flip_axes=flip_axes)
+            smoke: dict[str, Any] = {
+                "blocks": (1, 2),
+                "width": 16,
+                "train_patchdiff": short,
+                "train": short,
+            }
+            return replace(base, **smoke, n_patterns=16, steps=4, weights=WeightConfig(4))
+        stages = {
+            name: replace(getattr(base, name), flip_axes=flip_axes)
+            for name in ("train_patchdiff", "train")
+        }
+        if profile == "lite":
+            return replace(base, **stages)
+        # Assumed, all of it: the paper could not be read. 256 px; receptive fields of about 1/16,
+        # 1/8 and 1/4 of the side; T = 1000, linear; the learning rate of SinDiffusion's public
+        # code, a related model of patches; a pool and a number of clusters larger than ours.
+        return replace(
+            base,
+            standardise=False,
+            blocks=(3, 7, 15),
+            width=96,
+            train_patchdiff=TrainConfig(steps=50_000, learning_rate=5e-4, flip_axes=flip_axes),
+            n_patterns=1024,
+            steps=50,
+            extra=8,
+            train=TrainConfig(20_000, 24, 5e-4, flip_axes=flip_axes),
+            reweight=True,
+            weights=WeightConfig(128),
+            smooth_sigma=4.0,
+        )
+
+
+# --------------------------------------------------------------------------------- method
 
 DETECTOR_WIDTH = 64
 DETECTOR_CELL = 4  # pixels to the side for each of its logits

@@ -18,15 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffad_lite.config import Profile, check_ranges
-from diffad_lite.features import DENOISER, LITE0, DenoiserFeatures, ImageNetFeatures, on_grid
-from diffad_lite.gaussian import noise_generators
-from diffad_lite.images import image_keys
+from diffad_lite.core.config import Profile, check_ranges
+from diffad_lite.data.images import image_keys
+from diffad_lite.diffusion.gaussian import noise_generators
 from diffad_lite.methods.anoddpm import AnoDDPMConfig, PriorConfig, prior_of
-from diffad_lite.methods.base import BATCH_SIZE, Method
-from diffad_lite.methods.numerics import exact
-from diffad_lite.methods.prediction import Buffers, Networks
-from diffad_lite.training import FitOptions, TrainReport
+from diffad_lite.methods.base import BATCH_SIZE, Buffers, Method, Networks, exact
+from diffad_lite.spaces.features import DENOISER, LITE0, DenoiserFeatures, ImageNetFeatures, on_grid
+from diffad_lite.training.loop import FitOptions, TrainReport
 
 COVARIANCE_FLOOR = 0.01  # added to the diagonal, as in PaDiM, section III-B
 

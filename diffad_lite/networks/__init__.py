@@ -1,12 +1,13 @@
 """The networks of the course."""
 
-from diffad_lite.networks.autoencoder import AutoencoderConfig, BinaryAutoencoder
-from diffad_lite.networks.patchnet import PatchDetector, PatchDiff
-from diffad_lite.networks.segmentation import (
-    SegmentationConfig,
-    SegmentationNet,
-    segmentation_loss,
+from diffad_lite.networks.autoencoder import (
+    AutoencoderConfig,
+    BinaryAutoencoder,
+    straight_through,
+    unused_bits,
 )
+from diffad_lite.networks.patchnet import PatchDetector, PatchDiff
+from diffad_lite.networks.segmentation import SegmentationConfig, SegmentationNet, segmentation_loss
 from diffad_lite.networks.unet import UNet
 
 __all__ = [
@@ -18,4 +19,6 @@ __all__ = [
     "SegmentationNet",
     "UNet",
     "segmentation_loss",
+    "straight_through",
+    "unused_bits",
 ]

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffad_lite.bernoulli import sample_bits
-from diffad_lite.config import check_ranges
-from diffad_lite.gaussian import Generators
+from diffad_lite.core.config import check_ranges
+from diffad_lite.diffusion.bernoulli import sample_bits
+from diffad_lite.diffusion.gaussian import Generators
 from diffad_lite.networks.unet import Attention, Upsample, group_norm
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffad_lite.config import check_ranges
+from diffad_lite.core.config import check_ranges
 from diffad_lite.networks.unet import group_norm
 
 FOCAL_WEIGHT, FOCAL_EXPONENT, FOCAL_ALPHA = 5, 4, 0.5  # the official code of DiffusionAD

@@ -51,15 +51,15 @@ out_dir: str = "runs/notebooks"  # where a training goes
 import numpy as np
 from IPython.display import Markdown
 
-from diffad_lite import doctor, plots, report
-from diffad_lite.datasets import data_dir
-from diffad_lite.experiments import Run, pretrained_or_train
-from diffad_lite.explore import explore
-from diffad_lite.methods import get_method
-from diffad_lite.metrics import bootstrap_auroc, image_metrics, top_k_mean
-from diffad_lite.notebooks import resolve_profile
+from diffad_lite import plots
+from diffad_lite.data import data_dir
+from diffad_lite.evaluation import bootstrap_auroc, image_metrics, records, tables
+from diffad_lite.experiments import Run, machine, pretrained_or_train
+from diffad_lite.methods import get_method, top_k_mean
+from diffad_lite.notebook import explore, resolve_profile
 
 profile = resolve_profile(profile)
+plots.use_style()
 rng = np.random.default_rng(seed)
 print("profile:", profile)
 
@@ -213,7 +213,7 @@ for name in ("brightness", "mean_image", "pca"):
     )
     baseline = get_method(name)(config).fit(data.train, data.calibration, seed=seed)
     baseline_scores = baseline.predict(data.test_images).image_score.numpy()
-    key = report.METHOD_NAMES[name]
+    key = records.METHOD_NAMES[name]
     aurocs[key] = image_metrics(labels, baseline_scores)["image_auroc"]
     intervals[key] = bootstrap_auroc(labels, baseline_scores)
 aurocs["AnoDDPM"], intervals["AnoDDPM"] = auroc, (low, high)
@@ -227,10 +227,10 @@ fig, _ = plots.show_bars(aurocs, intervals, xlabel="image AUROC, 95 % interval")
 # whole test set, three training seeds each:
 
 # %%
-results = report.read_results(data_dir() / "results")
+results = records.read_results(data_dir() / "results")
 wanted = {"dataset": "elpv", "category": "mono", "image_size": 64}  # one data set
 wanted |= {"plant": None, "variant": "default", "training": ""}  # as it comes
-Markdown(report.image_table(report.select(results, **wanted)))
+Markdown(tables.image_table(records.select(results, **wanted)))
 
 # %% [markdown]
 # *Table: rendered from the result files in `data/results`; AP is average precision, F1 and false
@@ -309,7 +309,7 @@ explore(at_threshold, threshold=ladder)
 # ## Is this machine ready?
 
 # %%
-for check in doctor.checks():
+for check in machine.checks():
     print(check)
 
 # %% [markdown]

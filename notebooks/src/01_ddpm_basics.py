@@ -43,16 +43,15 @@ import math
 import torch
 
 from diffad_lite import plots
-from diffad_lite.datasets import load_dataset
+from diffad_lite.data import load_dataset
+from diffad_lite.diffusion import GaussianDiffusion, NoiseSchedule
 from diffad_lite.experiments import Run, pretrained_or_train
-from diffad_lite.explore import explore
-from diffad_lite.gaussian import GaussianDiffusion
 from diffad_lite.networks import UNet
-from diffad_lite.notebooks import resolve_profile
-from diffad_lite.schedules import NoiseSchedule
+from diffad_lite.notebook import explore, resolve_profile
 from diffad_lite.training import TrainConfig, train_network
 
 profile = resolve_profile(profile)
+plots.use_style()
 torch.manual_seed(seed)  # initial weights; everything else has a generator of its own
 
 
@@ -105,7 +104,7 @@ x0 = mu + tau * torch.randn(20_000, 1, 1, 1, generator=rng())  # (B, 1, 1, 1)
 # $(1-\beta_t)(1-\bar\alpha_{t-1}) + \beta_t = 1 - \bar\alpha_t$.)*
 
 
-# %% tags=["teaches:diffad_lite.gaussian:GaussianDiffusion.add_noise", "teaches:diffad_lite.gaussian:GaussianDiffusion.predict_x0"]
+# %% tags=["teaches:diffad_lite.diffusion.gaussian:GaussianDiffusion.add_noise", "teaches:diffad_lite.diffusion.gaussian:GaussianDiffusion.predict_x0"]
 def add_noise(schedule, x0, t, noise):
     abar = schedule.level(t, x0)  # shaped so that it multiplies a batch
     return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
@@ -269,7 +268,7 @@ for t in (0, 10, 100, 300, 999):
 # $\alpha = \bar\alpha_t / \bar\alpha_{t'}$ the same lines jump from $t$ to any earlier $t'$.
 
 
-# %% tags=["teaches:diffad_lite.gaussian:GaussianDiffusion.posterior"]
+# %% tags=["teaches:diffad_lite.diffusion.gaussian:GaussianDiffusion.posterior"]
 def posterior(schedule, x_t, x0, t, t_prev):
     abar, abar_prev = schedule.level(t, x_t), schedule.level(t_prev, x_t)
     alpha = abar / abar_prev
@@ -308,7 +307,7 @@ assert abs(near.mean() - mean) < 0.02 and abs(near.var() / variance - 1) < 0.1
 # \hat\epsilon \Big) + \sqrt{\tilde\beta_t}\; z .$$
 
 
-# %% tags=["teaches:diffad_lite.gaussian:GaussianDiffusion.ddpm_step"]
+# %% tags=["teaches:diffad_lite.diffusion.gaussian:GaussianDiffusion.ddpm_step"]
 def ddpm_step(schedule, x_t, t, t_prev, eps_hat, noise):
     abar, abar_prev = schedule.level(t, x_t), schedule.level(t_prev, x_t)
     alpha = abar / abar_prev

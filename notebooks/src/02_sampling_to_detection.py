@@ -49,20 +49,23 @@ import torch
 import torch.nn.functional as F
 from IPython.display import Markdown
 
-from diffad_lite import metrics, plots, report
-from diffad_lite.datasets import data_dir, load_dataset
+from diffad_lite import plots
+from diffad_lite.data import data_dir, image_keys, load_dataset
+from diffad_lite.diffusion import Step, noise_generators, randn, simplex_noise
+from diffad_lite.evaluation import metrics, records, tables
 from diffad_lite.experiments import Run, pretrained_or_train
-from diffad_lite.explore import explore
-from diffad_lite.features import DenoiserFeatures, ImageNetFeatures, on_grid
-from diffad_lite.gaussian import Step, noise_generators, randn
-from diffad_lite.images import image_keys
-from diffad_lite.methods import get_method
-from diffad_lite.methods.base import blur
-from diffad_lite.metrics import MapCalibration, conformal_threshold, top_k_mean
-from diffad_lite.notebooks import resolve_profile
-from diffad_lite.simplex import simplex_noise
+from diffad_lite.methods import (
+    MapCalibration,
+    blur,
+    conformal_threshold,
+    get_method,
+    top_k_mean,
+)
+from diffad_lite.notebook import explore, resolve_profile
+from diffad_lite.spaces import DenoiserFeatures, ImageNetFeatures, on_grid
 
 profile = resolve_profile(profile)
+plots.use_style()
 quick = profile == "ci"
 as_described = (dataset, category) == ("elpv", "mono")  # what the text speaks of
 print("profile:", profile)
@@ -336,10 +339,10 @@ for i in range(1, len(levels)) if as_described else ():
 # **Predict**: will the three prefer the same level?
 
 # %%
-results = report.read_results(data_dir() / "results")
-mono = report.select(results, dataset="elpv", category="mono")
-development = report.select(mono, plant="development", method="anoddpm")
-Markdown(report.pixel_table(development))
+results = records.read_results(data_dir() / "results")
+mono = records.select(results, dataset="elpv", category="mono")
+development = records.select(mono, plant="development", method="anoddpm")
+Markdown(tables.pixel_table(development))
 
 # %% [markdown]
 # *Table: AnoDDPM with Gaussian noise on development defects, maps calibrated by position (explained
@@ -639,12 +642,12 @@ assert not as_described or gain.max() > 0.05
 
 # %%
 white_levels = {result["variant"]: result for result in development}
-simplex_levels = report.select(mono, plant="development", method="anoddpm_simplex")
+simplex_levels = records.select(mono, plant="development", method="anoddpm_simplex")
 for result in simplex_levels:
     if other := white_levels.get(result["variant"]):
         assert result["image_auroc"] < other["image_auroc"]
         assert result["aupro"] < other["aupro"]
-Markdown(report.pixel_table([*development, *simplex_levels]))
+Markdown(tables.pixel_table([*development, *simplex_levels]))
 
 # %% [markdown]
 # *Table: AnoDDPM with both noises on development defects, calibrated maps, one training seed.*
@@ -653,9 +656,9 @@ Markdown(report.pixel_table([*development, *simplex_levels]))
 two = [
     result
     for name in ("anoddpm", "anoddpm_simplex")
-    for result in report.select(mono, plant="cells", method=name, variant="default")
+    for result in records.select(mono, plant="cells", method=name, variant="default")
 ]
-Markdown(report.pixel_table(two))
+Markdown(tables.pixel_table(two))
 
 # %% [markdown]
 # *Table: both noises on planted cell defects, calibrated maps, default levels.* Simplex noise finds
@@ -745,7 +748,7 @@ fig, _ = plots.show_detections(
 # **Predict**: how many will, with each of the two?
 
 
-# %% tags=["teaches:diffad_lite.metrics:MapCalibration.cross_fit"]
+# %% tags=["teaches:diffad_lite.methods.calibration:MapCalibration.cross_fit"]
 def cross_fit(maps, folds=5, *, shrink=10.0):
     """Z-maps (N, H, W) of calibration cells, each by the maps of the other parts."""
     fold, z_maps = np.arange(len(maps)) % folds, np.empty(maps.shape, np.float32)
@@ -824,8 +827,8 @@ def stored(method, category="mono", variant="default"):
     """Labels (n,) and scores (seeds, n) of the committed runs on real test images."""
     wanted = {"method": method, "category": category, "variant": variant}
     wanted |= {"plant": None, "training": "", "image_size": 64}  # no other training
-    own = report.select(results, **wanted)
-    read = [report.read_scores(result["folder"]) for result in own]
+    own = records.select(results, **wanted)
+    read = [records.read_scores(result) for result in own]
     return (read[0][0], np.stack([scores for _, scores in read])) if read else None
 
 
@@ -845,7 +848,7 @@ lines.append("| --- " * (len(categories) + 1) + "|")
 for name in ("mean_image", "pca", "anoddpm"):
     cells = [compare(stored(name, k), stored(name, k, "raw")) for k in categories]
     row = " | ".join(f"{difference}, {word}" for difference, word in cells)
-    lines.append(f"| {report.METHOD_NAMES[name]} | {row} |")
+    lines.append(f"| {records.METHOD_NAMES[name]} | {row} |")
 Markdown("\n".join(lines))
 
 # %% [markdown]
@@ -880,7 +883,7 @@ print("calibrated ranks better:", metrics.verdict(*found[1:]))
 # defects, at the default level:
 
 # %%
-Markdown(report.pixel_table(report.select(mono, plant="cells", method="anoddpm")))
+Markdown(tables.pixel_table(records.select(mono, plant="cells", method="anoddpm")))
 
 # %% [markdown]
 # *Table: raw and calibrated maps of AnoDDPM on planted cell defects.* Turned patches (`mirror`) gain;
@@ -1139,12 +1142,12 @@ assert not as_described or auroc(labels, padim_scores) > 0.8
 strong = ("pca", "padim", "bank", "anoddpm", "anoddpm_simplex")
 by_kind = [
     result
-    for result in report.select(mono, plant="cells", variant="default", image_size=64)
+    for result in records.select(mono, plant="cells", variant="default", image_size=64)
     if result["method"] in (*strong, "mean_image", "brightness")
 ]
 n_planted, total = by_kind[0]["n_anomalous"], by_kind[0]["n_test"]
 print(f"{total - n_planted} clean and {n_planted} planted cells")
-Markdown(report.pixel_table(by_kind))
+Markdown(tables.pixel_table(by_kind))
 
 # %% [markdown]
 # *Table: planted cell defects, default settings.* Read the AUPRO columns. On fingers and spots
@@ -1161,7 +1164,9 @@ for result in by_kind:
     found = result["per_defect"]["inactive"]["aupro"]
     areas.setdefault(result["method"], []).append(found)
 for name, values in areas.items():
-    print(f"AUPRO of inactive areas {np.mean(values):.2f}, {report.METHOD_NAMES[name]}")
+    print(
+        f"AUPRO of inactive areas {np.mean(values):.2f}, {records.METHOD_NAMES[name]}"
+    )
 better = [np.mean(areas[name]) for name in ("anoddpm", "pca", "padim") if name in areas]
 assert better == sorted(better)
 
@@ -1177,7 +1182,7 @@ assert better == sorted(better)
 
 # %%
 four_sets = [result for result in results if result["category"] in categories]
-Markdown(report.overview_table(four_sets))
+Markdown(tables.overview_table(four_sets))
 
 # %% [markdown]
 # *Table: image AUROC with 95 % intervals on four data sets, default settings, rendered from
@@ -1206,7 +1211,7 @@ Markdown("\n".join(lines))
 # %%
 for setting in ("default", "calibrated"):
     wanted = {"method": "bank", "category": "tile", "plant": None, "image_size": 64}
-    for result in report.select(results, variant=setting, **wanted):
+    for result in records.select(results, variant=setting, **wanted):
         found = compare(stored("bank", "tile", setting), stored("anoddpm", "tile"))
         print(f"bank, {setting}: AUROC {result['image_auroc']:.3f}")
         print("  bank - AnoDDPM: {}; bank ranks better: {}".format(*found))

@@ -49,18 +49,17 @@ import torch
 import torch.nn.functional as F
 from IPython.display import Markdown
 
-from diffad_lite import metrics, plots, report
-from diffad_lite.datasets import data_dir, load_dataset
+from diffad_lite import plots
+from diffad_lite.data import data_dir, image_keys, load_dataset
+from diffad_lite.diffusion import noise_generators, randn
+from diffad_lite.evaluation import metrics, records, tables
 from diffad_lite.experiments import Run, pretrained_or_train
-from diffad_lite.explore import explore
-from diffad_lite.gaussian import noise_generators, randn
-from diffad_lite.images import image_keys
-from diffad_lite.methods.base import blur
-from diffad_lite.metrics import top_k_mean
+from diffad_lite.methods import blur, top_k_mean
 from diffad_lite.networks import segmentation_loss
-from diffad_lite.notebooks import resolve_profile
+from diffad_lite.notebook import explore, resolve_profile
 
 profile = resolve_profile(profile)
+plots.use_style()
 quick = profile == "ci"
 as_described = (dataset, category) == ("elpv", "mono")  # what the text speaks of
 print("profile:", profile)
@@ -790,9 +789,9 @@ fig, _ = plots.show_images(torch.cat(columns), titles, columns=9)
 # **Predict** the verdict on the control.
 
 # %%
-results = report.read_results(data_dir() / "results")
-mono = report.select(results, dataset="elpv", category="mono")
-rendered = report.tables(report.select(mono, method="diffusionad"))
+results = records.read_results(data_dir() / "results")
+mono = records.select(results, dataset="elpv", category="mono")
+rendered = tables.tables(records.select(mono, method="diffusionad"))
 Markdown(rendered["elpv-mono-diffusionad-ablation"])
 
 # %% [markdown]
@@ -808,16 +807,16 @@ Markdown(rendered["elpv-mono-diffusionad-ablation"])
 # %%
 def runs_of(name, plant=None, training=""):
     wanted = {"variant": "default", "image_size": 64, "plant": plant}
-    return report.select(mono, method=name, training=training, **wanted)
+    return records.select(mono, method=name, training=training, **wanted)
 
 
 full, control = runs_of("diffusionad"), runs_of("diffusionad", training="control")
-found = report.difference_of(full, control)
+found = records.difference_of(full, control)
 print("full - control: {:+.3f} [{:+.3f}, {:+.3f}]".format(*found))
 print("full ranks better:", metrics.verdict(*found[1:]))
 for name, group in {"full": full, "control": control}.items():
-    minutes = report.mean(group, "train_seconds") / 60
-    count = report.mean(group, "network_evaluations_per_image")
+    minutes = records.mean(group, "train_seconds") / 60
+    count = records.mean(group, "network_evaluations_per_image")
     print(f"{name}: {minutes:.1f} minutes of training, {count:.0f} evaluations")
 assert metrics.verdict(*found[1:]) == "holds"  # the next cell says so
 
@@ -845,13 +844,13 @@ others = ("pca", "padim", "anoddpm")
 lines = ["| DiffusionAD - other | image AUROC [95 %] | DiffusionAD ranks better |"]
 lines.append("| --- " * 3 + "|")
 for name in others:
-    found = report.difference_of(full, runs_of(name))
+    found = records.difference_of(full, runs_of(name))
     cells = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found)
     word = metrics.verdict(*found[1:])
-    lines.append(f"| {report.METHOD_NAMES[name]} | {cells} | {word} |")
+    lines.append(f"| {records.METHOD_NAMES[name]} | {cells} | {word} |")
     assert name == "anoddpm" or word == "does not hold"  # as the text says
 shown = [r for name in (*others, "diffusionad") for r in runs_of(name)]
-Markdown(report.image_table(shown) + "\n\n" + "\n".join(lines))
+Markdown(tables.image_table(shown) + "\n\n" + "\n".join(lines))
 
 # %% [markdown]
 # *Tables: real mono cells, whole test set, default settings; below, paired differences and verdicts.*
@@ -870,7 +869,7 @@ Markdown(report.image_table(shown) + "\n\n" + "\n".join(lines))
 
 # %%
 shown = [r for name in (*others, "diffusionad") for r in runs_of(name, "cells")]
-Markdown(report.pixel_table(shown))
+Markdown(tables.pixel_table(shown))
 
 # %% [markdown]
 # *Table: planted cell defects, default settings, from `data/results`.* Here is what the judge is good
@@ -883,7 +882,7 @@ Markdown(report.pixel_table(shown))
 best = {}
 for name in (*others, "diffusionad"):
     group = runs_of(name, "cells")
-    ap, aupro = (report.mean(group, key) for key in ("pixel_ap", "aupro"))
+    ap, aupro = (records.mean(group, key) for key in ("pixel_ap", "aupro"))
     inside = np.mean([r["per_defect"]["inactive"]["aupro"] for r in group])
     best[name] = ap, aupro, inside
     print(f"{name:12} pixel AP {ap:.3f}, AUPRO {aupro:.3f}, inactive {inside:.3f}")
@@ -1011,7 +1010,7 @@ for name, images in whole_cell.items():
     print(f"{row}{(result.reconstruction - images).mean():12.3f}")
 if as_described:
     assert alarms["turned by 90"] > 0.5 > alarms["30 % darker"]
-    by_brightness = report.mean(runs_of("brightness"), "image_auroc")
+    by_brightness = records.mean(runs_of("brightness"), "image_auroc")
     assert abs(by_brightness - 0.75) < 0.03  # as the text says
 
 # %%

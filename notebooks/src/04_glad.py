@@ -52,20 +52,22 @@ import torch.nn.functional as F
 from IPython.display import Markdown
 from scipy.stats import rankdata, spearmanr
 
-from diffad_lite import metrics, plots, report
-from diffad_lite.datasets import data_dir, load_dataset
+from diffad_lite import plots
+from diffad_lite.data import data_dir, image_keys, load_dataset
+from diffad_lite.diffusion import (
+    GaussianDiffusion,
+    NoiseSchedule,
+    noise_generators,
+    randn,
+)
+from diffad_lite.evaluation import metrics, records, tables
 from diffad_lite.experiments import Run, pretrained_or_train
-from diffad_lite.explore import explore
-from diffad_lite.gaussian import GaussianDiffusion, noise_generators, randn
-from diffad_lite.images import image_keys
-from diffad_lite.methods.base import blur
-from diffad_lite.methods.glad import drift_score
-from diffad_lite.metrics import top_k_mean
-from diffad_lite.notebooks import resolve_profile
-from diffad_lite.schedules import NoiseSchedule
+from diffad_lite.methods import blur, drift_score, top_k_mean
+from diffad_lite.notebook import explore, resolve_profile
 from diffad_lite.training import TrainConfig, train_network
 
 profile = resolve_profile(profile)
+plots.use_style()
 quick = profile == "ci"
 as_described = (dataset, category) == ("elpv", "mono")  # what the text speaks of
 print("profile:", profile)
@@ -979,7 +981,7 @@ fig, _ = plots.show_images(rows, titles, columns=7)
 # p & \text{aligned, } \rho = 0 . \end{cases}$$
 
 
-# %% tags=["teaches:diffad_lite.features:feature_distance"]
+# %% tags=["teaches:diffad_lite.spaces.features:feature_distance"]
 def feature_distance(a, b, radius):
     """Distance of each cell of a to the nearest in b (B, D, h, w), (B, h, w)."""
     h, w = a.shape[-2:]
@@ -1113,9 +1115,9 @@ for name, maps in parts.items():
 # **Predict** which of the five steps of the ladder below adds most.
 
 # %%
-results = report.read_results(data_dir() / "results")
-mono = report.select(results, dataset="elpv", category="mono")
-rendered = report.tables(report.select(mono, method="glad"))
+results = records.read_results(data_dir() / "results")
+mono = records.select(results, dataset="elpv", category="mono")
+rendered = tables.tables(records.select(mono, method="glad"))
 Markdown(rendered["elpv-mono-glad-ablation"])
 
 # %% [markdown]
@@ -1131,7 +1133,7 @@ Markdown(rendered["elpv-mono-glad-ablation"])
 # %%
 def runs_of(name, training="", variant="default", plant=None):
     wanted = {"variant": variant, "image_size": 64, "plant": plant}
-    return report.select(mono, method=name, training=training, **wanted)
+    return records.select(mono, method=name, training=training, **wanted)
 
 
 rungs = {
@@ -1148,16 +1150,16 @@ lines = [
     "| rung | image AUROC [95 %] | minus baseline [95 %] | better | order | published |"
 ]
 lines.append("| --- " * 6 + "|")
-ours = [report.mean(group, "image_auroc") for group, _ in rungs.values()]
+ours = [records.mean(group, "image_auroc") for group, _ in rungs.values()]
 theirs = [value for _, value in rungs.values()]
 orders = [(len(v) + 1 - rankdata(v)) for v in (ours, theirs)]  # 1 is the best
 # %%
 for k, (name, (group, _)) in enumerate(rungs.items()):
-    gain, low, high = report.difference_of(group, base)
+    gain, low, high = records.difference_of(group, base)
     cells = f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]", metrics.verdict(low, high)
     cells = ("-", "-") if group is base else cells
     places = [f"{order[k]:g}" for order in orders]
-    row = [name, report.auroc_cell(group), *cells, *places]
+    row = [name, tables.auroc_cell(group), *cells, *places]
     lines.append("| " + " | ".join(row) + " |")
 Markdown("\n".join(lines))
 
@@ -1170,7 +1172,7 @@ effects = {
     "SAFF, with both": ("ADS + ATP + SAFF", "ADS + ATP"),
 }
 for name, (a, b) in effects.items():
-    found = report.difference_of(rungs[a][0], rungs[b][0])
+    found = records.difference_of(rungs[a][0], rungs[b][0])
     row = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found)
     print(f"{name:18} {row}  {metrics.verdict(*found[1:])}")
 agreement = spearmanr(ours, theirs).statistic
@@ -1195,12 +1197,12 @@ others = ("pca", "padim", "anoddpm", "diffusionad")
 lines = ["| GLAD - other | image AUROC [95 %] | GLAD ranks better |"]
 lines.append("| --- " * 3 + "|")
 for name in others:
-    found = report.difference_of(full, runs_of(name))
+    found = records.difference_of(full, runs_of(name))
     cells = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found)
     word = metrics.verdict(*found[1:])
-    lines.append(f"| {report.METHOD_NAMES[name]} | {cells} | {word} |")
+    lines.append(f"| {records.METHOD_NAMES[name]} | {cells} | {word} |")
 shown = [r for name in (*others, "glad") for r in runs_of(name)]
-Markdown(report.image_table(shown) + "\n\n" + "\n".join(lines))
+Markdown(tables.image_table(shown) + "\n\n" + "\n".join(lines))
 
 # %% [markdown]
 # *Tables: real mono cells, whole test set, default settings; below, paired differences and verdicts. GLAD
@@ -1210,12 +1212,12 @@ Markdown(report.image_table(shown) + "\n\n" + "\n".join(lines))
 # %%
 like_for_like = runs_of("anoddpm", "standardised")
 if like_for_like:
-    found = report.difference_of(full, like_for_like)
+    found = records.difference_of(full, like_for_like)
     row = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*found)
     print(f"GLAD - AnoDDPM, standardised: {row}  {metrics.verdict(*found[1:])}")
-    print(f"AnoDDPM, standardised: {report.auroc_cell(like_for_like)}")
+    print(f"AnoDDPM, standardised: {tables.auroc_cell(like_for_like)}")
 shown = [r for name in (*others, "glad") for r in runs_of(name, plant="cells")]
-Markdown(report.pixel_table(shown))
+Markdown(tables.pixel_table(shown))
 
 # %%
 areas = {}

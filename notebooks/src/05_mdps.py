@@ -48,16 +48,16 @@ import numpy as np
 import torch
 from IPython.display import Markdown
 
-from diffad_lite import metrics, plots, report
-from diffad_lite.datasets import data_dir, load_dataset
+from diffad_lite import plots
+from diffad_lite.data import STANDARD_DEVIATION, data_dir, image_keys, load_dataset
+from diffad_lite.diffusion import GaussianDiffusion, noise_generators, randn
+from diffad_lite.evaluation import metrics, records, tables
 from diffad_lite.experiments import Run, pretrained_or_train
-from diffad_lite.explore import explore
-from diffad_lite.gaussian import GaussianDiffusion, noise_generators, randn
-from diffad_lite.images import STANDARD_DEVIATION, image_keys
-from diffad_lite.methods.base import blur
-from diffad_lite.notebooks import resolve_profile
+from diffad_lite.methods import blur
+from diffad_lite.notebook import explore, resolve_profile
 
 profile = resolve_profile(profile)
+plots.use_style()
 quick = profile == "ci"
 as_described = (dataset, category) == ("elpv", "mono")  # what the text speaks of
 checked = as_described and not quick  # and whose numbers it speaks of
@@ -980,11 +980,11 @@ assert not checked or beside["code"][0] < beside["code"][1] < beside["code"][2]
 # **Predict**: which row loses most?
 
 # %%
-results = report.read_results(data_dir() / "results")
-mono = report.select(results, dataset="elpv", category="mono")
+results = records.read_results(data_dir() / "results")
+mono = records.select(results, dataset="elpv", category="mono")
 waiting = "*Not in `data/results` yet.*"
-of_mdps = report.select(mono, method="mdps")
-rendered = report.tables(of_mdps) if of_mdps else {}
+of_mdps = records.select(mono, method="mdps")
+rendered = tables.tables(of_mdps) if of_mdps else {}
 Markdown(rendered.get("elpv-mono-mdps-ablation", waiting))
 
 # %% [markdown]
@@ -1003,7 +1003,7 @@ Markdown(rendered.get("elpv-mono-mdps-ablation", waiting))
 # %%
 def runs_of(name, training="", variant="default", plant=None):
     wanted = {"variant": variant, "image_size": 64, "plant": plant}
-    return report.select(mono, method=name, training=training, **wanted)
+    return records.select(mono, method=name, training=training, **wanted)
 
 
 full = runs_of("mdps")
@@ -1012,7 +1012,7 @@ lines = [
     "| MDPS - other | image AUROC [95 %] | MDPS ranks better |",
     "| --- " * 3 + "|",
 ]
-compared = {report.METHOD_NAMES[name]: runs_of(name) for name in others}
+compared = {records.METHOD_NAMES[name]: runs_of(name) for name in others}
 compared["AnoDDPM, standardised"] = runs_of("anoddpm", "standardised")
 
 # %%
@@ -1020,14 +1020,14 @@ sorts = {"better than": [], "worse than": [], "indistinguishably from": []}
 for name, group in compared.items():
     cells = ["-", "-"]
     if full and group:
-        mean, low, high = report.difference_of(full, group)
+        mean, low, high = records.difference_of(full, group)
         cells = [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", metrics.verdict(low, high)]
         sorts[list(sorts)[0 if low > 0 else 1 if high < 0 else 2]].append(name)
     lines.append(f"| {name} | {cells[0]} | {cells[1]} |")
 shown = [r for name in (*others, "mdps") for r in runs_of(name)]
 told = [f"*{how}* {' / '.join(found)}" for how, found in sorts.items() if found]
 note = f"By these intervals MDPS ranks {'; '.join(told)}." if told else waiting
-Markdown("\n\n".join([report.image_table(shown), "\n".join(lines), note]))
+Markdown("\n\n".join([tables.image_table(shown), "\n".join(lines), note]))
 
 # %%
 if as_described and full:  # what the text says here and under "What did not work"
@@ -1035,7 +1035,7 @@ if as_described and full:  # what the text says here and under "What did not wor
         sorts["worse than"]
     )
 shown = [r for name in (*others, "mdps") for r in runs_of(name, plant="cells")]
-Markdown(report.pixel_table(shown))
+Markdown(tables.pixel_table(shown))
 
 
 # %% tags=["context"]
@@ -1050,7 +1050,7 @@ both = [runs_of(name, plant="cells") for name in ("mdps", "anoddpm")]
 if as_described and all(both):
     areas = [aupro(name, "inactive") for name in ("anoddpm", "mdps", "glad")]
     assert areas == sorted(areas) and aupro("mdps", "crack") < aupro("anoddpm", "crack")
-    loss, low, high = report.difference_of(*both)
+    loss, low, high = records.difference_of(*both)
     print("planted cells, image AUROC, MDPS - AnoDDPM:")
     print(f"{loss:+.3f} [{low:+.3f}, {high:+.3f}]")
     assert high < 0

@@ -52,18 +52,17 @@ import torch.nn.functional as F
 from IPython.display import Markdown
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffad_lite import metrics, plots, report
-from diffad_lite.bernoulli import BernoulliDiffusion, sample_bits
-from diffad_lite.datasets import data_dir, load_dataset
+from diffad_lite import plots
+from diffad_lite.data import data_dir, image_keys, load_dataset
+from diffad_lite.diffusion import BernoulliDiffusion, noise_generators, sample_bits
+from diffad_lite.evaluation import metrics, records, tables
 from diffad_lite.experiments import Run, pretrained_or_train
-from diffad_lite.explore import explore
-from diffad_lite.gaussian import noise_generators
-from diffad_lite.images import image_keys
-from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
-from diffad_lite.networks.autoencoder import straight_through, unused_bits
-from diffad_lite.notebooks import resolve_profile
+from diffad_lite.methods import AnoDDPM, AnoDDPMConfig
+from diffad_lite.networks import straight_through, unused_bits
+from diffad_lite.notebook import explore, resolve_profile
 
 profile = resolve_profile(profile)
+plots.use_style()
 quick = profile == "ci"
 as_described = (dataset, category) == ("elpv", "mono")  # what the text speaks of
 checked = as_described and not quick  # and whose numbers it speaks of
@@ -447,7 +446,7 @@ assert not checked or worse[3] < 4 * worse[0] < worse[-1]
 # \end{aligned}$$
 
 
-# %% tags=["teaches:diffad_lite.bernoulli:BernoulliDiffusion.posterior"]
+# %% tags=["teaches:diffad_lite.diffusion.bernoulli:BernoulliDiffusion.posterior"]
 def posterior(diffusion, z_t, z0, t, s):
     """P(z_s = 1) for bits z_t, and a bit or a probability z0."""
     abar_t, abar_s = (diffusion.schedule.level(i, z_t) for i in (t, s))
@@ -709,8 +708,8 @@ assert toys["erasure", 1.0][0] > 0.98 and max(toys["erasure", 0.0]) < 0.03
 # ignores the mask and gives probabilities.)
 
 
-# %% tags=["teaches:diffad_lite.bernoulli:BernoulliDiffusion.masked_sample"]
-from diffad_lite.bernoulli import BitStep, sample_bits
+# %% tags=["teaches:diffad_lite.diffusion.bernoulli:BernoulliDiffusion.masked_sample"]
+from diffad_lite.diffusion import BitStep, sample_bits
 
 
 def masked_sample(diffusion, predictor, z, timesteps, generators, P):
@@ -1024,10 +1023,10 @@ assert not checked or 0.01 < sorts[0] < sorts[1] < 0.02
 # **Predict**: which of the two loses more?
 
 # %%
-results = report.read_results(data_dir() / "results")
-mono = report.select(results, dataset="elpv", category="mono")
-of_bernoulli = report.select(mono, method="bernoulli")
-rendered = report.tables(of_bernoulli) if of_bernoulli else {}
+results = records.read_results(data_dir() / "results")
+mono = records.select(results, dataset="elpv", category="mono")
+of_bernoulli = records.select(mono, method="bernoulli")
+rendered = tables.tables(of_bernoulli) if of_bernoulli else {}
 waiting = "*The rows of this table are not in `data/results` yet.*"
 Markdown(rendered.get("elpv-mono-bernoulli-ablation", waiting))
 
@@ -1035,14 +1034,14 @@ Markdown(rendered.get("elpv-mono-bernoulli-ablation", waiting))
 # %%
 def runs_of(name, training="", variant="default", plant=None):
     wanted = {"variant": variant, "image_size": 64, "plant": plant}
-    return report.select(mono, method=name, training=training, **wanted)
+    return records.select(mono, method=name, training=training, **wanted)
 
 
 def difference(a, b):
     """Two groups of runs: the difference, its verdict, and what they say in words."""
     if not (a and b):
         return "no rows yet", "-", "has not been compared with"
-    mean, low, high = report.difference_of(a, b)
+    mean, low, high = records.difference_of(a, b)
     said = "ranks better than" if low > 0 else "ranks worse than"
     said = said if low > 0 or high < 0 else "cannot be told from"
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", metrics.verdict(low, high), said
@@ -1069,7 +1068,7 @@ Markdown("\n".join(told))
 
 # %%
 others = ("pca", "padim", "anoddpm", "glad", "mdps")
-groups = {report.METHOD_NAMES[name]: runs_of(name) for name in others}
+groups = {records.METHOD_NAMES[name]: runs_of(name) for name in others}
 groups["AnoDDPM, standardised"] = runs_of("anoddpm", "standardised")
 lines = ["| Bernoulli - other | image AUROC [95 %] | Bernoulli ranks better |"]
 lines.append("| --- " * 3 + "|")
@@ -1084,11 +1083,11 @@ note = f"By these intervals masked Bernoulli {'; '.join(told)}."
 # %%
 shown = [r for name in (*others, "bernoulli") for r in runs_of(name)]
 shown += runs_of("bernoulli", variant="raw")
-Markdown("\n\n".join([report.image_table(shown), "\n".join(lines), note]))
+Markdown("\n\n".join([tables.image_table(shown), "\n".join(lines), note]))
 
 # %%
 shown = [r for name in (*others, "bernoulli") for r in runs_of(name, plant="cells")]
-Markdown(report.pixel_table(shown))
+Markdown(tables.pixel_table(shown))
 
 # %% [markdown]
 # *Tables: real mono cells, whole test set, default settings (and Bernoulli's raw maps); paired differences and
@@ -1177,7 +1176,7 @@ print(f"state of the chain, one image: {floats} bits of pixels, or {ones} of cod
 assert not checked or min(costs, key=lambda k: costs[k][1]) == "Bernoulli, a step"
 if checked:  # as the text says
     for name, n in {"anoddpm": 4, "bernoulli": 40}.items():
-        assert report.mean(runs_of(name), "network_evaluations_per_image") == n
+        assert records.mean(runs_of(name), "network_evaluations_per_image") == n
 
 # %% [markdown]
 # *List: the shortest of some times, and the peak of memory.* A *step* on the grid is several times cheaper, in time

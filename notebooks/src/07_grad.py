@@ -51,20 +51,18 @@ import torch.nn.functional as F
 from IPython.display import Markdown
 from scipy import ndimage
 
-from diffad_lite import claims, metrics, plots, report
-from diffad_lite.datasets import data_dir, load_dataset
+from diffad_lite import plots
+from diffad_lite.data import Synthesis, data_dir, load_dataset
+from diffad_lite.diffusion import randn
+from diffad_lite.evaluation import claims, metrics, records, tables
 from diffad_lite.experiments import Run, pretrained_or_train
-from diffad_lite.explore import explore
-from diffad_lite.gaussian import randn
-from diffad_lite.methods import get_method
-from diffad_lite.methods.grad import parts_of_pool
-from diffad_lite.methods.grad_weights import Reweighting, WeightConfig
+from diffad_lite.methods import Reweighting, WeightConfig, get_method, parts_of_pool
 from diffad_lite.networks import PatchDetector, PatchDiff
-from diffad_lite.notebooks import resolve_profile
-from diffad_lite.synthesis import Synthesis
+from diffad_lite.notebook import explore, resolve_profile
 from diffad_lite.training import TrainConfig, train_network
 
 profile = resolve_profile(profile)
+plots.use_style()
 quick = profile == "ci"
 torch.manual_seed(seed)  # first weights of the networks that are made below
 print("profile:", profile)
@@ -688,9 +686,9 @@ fig, _ = plots.show_images(shapes.test_images[examples], kinds)
 # (Unlike the square, the disc always rests at the centre.)
 
 # %%
-results = report.read_results(data_dir() / "results")
+results = records.read_results(data_dir() / "results")
 waiting = "*The rows of this table are not in `data/results` yet.*"
-of_shapes = report.select(results, dataset="shapes", variant="default", plant=None)
+of_shapes = records.select(results, dataset="shapes", variant="default", plant=None)
 
 
 def fields_of(result):
@@ -714,15 +712,15 @@ def shapes_table(groups):
     for group in groups:
         of_generators, r_d = fields_of(group[0])
         cells = [", ".join(map(str, of_generators)), str(r_d), str(len(group))]
-        cells.append(f"{report.mean(group, 'train_steps'):.0f}")
+        cells.append(f"{records.mean(group, 'train_steps'):.0f}")
         cells += [f"{of_kind(group, kind):.2f}" for kind in kinds[1:]]
-        lines.append("| " + " | ".join([*cells, report.auroc_cell(group)]) + " |")
+        lines.append("| " + " | ".join([*cells, tables.auroc_cell(group)]) + " |")
     return "\n".join(lines)
 
 
 # %%
 by_training = {}
-for result in report.select(of_shapes, method="grad", image_size=64):
+for result in records.select(of_shapes, method="grad", image_size=64):
     by_training.setdefault(result["training"], []).append(result)
 groups = sorted(by_training.values(), key=lambda group: fields_of(group[0]))
 told = []
@@ -791,7 +789,7 @@ assert largest > 0.25
 # labels). With $a = b = \eta = 0$ all weights are 1. **This rule is ours; the paper's could not be read.**
 
 
-# %% tags=["teaches:diffad_lite.methods.grad_weights:pattern_weights"]
+# %% tags=["teaches:diffad_lite.methods.grad:pattern_weights"]
 def pattern_weights(contrastive, normal, config):
     """w and v (K,) from the shares (K,) of clusters among drawn and normal places."""
     foreign = contrastive / (contrastive + normal)
@@ -937,9 +935,9 @@ explore(frame, static=[{"rho": 0.95, "e": 1.0}, {"rho": 0.5, "e": 2.0}], **grid)
 # better?
 
 # %%
-mono = report.select(results, dataset="elpv", category="mono", image_size=64)
-of_grad = report.select(mono, method="grad")
-rendered = report.tables(of_grad) if of_grad else {}
+mono = records.select(results, dataset="elpv", category="mono", image_size=64)
+of_grad = records.select(mono, method="grad")
+rendered = tables.tables(of_grad) if of_grad else {}
 Markdown(rendered.get("elpv-mono-grad-ablation", waiting))
 
 
@@ -953,7 +951,7 @@ def differ_in(a, b):
 def runs(method_name, training="", plant=None, where=("elpv", "mono")):
     wanted = {"dataset": where[0], "category": where[1], "variant": "default"}
     wanted |= {"image_size": 64, "plant": plant, "training": training}
-    return report.select(results, method=method_name, **wanted)
+    return records.select(results, method=method_name, **wanted)
 
 
 def difference(a, b):
@@ -962,7 +960,7 @@ def difference(a, b):
     if not seeds:
         return "no rows yet", "-", "has not been compared with"
     pair = [[r for r in group if r["seed"] in seeds] for group in (a, b)]
-    mean, low, high = report.difference_of(*pair)
+    mean, low, high = records.difference_of(*pair)
     said = "ranks better than" if low > 0 else "ranks worse than"
     said = said if low > 0 or high < 0 else "cannot be told from"
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]", metrics.verdict(low, high), said
@@ -1153,8 +1151,8 @@ for name, part in parts.items():
 # is how we read it.) All methods of the course, measured in one run on the same machine:
 
 # %%
-speeds = report.read_speeds(data_dir() / "results")
-Markdown(report.speed_table(speeds) if speeds else waiting)
+speeds = records.read_speeds(data_dir() / "results")
+Markdown(tables.speed_table(speeds) if speeds else waiting)
 
 # %% [markdown]
 # *Table: median time of an image with the least and the most of the rounds, network evaluations, megabytes of tensors
@@ -1172,20 +1170,20 @@ lines.append("| --- " * 3 + "|")
 sorts = {}
 for name in others:
     number, verdict, said = difference(default, runs(name))
-    lines.append(f"| {report.METHOD_NAMES[name]} | {number} | {verdict} |")
-    sorts.setdefault(said, []).append(report.METHOD_NAMES[name])
+    lines.append(f"| {records.METHOD_NAMES[name]} | {number} | {verdict} |")
+    sorts.setdefault(said, []).append(records.METHOD_NAMES[name])
 told = [f"*{said}* {' / '.join(found)}" for said, found in sorts.items()]
 note = f"By these intervals GRAD-style {'; '.join(told)}."
 shown = [r for name in ("brightness", *others, "grad") for r in runs(name)]
-shown += report.select(of_grad, variant="calibrated", training="", plant=None)
-Markdown("\n\n".join([report.image_table(shown), "\n".join(lines), note]))
+shown += records.select(of_grad, variant="calibrated", training="", plant=None)
+Markdown("\n\n".join([tables.image_table(shown), "\n".join(lines), note]))
 
 # %%
 shown = [r for name in (*others, "grad") for r in runs(name, plant="cells")]
 if as_described and (own := runs("grad", plant="cells")):
     by_kind = {kind: of_kind(own, kind) for kind in own[0]["per_defect"]}
     assert by_kind["mirror"] > max(by_kind.values()) - 0.01  # the text says so
-Markdown(report.pixel_table(shown))
+Markdown(tables.pixel_table(shown))
 
 # %% [markdown]
 # *Tables: real mono cells, whole test set, default settings (and our maps calibrated by position); paired differences
@@ -1224,7 +1222,7 @@ fig, _ = plots.show_detections(
 lines = ["| GRAD-style - other | " + " | ".join(elsewhere) + " |"]
 lines.append("| --- " * (1 + len(elsewhere)) + "|")
 for name in others:
-    cells = [report.METHOD_NAMES[name]]
+    cells = [records.METHOD_NAMES[name]]
     for at in elsewhere.values():
         cells.append(difference(runs("grad", where=at), runs(name, where=at))[0])
     lines.append("| " + " | ".join(cells) + " |")
@@ -1233,12 +1231,14 @@ for name in others:
 told = []
 for place, at in elsewhere.items():
     found = {name: runs(name, where=at) for name in (*others, "grad")}
-    mean = {k: report.mean(group, "image_auroc") for k, group in found.items() if group}
+    mean = {
+        k: records.mean(group, "image_auroc") for k, group in found.items() if group
+    }
     ranked = sorted(mean, key=mean.get, reverse=True)
     if "grad" in mean:
         rank = f"place {1 + ranked.index('grad')} of {len(ranked)}"
         own = f"GRAD-style {mean['grad']:.3f}, {rank}"
-        best = f"{report.METHOD_NAMES[ranked[0]]} {mean[ranked[0]]:.3f}"
+        best = f"{records.METHOD_NAMES[ranked[0]]} {mean[ranked[0]]:.3f}"
         told.append(f"- **{place}**: first is {best}; {own}.")
 Markdown("\n\n".join(["\n".join(lines), "\n".join(told) or waiting]))
 

@@ -50,14 +50,14 @@ import numpy as np
 from IPython.display import Markdown
 from scipy import ndimage, stats
 
-from diffad_lite import claims, metrics, plots, report
-from diffad_lite.datasets import data_dir
-from diffad_lite.images import read_image, resize_image, to_float
-from diffad_lite.methods import load_pretrained
-from diffad_lite.notebooks import resolve_profile
-from diffad_lite.readers import READERS
+from diffad_lite import plots
+from diffad_lite.data import READERS, data_dir, read_image, resize_image, to_float
+from diffad_lite.evaluation import claims, metrics, records, tables
+from diffad_lite.methods import conformal_threshold, load_pretrained
+from diffad_lite.notebook import resolve_profile
 
 profile = resolve_profile(profile)
+plots.use_style()
 quick = profile == "ci"
 as_described = (dataset, category, results_dir) == ("elpv", "mono", "")
 checked = as_described and not quick  # what the text speaks of, and its numbers
@@ -76,20 +76,20 @@ print("profile:", profile)
 
 # %% tags=["context"]
 folder = Path(results_dir) if results_dir else data_dir() / "results"
-results = report.read_results(folder)
+results = records.read_results(folder)
 default = [
     r
-    for r in report.select(results, variant="default", training="", image_size=64)
+    for r in records.select(results, variant="default", training="", image_size=64)
     if r["plant"] in (None, "cells", "lesions")
 ]
-NAMES = report.METHOD_NAMES
+NAMES = records.METHOD_NAMES
 FIVE = ("diffusionad", "glad", "mdps", "bernoulli", "grad")  # of notebooks 03 to 07
 CONTROLS = ("brightness", "mean_image")
 
 
 def by_method(chosen):
     """Method -> its runs, in the order of the tables, seeds in order."""
-    groups = {name: report.select(chosen, method=name) for name in NAMES}
+    groups = {name: records.select(chosen, method=name) for name in NAMES}
     return {k: sorted(g, key=lambda r: r["seed"]) for k, g in groups.items() if g}
 
 
@@ -106,14 +106,16 @@ def signed(value, low, high):
 
 
 # %% tags=["context"]
-runs = by_method(report.select(default, dataset=dataset, category=category, plant=None))
+runs = by_method(
+    records.select(default, dataset=dataset, category=category, plant=None)
+)
 if len(set(runs) - set(CONTROLS)) < 2:
     what = f"records of {dataset} {category}: {list(runs)}; give two methods or more"
     raise FileNotFoundError(f"{what} in {folder} ('diffad evaluate')")
-labels = report.read_scores(next(iter(runs.values()))[0]["folder"])[0]  # (n,)
+labels = records.read_scores(next(iter(runs.values()))[0])[0]  # (n,)
 scores = {}  # method -> (seeds, n)
 for name, group in runs.items():
-    read = [report.read_scores(r["folder"]) for r in group]
+    read = [records.read_scores(r) for r in group]
     assert all(np.array_equal(labels, own) for own, _ in read), "other test images"
     scores[name] = np.stack([row for _, row in read])
 n1, n0 = int(labels.sum()), int((labels == 0).sum())
@@ -528,7 +530,7 @@ def rank_of(N, q=0.95):
 twenty = np.random.default_rng(seed).standard_normal(20)
 k = rank_of(len(twenty))
 print(f"N = 20, q = 0.95: k = {k}, threshold {np.sort(twenty)[k - 1]:.3f}")
-assert np.sort(twenty)[k - 1] == metrics.conformal_threshold(twenty)
+assert np.sort(twenty)[k - 1] == conformal_threshold(twenty)
 for N in (5, 19, 20, 100, 118):
     k = rank_of(N)
     print(f"N = {N:3d}: k = {k:3d}, expected false alarms {(N + 1 - k) / (N + 1):.1%}")
@@ -713,7 +715,7 @@ def halves_of(y, rng):
 # %%
 def four_ways(result, times=5 if quick else 40):
     """F1 in the four ways, and the false alarms of the oracle."""
-    y, s = report.read_scores(result["folder"])
+    y, s = records.read_scores(result)
     rng, rows = np.random.default_rng(seed), []
     for _ in range(times):
         half = halves_of(y, rng)
@@ -980,7 +982,7 @@ flat = [
     for group in groups.values()
     for r in group
 ]
-Markdown(report.overview_table(flat))
+Markdown(tables.overview_table(flat))
 
 # %% [markdown]
 # *Table: image AUROC with 95 % intervals over images; `mono` is the mean of the seeds that there are, the others seed
@@ -994,7 +996,7 @@ head += ["minus PaDiM [95 %]", "better than PaDiM?"]
 lines = []
 answers = {"pca": Counter(), "padim": Counter()}
 for title, groups in grid.items():
-    own = {n: report.mean(groups[n], "image_auroc") for n in FIVE if n in groups}
+    own = {n: records.mean(groups[n], "image_auroc") for n in FIVE if n in groups}
     if not own:
         continue
     best = max(own, key=own.get)
@@ -1003,7 +1005,7 @@ for title, groups in grid.items():
         if simple not in groups:
             cells += ["-", "-"]
             continue
-        gain = report.difference_of(groups[best], groups[simple])
+        gain = records.difference_of(groups[best], groups[simple])
         answer = metrics.verdict(*gain[1:])
         count[answer] += 1
         cells += [signed(*gain), answer]
@@ -1019,7 +1021,7 @@ for title, groups in grid.items():
     below = []
     for name in FIVE:
         if name in groups and "brightness" in groups:
-            _, _, high = report.difference_of(groups[name], groups["brightness"])
+            _, _, high = records.difference_of(groups[name], groups["brightness"])
             below += [NAMES[name]] if high < 0 else []
     if below:
         told.append(f"- {title}: below brightness, by interval: {', '.join(below)}.")
@@ -1034,12 +1036,12 @@ Markdown("\n".join(told))
 # Image scores are one half. The other is the map:
 
 # %%
-planted = report.select(default, dataset=dataset, category=category, plant="cells")
+planted = records.select(default, dataset=dataset, category=category, plant="cells")
 values = {}
 for title, groups in ({f"{category}, planted": by_method(planted)} | grid).items():
     known = {name: g for name, g in groups.items() if g[0]["aupro"] is not None}
     if known:
-        values[title] = {name: report.mean(g, "aupro") for name, g in known.items()}
+        values[title] = {name: records.mean(g, "aupro") for name, g in known.items()}
 
 # %%
 lines = []
@@ -1058,7 +1060,7 @@ Markdown(table(["AUPRO", *values], lines) + "\n\n" + note)
 # ### Quality and its price
 
 # %%
-speeds = report.read_speeds(folder) if as_described else {}
+speeds = records.read_speeds(folder) if as_described else {}
 points = {}
 for name, group in runs.items():
     r = group[0]
@@ -1070,7 +1072,7 @@ for name, group in runs.items():
 
 # %%
 one_run = """Times and memory were measured in **one run**, all methods in turn on
-the same images (`diffad speed`); memory is that of the tensors alive at once. Methods
+the same images (`make bench TOPICS=speed`); memory is that of the tensors alive at once. Methods
 without such a measurement are left out."""
 own_runs = """Times and memory are those of **each method's own run** (first seed): some
 ran on one thread, some on two, some beside other work, so that a factor of two means
@@ -1157,8 +1159,7 @@ if checked:
 # **Predict**: is a missed defect small, faint, or not there?
 
 # %% tags=["context"]
-read = next(iter(runs.values()))[0]["folder"] / "scores.csv"
-ids = [line.split(",")[0] for line in read.read_text().splitlines()[1:]]
+ids = records.read_score_table(next(iter(runs.values()))[0]).id.tolist()
 judges = [name for name in wins if name not in CONTROLS]
 placed = np.empty((len(judges), len(labels)))  # how right each image is, by method
 for row, name in enumerate(judges):
@@ -1342,15 +1343,15 @@ for low, high, minimum in examples:
 def runs_of(own):
     """Seed -> run of one side of a claim about AUROC."""
     wanted = claims.DEFAULT_ROW | dict(own)
-    return {r["seed"]: r for r in report.select(results, **wanted)}
+    return {r["seed"]: r for r in records.select(results, **wanted)}
 
 
 def claimed_wins(one):
     """W of both sides of a judged claim: two arrays (seeds, n1, n0), equal seeds."""
     sides = []
     for own in (one.claim.better, one.claim.than):
-        found = [runs_of(own)[s]["folder"] for s in one.seeds]
-        rows = np.stack([report.read_scores(where)[1] for where in found])
+        found = [runs_of(own)[s] for s in one.seeds]
+        rows = np.stack([records.read_scores(result)[1] for result in found])
         gap = rows[:, anomalous][:, :, None] - rows[:, normal][:, None]
         sides.append((np.sign(gap) + 1) / 2)
     return sides
@@ -1469,7 +1470,7 @@ head += ["minutes", "parameters"]
 lines = []
 for name in (*FIVE, "pca", "padim"):
     for r in grid.get("bottle", {}).get(name, [])[:1]:
-        cells = [NAMES[name], report.auroc_cell([r]), f"{r['aupro']:.3f}"]
+        cells = [NAMES[name], tables.auroc_cell([r]), f"{r['aupro']:.3f}"]
         cells += [f"{r['image_size']} px", r["train_steps"]]
         millions, minutes = r["n_parameters"] / 1e6, r["train_seconds"] / 60
         lines.append([*cells, f"{minutes:.0f}", f"{millions:.1f} M"])

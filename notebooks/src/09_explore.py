@@ -51,19 +51,28 @@ import torch.nn.functional as F
 from IPython.display import Markdown
 
 from diffad_lite import plots
+from diffad_lite.data import READERS, image_keys, read_image, resize_image, to_float
+from diffad_lite.diffusion import noise_generators, randn
+from diffad_lite.evaluation import image_metrics
 from diffad_lite.experiments import Run, bundled_checkpoint, pretrained_or_train
-from diffad_lite.explore import PLACES, explore, explore_planting, plant_at, show_grid
-from diffad_lite.gaussian import noise_generators, randn
-from diffad_lite.images import image_keys, read_image, resize_image, to_float
-from diffad_lite.methods import get_method
-from diffad_lite.methods.base import blur
-from diffad_lite.methods.grad import parts_of_pool
-from diffad_lite.methods.grad_weights import pattern_weights
-from diffad_lite.metrics import image_metrics, top_k_mean
-from diffad_lite.notebooks import resolve_profile
-from diffad_lite.readers import READERS
+from diffad_lite.methods import (
+    blur,
+    get_method,
+    parts_of_pool,
+    pattern_weights,
+    top_k_mean,
+)
+from diffad_lite.notebook import (
+    PLACES,
+    explore,
+    explore_planting,
+    plant_at,
+    resolve_profile,
+    show_grid,
+)
 
 profile = resolve_profile(profile)
+plots.use_style()
 quick = profile == "ci"
 as_described = (dataset, category) == ("elpv", "mono")  # what the text speaks of
 checked = as_described and not quick  # and whose numbers it speaks of

@@ -59,20 +59,35 @@ from IPython.display import Markdown
 from PIL import Image
 from scipy import stats
 
-from diffad_lite import metrics, plots, report
-from diffad_lite.datasets import data_dir, load_dataset
-from diffad_lite.experiments import Run, evaluate, train
-from diffad_lite.explore import explore
-from diffad_lite.images import list_images, read_image, resize_image, to_float
-from diffad_lite.methods import get_method
-from diffad_lite.notebooks import resolve_profile
-from diffad_lite.own_images import read_images, score_folder, shifts, survey
-from diffad_lite.planting import plant_defect
-from diffad_lite.readers import read_elpv, read_folder
-from diffad_lite.splits import split
+from diffad_lite import plots
+from diffad_lite.data import (
+    data_dir,
+    list_images,
+    load_dataset,
+    plant_defect,
+    read_elpv,
+    read_folder,
+    read_image,
+    resize_image,
+    split,
+    to_float,
+)
+from diffad_lite.evaluation import metrics, records, tables
+from diffad_lite.experiments import (
+    Run,
+    evaluate,
+    read_images,
+    score_folder,
+    shifts,
+    survey,
+    train,
+)
+from diffad_lite.methods import conformal_threshold, get_method
+from diffad_lite.notebook import explore, resolve_profile
 
 # %% tags=["context"]
 profile = resolve_profile(profile)
+plots.use_style()
 quick = profile == "ci"
 as_described = not root and not new and category in ("", "mono")  # what the text is of
 checked = as_described and not quick and plant == "cells" and image_size == 64
@@ -304,7 +319,7 @@ pca = fitted["pca"]
 fit("brightness", run_of("brightness"))
 fit("padim", run_of("padim"))
 for name in fitted:
-    print(f"{report.METHOD_NAMES[name]:22}{seconds[name]:6.1f} s")
+    print(f"{records.METHOD_NAMES[name]:22}{seconds[name]:6.1f} s")
 print(f"threshold of PCA: {first.threshold_:.1f} before, {pca.threshold_:.1f} now")
 assert not as_described or pca.threshold_ != first.threshold_
 
@@ -397,7 +412,7 @@ assert low < 0.01 and high > 0.1  # as the text says
 # %%
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    metrics.conformal_threshold(pca.calibration_scores_[:10], q)
+    conformal_threshold(pca.calibration_scores_[:10], q)
 print(said[0].message)
 
 # %% [markdown]
@@ -426,7 +441,7 @@ held_out = data.test_images[data.test_labels == 0]
 print("false alarms on images held out")
 for name, method in fitted.items():
     alarms = alarms_of(method, held_out)
-    print(f"{report.METHOD_NAMES[name]:26}{share(alarms.sum(), len(alarms))}")
+    print(f"{records.METHOD_NAMES[name]:26}{share(alarms.sum(), len(alarms))}")
 
 # %% [markdown]
 # ## What would be found? Planted defects
@@ -449,7 +464,7 @@ for severity in severities:
         caught[name].append(alarms_of(method, defects).mean())
 
 # %%
-curves = {report.METHOD_NAMES[name]: values for name, values in caught.items()}
+curves = {records.METHOD_NAMES[name]: values for name, values in caught.items()}
 axes = {"xlabel": "severity of planted defects", "ylabel": "share above threshold"}
 fig, _ = plots.show_curves(severities, curves, **axes, log="x", markers=True)
 ax = fig.axes[0]
@@ -492,7 +507,7 @@ written = work / "judged" / "padim"
 files = sorted(p.relative_to(written).as_posix() for p in written.rglob("*.*"))
 print(len(files), "files for each method, such as", *files[-2:])
 for name, count in alarms.items():
-    print(f"{report.METHOD_NAMES[name]:26}{count} alarms among {len(judged[name])}")
+    print(f"{records.METHOD_NAMES[name]:26}{count} alarms among {len(judged[name])}")
 
 # %%
 Picture(filename=str(written / "gallery.png"))
@@ -510,7 +525,7 @@ if truth:
 for name, rows in judged.items() if truth else ():
     hit = [[row["alarm"] for row in rows if truth[row["file"]] == k] for k in (1, 0)]
     cells_of = "     ".join(share(sum(h), len(h)) for h in hit)
-    print(f"{report.METHOD_NAMES[name]:26}{cells_of}")
+    print(f"{records.METHOD_NAMES[name]:26}{cells_of}")
 
 # %%
 at_one = severities.index(1.0)
@@ -557,7 +572,7 @@ for name, method in fitted.items():
     for paths in (healthy, list_images(dark)):
         images = read_images(paths, data.info["channels"], image_size, "squash")
         counts.append(alarms_of(method, images).sum())
-    label = report.METHOD_NAMES.get(name, name)
+    label = records.METHOD_NAMES.get(name, name)
     print(f"{label:28}{counts[0]:3d} of {len(healthy):<10d}{counts[1]:3d}")
     if checked and name in ("brightness", "mean image, standardised"):
         assert (counts[1] > 0.8 * len(healthy)) == (name == "brightness")
@@ -617,8 +632,8 @@ for name in ("brightness", "padim", "anoddpm"):
     run = replace(run_of(name, **settings), plant=plant)
     checkpoint = work / f"{name}-{image_size}px-s{seed}" / "checkpoint"
     evaluate(run, work / "report" / name, checkpoint=checkpoint)
-records = report.read_results(work / "report")
-Markdown(report.image_table(records) + "\n\n" + report.pixel_table(records))
+results = records.read_results(work / "report")
+Markdown(tables.image_table(results) + "\n\n" + tables.pixel_table(results))
 
 # %% [markdown]
 # *Tables: planted defects of severity 1, on the held-out images clean and once more with a defect each (the ci profile
@@ -626,11 +641,11 @@ Markdown(report.image_table(records) + "\n\n" + report.pixel_table(records))
 # more than the choice of so few images explains? All saw the same ones, so the bootstrap draws them in pairs:
 
 # %%
-base_records = report.select(records, method="pca")
+by_pca = records.select(results, method="pca")
 for name in ("brightness", "padim", "anoddpm"):
-    own = report.select(records, method=name)
-    difference, low, high = report.difference_of(own, base_records)
-    label = f"{report.METHOD_NAMES[name]} minus PCA"
+    own = records.select(results, method=name)
+    difference, low, high = records.difference_of(own, by_pca)
+    label = f"{records.METHOD_NAMES[name]} minus PCA"
     print(f"{label:36}{difference:+.3f} [{low:+.3f}, {high:+.3f}]")
 
 # %% [markdown]
@@ -684,7 +699,7 @@ for n in steps:
         learnt[name].append(metrics.image_metrics(fake[1], few_scores)["image_auroc"])
 
 # %%
-curves = {report.METHOD_NAMES[name]: values for name, values in learnt.items()}
+curves = {records.METHOD_NAMES[name]: values for name, values in learnt.items()}
 axes = {"xlabel": "normal images in training", "ylabel": "image AUROC, planted"}
 fig, _ = plots.show_curves(steps, curves, **axes, log="x", markers=True)
 fig.axes[0].set_xticks(steps, steps)
@@ -725,20 +740,20 @@ else:
 
 # %%
 print(f"{'':26}{'training':>10}{'an image':>12}{'86,400 images':>16}")
-for result in records:
+for result in results:
     each = result["ms_per_image"]
-    label = report.METHOD_NAMES[result["method"]]
+    label = records.METHOD_NAMES[result["method"]]
     row = f"{result['train_seconds']:8.1f} s{each:9.1f} ms"
     print(f"{label:26}{row}{86_400 * each / 3.6e6:14.1f} h")
-speeds = report.read_speeds(data_dir() / "results")  # of solar cells, in one run
+speeds = records.read_speeds(data_dir() / "results")  # of solar cells, in one run
 for name in ("glad", "mdps") if speeds else ():
     times = np.median(speeds[name]["ms"]) / np.median(speeds["anoddpm"]["ms"])
-    print(f"{report.METHOD_NAMES[name]}: {times:.0f} times AnoDDPM's time, on record")
+    print(f"{records.METHOD_NAMES[name]}: {times:.0f} times AnoDDPM's time, on record")
 
 # %% [markdown]
 # *List: seconds in training loops, milliseconds to score an image (among few, so that start-up counts), and hours for
 # a day's pictures; then two methods with many network evaluations an image ([04](04_glad.ipynb), [05](05_mdps.ipynb)),
-# from the record of `diffad speed`.* Pixels cost with the square of the side.
+# from the record of `make bench TOPICS=speed`.* Pixels cost with the square of the side.
 #
 # ## When not to use it
 #
@@ -805,7 +820,7 @@ for q in (0.8, 0.95, 0.975):
     for n in (fewest(q) - 1, fewest(q)):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            metrics.conformal_threshold(np.arange(float(n)), q)
+            conformal_threshold(np.arange(float(n)), q)
         assert bool(said) == (n < fewest(q)), (
             f"the package disagrees at n = {n}, q = {q}"
         )
@@ -872,7 +887,7 @@ assert np.allclose(p_value([0.5, 2.0, 9.0], [1.0, 2.0, 3.0]), [1.0, 0.75, 0.25])
 calibration = pca.calibration_scores_
 tested = pca.predict(data.test_images).image_score.numpy()
 tested = np.concatenate([tested, calibration, calibration + 1e-3])
-above = tested > metrics.conformal_threshold(calibration, 0.9)
+above = tested > conformal_threshold(calibration, 0.9)
 assert ((p_value(tested, calibration) <= 0.1 + 1e-9) == above).all()
 rng = np.random.default_rng(1)
 p = np.concatenate([p_value(*np.split(rng.random(60), [20])) for _ in range(500)])

@@ -58,22 +58,28 @@ import papermill
 import torch
 from IPython.display import Markdown
 
-from diffad_lite import metrics, plots, processes, report
-from diffad_lite.cluster import sweep_on_dask
-from diffad_lite.config import changed_fields
-from diffad_lite.datasets import data_dir
-from diffad_lite.explore import explore
-from diffad_lite.methods import get_method
-from diffad_lite.methods.anoddpm import AnoDDPM
-from diffad_lite.notebooks import resolve_profile
-from diffad_lite.source import DEFAULT_CATEGORIES
-from diffad_lite.sweep import folder_of, read_grid, scorings, sweep, trainings
+from diffad_lite import plots
+from diffad_lite.core import changed_fields
+from diffad_lite.data import DEFAULT_CATEGORIES, data_dir
+from diffad_lite.evaluation import metrics, records, tables
+from diffad_lite.experiments import (
+    folder_of,
+    read_grid,
+    scorings,
+    sweep,
+    sweep_on_dask,
+    trainings,
+)
+from diffad_lite.methods import AnoDDPM, get_method
+from diffad_lite.notebook import explore, resolve_profile
+from diffad_lite.training import processes
 
 # %% tags=["context"]
 # Of Dask we need not hear that a port is taken, or that a worker ends slowly.
 warnings.filterwarnings("ignore", "Port .* is already in use")
 logging.getLogger("distributed.nanny").setLevel("ERROR")
 profile = resolve_profile(profile)
+plots.use_style()
 quick = profile == "ci"
 as_described = dataset == "shapes" and image_size == 32
 print("profile:", profile)
@@ -149,7 +155,7 @@ counts = {name: [parameters_of(name, p) for p in three] for name in weighed}
 print("millions of parameters      ci    lite   paper    five times paper")
 for name, (ci, lite, paper) in counts.items():
     row = "".join(f"{n / 1e6:8.1f}" for n in (ci, lite, paper))
-    print(f"{report.METHOD_NAMES[name]:22}{row}{20 * paper / 1e9:15.1f} GB")
+    print(f"{records.METHOD_NAMES[name]:22}{row}{20 * paper / 1e9:15.1f} GB")
 assert counts["anoddpm"][2] > 10 * counts["anoddpm"][1]
 
 # %% [markdown]
@@ -331,16 +337,17 @@ assert before == 7 and len(steps) == short["short"]["train.steps"]
 
 # %%
 ((run, _),) = trainings(one)
-scores = [
-    report.read_scores(folder_of(run, scratch / name) / "default")[1]
-    for name in ("grid", "broken")
-]
+place = (folder_of(run, Path()) / "default").as_posix()
+scores = []
+for name in ("grid", "broken"):
+    (result,) = records.select(records.read_results(scratch / name), name=place)
+    scores.append(records.read_scores(result)[1])
 print(f"largest difference of two scores: {np.abs(scores[0] - scores[1]).max():.1e}")
 np.testing.assert_allclose(*scores, rtol=1e-3)
 
 # %% [markdown]
 # The scores are those of the training that was never broken off. That is a property that tests hold
-# ([tests/test_interruptions.py](../tests/test_interruptions.py)), and it is worth more than it seems: without it a long
+# ([tests/fuzz/test_interruptions.py](../tests/fuzz/test_interruptions.py)), and it is worth more than it seems: without it a long
 # training on a shared machine can neither be repeated nor trusted.
 #
 # ### What fails
@@ -390,8 +397,8 @@ print(f"{time.monotonic() - started:.0f} s with {workers} workers, {alone:.0f} s
 # %%
 def by_folder(name):
     """Results of a sweep, by their place in it."""
-    found = report.read_results(scratch / name)
-    return {r["folder"].relative_to(scratch / name).as_posix(): r for r in found}
+    found = records.read_results(scratch / name)
+    return {r["name"]: r for r in found}
 
 
 here, there = by_folder("grid"), by_folder("dask")
@@ -423,8 +430,8 @@ assert gap < 0.05
 # Records are files; whatever made them, they are read alike.
 
 # %%
-results = report.read_results(scratch / "grid")
-Markdown(report.image_table(results))
+results = records.read_results(scratch / "grid")
+Markdown(tables.image_table(results))
 
 # %% [markdown]
 # *Table: the toy grid, rendered from its records. Seeds of one setting are one row; the interval is over test
@@ -441,9 +448,9 @@ pairs = {
     "raw": ("mean_image", "raw"),
 }
 pairs |= {"PCA": ("pca", "default"), "AnoDDPM": ("anoddpm", "default")}
-rows = {k: report.select(results, method=m, variant=v) for k, (m, v) in pairs.items()}
+rows = {k: records.select(results, method=m, variant=v) for k, (m, v) in pairs.items()}
 for a, b in (("calibrated mean image", "raw"), ("PCA", "raw"), ("AnoDDPM", "PCA")):
-    difference, low, high = report.difference_of(rows[a], rows[b])
+    difference, low, high = records.difference_of(rows[a], rows[b])
     said = metrics.verdict(low, high)
     print(f"{a} - {b}: {difference:+.3f} [{low:+.3f}, {high:+.3f}], 'better' {said}")
     assert low <= difference <= high
@@ -458,10 +465,10 @@ for a, b in (("calibrated mean image", "raw"), ("PCA", "raw"), ("AnoDDPM", "PCA"
 # every table anew. What is in the repository is small and can be read without running anything:
 
 # %%
-records = report.read_results(data_dir() / "results")
-print(f"{len(records)} records, {len({r['method'] for r in records})} methods")
-print("made on:", dict(Counter(r["device"] for r in records)))
-print("threads:", dict(Counter(r["threads"] for r in records)))
+past = records.read_results(data_dir() / "results")
+print(f"{len(past)} records, {len({r['method'] for r in past})} methods")
+print("made on:", dict(Counter(r["device"] for r in past)))
+print("threads:", dict(Counter(r["threads"] for r in past)))
 
 # %% [markdown]
 # Read the second line twice. **What a GPU changes was not measured here**, neither its speed nor whether a result
@@ -534,7 +541,7 @@ with mock.patch.dict(os.environ, WORLD_SIZE="3"):  # as if three had been starte
 # ```
 #
 # It is not run here, since starting it takes longer than this whole section. Tests run it, with two processes of this
-# machine in the place of two GPUs ([tests/test_processes.py](../tests/test_processes.py)): both end with the same
+# machine in the place of two GPUs ([tests/training/test_processes.py](../tests/training/test_processes.py)): both end with the same
 # weights, equal to those of one process on the batches of both, and a broken training goes on. On real GPUs it has not
 # been tried here.
 #
@@ -545,27 +552,26 @@ with mock.patch.dict(os.environ, WORLD_SIZE="3"):  # as if three had been starte
 
 
 # %% tags=["context"]
-def recorded(run, records):
+def recorded(run, results):
     """Records of the same training, whatever the seed."""
     wanted = {"method": run.method, "dataset": run.dataset, "profile": run.profile}
     wanted["category"] = run.category or DEFAULT_CATEGORIES.get(run.dataset)
     wanted |= {"image_size": run.image_size, "training": run.training}
-    return report.select(records, **wanted)
+    return records.select(results, **wanted)
 
 
-def hours_of(run, own, records):
+def hours_of(run, own, results):
     """Hours to train, and to make the scorings, from records; None without any."""
-    known = recorded(run, records)
+    known = recorded(run, results)
     if not known:
         return None
-    scored = report.mean(known, "ms_per_image") / 1000 * report.mean(known, "n_test")
-    train = report.mean(known, "train_seconds")
+    scored = records.mean(known, "ms_per_image") / 1000 * records.mean(known, "n_test")
+    train = records.mean(known, "train_seconds")
     return train / 3600, scored * len(list(scorings(own, run))) / 3600
 
 
 # %% tags=["context"]
 course = read_grid(grid_file or data_dir() / "grid.yaml")
-past = report.read_results(data_dir() / "results")
 jobs = {}  # folder of a training -> method, hours to train, hours to score
 unknown = []
 for run, own in trainings(course):
@@ -583,7 +589,7 @@ print(f"{'':26}trainings   hours to train   to score")
 for name in dict.fromkeys(method for method, _, _ in jobs.values()):
     rows = [job for job in jobs.values() if job[0] == name]
     train, score = (sum(row[i] for row in rows) for i in (1, 2))
-    print(f"{report.METHOD_NAMES[name]:26}{len(rows):6d}{train:15.2f}{score:13.2f}")
+    print(f"{records.METHOD_NAMES[name]:26}{len(rows):6d}{train:15.2f}{score:13.2f}")
 total = sum(train + score for _, train, score in jobs.values())
 print(f"{len(jobs)} trainings, {total:.1f} hours; without any record: {len(unknown)}")
 assert grid_file or total > 1

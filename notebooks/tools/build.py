@@ -18,7 +18,8 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell, new_notebook
 
-from diffad_lite.config import unknown_name, write_atomically
+from diffad_lite.core.config import unknown_name
+from diffad_lite.core.files import write_atomically
 
 NOTEBOOKS, DEFAULT_PROFILE = Path(__file__).resolve().parents[1], "lite"
 KINDS, EXECUTED = ("lesson", "exercises", "solutions"), ("lesson", "solutions")

@@ -140,9 +140,15 @@ def target(i: int, name: str) -> Problems:
         yield "N15", f"cell {i}: teaches {name!r}: {error}; write teaches:module:Qualified.name"
 
 
+def imports(cell: NotebookNode) -> int:
+    """Lines of import statements, which nobody reads as code."""
+    found = [n for n in syntax(cell) if isinstance(n, ast.Import | ast.ImportFrom)]
+    return sum((n.end_lineno or n.lineno) - n.lineno + 1 for n in found)
+
+
 def code_style(nb: Notebook) -> Problems:
     """A cell is one thought, fits on a projector, and is plain Python."""
-    lengths = {i: len(cell.source.splitlines()) for i, cell in nb.code}
+    lengths = {i: len(cell.source.splitlines()) - imports(cell) for i, cell in nb.code}
     for i, length in lengths.items():
         if length > 30:
             yield "N06", f"cell {i}: {length} lines; split it at 30, or move code to the package"

@@ -13,11 +13,12 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from diffad_lite.gaussian import GaussianDiffusion, last, randn
+from diffad_lite.diffusion.gaussian import GaussianDiffusion, last, randn
+from diffad_lite.diffusion.schedules import NoiseSchedule
 from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
-from diffad_lite.networks import UNet
-from diffad_lite.schedules import NoiseSchedule
-from diffad_lite.training import TrainConfig, supports_bf16, train_network
+from diffad_lite.networks.unet import UNet
+from diffad_lite.training.loop import supports_bf16, train_network
+from diffad_lite.training.state import TrainConfig
 
 CONFIG = AnoDDPMConfig()
 STEPS = 10  # of DDIM, when images are sampled

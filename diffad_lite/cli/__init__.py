@@ -1,0 +1,1 @@
+"""The command ``diffad``; nothing here imports torch before work starts."""

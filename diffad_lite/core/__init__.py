@@ -1,0 +1,5 @@
+"""What every room needs: configurations, files, interrupts. No torch, no room above."""
+
+from diffad_lite.core.config import changed_fields
+
+__all__ = ["changed_fields"]

@@ -1,0 +1,199 @@
+"""Gaussian diffusion: closed forms, one DDPM or DDIM step, samplers as generators, the loss.
+
+A *denoiser* is any callable ``denoiser(x_t, t) -> eps_hat`` with ``x_t`` (B, C, H, W) and ``t``
+an int64 tensor (B,). Everything here is a few lines of arithmetic around it.
+"""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffad_lite.diffusion.schedules import NoiseSchedule
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+Generators = torch.Generator | Sequence[torch.Generator]
+State = TypeVar("State")
+
+
+def randn(like: Tensor, generators: Generators) -> Tensor:
+    """Standard normal noise shaped as ``like`` (B, ...), drawn on the CPU.
+
+    With one generator for each image, the noise of an image does not depend on which other
+    images share its batch; with a single one it does.
+    """
+    return draw(torch.randn, like.shape, generators).to(like)
+
+
+def draw(sampler: Callable[..., Tensor], shape: Sequence[int], generators: Generators) -> Tensor:
+    """Random numbers (B, ...) by ``torch.randn`` or ``torch.rand``; see :func:`randn`.
+
+    Raises:
+        ValueError: several generators, but not one for each of the batch.
+    """
+    if isinstance(generators, torch.Generator):
+        return sampler(shape, generator=generators)
+    if len(generators) != shape[0]:
+        raise ValueError(f"{len(generators)} generators for a batch of {shape[0]} images")
+    return torch.stack([sampler(shape[1:], generator=g) for g in generators])
+
+
+def noise_generators(keys: Sequence[str], seed: int) -> list[torch.Generator]:
+    """One CPU generator an image, seeded by (seed, key)."""
+    digests = [hashlib.sha256(f"{seed}/{key}".encode()).digest()[:8] for key in keys]
+    # 63 bits, the range of manual_seed
+    return [torch.Generator().manual_seed(int.from_bytes(d, "big") >> 1) for d in digests]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One moment of a sampling trajectory.
+
+    Attributes:
+        t: the timestep that ``x`` now has (-1 = clean).
+        x: the state (B, C, H, W).
+        x0_hat: the estimate of the clean image that led here, or None before the first step.
+    """
+
+    t: int
+    x: Tensor
+    x0_hat: Tensor | None
+
+
+def last(steps: Iterable[State]) -> State:
+    """The last state of a sampler, the others being let go on the way."""
+    return deque(steps, maxlen=1)[0]
+
+
+class GaussianDiffusion:
+    """DDPM (Ho et al. 2020) and DDIM (Song et al. 2021) over one noise schedule.
+
+    Args:
+        schedule: the forward process.
+        clip: bound of the clean-image estimate while sampling, images being in [-1, 1]; None
+            leaves the estimate free (needed where the data has no bounds, as in the 1-D toy).
+    """
+
+    def __init__(self, schedule: NoiseSchedule, clip: float | None = 1.0) -> None:
+        self.schedule = schedule
+        self.clip = clip
+
+    def add_noise(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps`` (Ho et al., eq. 4)."""
+        abar = self.schedule.level(t, x0)
+        return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+    def predict_x0(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
+        """The clean image that ``noise`` implies: eq. 4 solved for ``x_0``. Not clipped."""
+        abar = self.schedule.level(t, x_t)
+        return (x_t - (1 - abar).sqrt() * noise) / abar.sqrt()
+
+    def predict_noise(self, x_t: Tensor, t: int | Tensor, x0: Tensor) -> Tensor:
+        """The noise that a clean image implies: eq. 4 solved for ``eps``; t >= 0."""
+        abar = self.schedule.level(t, x_t)
+        return (x_t - abar.sqrt() * x0) / (1 - abar).sqrt()
+
+    def posterior(
+        self, x_t: Tensor, x0: Tensor, t: int | Tensor, t_prev: int | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and variance of ``q(x_{t_prev} | x_t, x_0)`` (Ho et al., eq. 6-7).
+
+        Args:
+            x_t: the state (B, C, H, W).
+            x0: the clean images, likewise.
+            t: its timestep, 0 .. T-1.
+            t_prev: any timestep below, -1 .. t-1.
+
+        Returns:
+            mean (B, C, H, W) and variance (shaped to broadcast over it).
+        """
+        abar, abar_prev = self.schedule.level(t, x_t), self.schedule.level(t_prev, x_t)
+        alpha = abar / abar_prev  # the stride's own signal level; alpha_t when t_prev = t - 1
+        mean = (
+            abar_prev.sqrt() * (1 - alpha) / (1 - abar) * x0
+            + alpha.sqrt() * (1 - abar_prev) / (1 - abar) * x_t
+        )
+        return mean, (1 - alpha) * (1 - abar_prev) / (1 - abar)
+
+    def clean_estimate(self, x_t: Tensor, t: int | Tensor, eps_hat: Tensor) -> Tensor:
+        """``predict_x0``, clipped to the data's range as the samplers do."""
+        x0_hat = self.predict_x0(x_t, t, eps_hat)
+        return x0_hat if self.clip is None else x0_hat.clamp(-self.clip, self.clip)
+
+    def ddpm_step(
+        self, x_t: Tensor, t: int, t_prev: int, eps_hat: Tensor, noise: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One ancestral step (Ho et al., algorithm 2, variance ``beta_tilde``).
+
+        Returns:
+            ``x_{t_prev}`` and the clean estimate; no noise enters when ``t_prev = -1``.
+        """
+        x0_hat = self.clean_estimate(x_t, t, eps_hat)
+        mean, variance = self.posterior(x_t, x0_hat, t, t_prev)
+        return mean + variance.sqrt() * noise, x0_hat
+
+    def ddim_step(self, x_t: Tensor, t: int, t_next: int, eps_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """One deterministic step (Song et al. 2021, eq. 12 with sigma = 0).
+
+        ``t_next < t`` denoises; ``t_next > t`` encodes, which is the same formula run backwards.
+
+        Returns:
+            ``x_{t_next}`` and the clean estimate.
+        """
+        x0_hat = self.clean_estimate(x_t, t, eps_hat)
+        # Where the estimate was clipped, the noise must follow, or the pair misses x_t.
+        if self.clip is not None and t >= 0:
+            eps_hat = self.predict_noise(x_t, t, x0_hat)
+        return self.add_noise(x0_hat, t_next, eps_hat), x0_hat
+
+    def ddpm_sample(
+        self, denoiser: Denoiser, x_t: Tensor, timesteps: Sequence[int], generators: Generators
+    ) -> Iterator[Step]:
+        """Ancestral sampling along ``timesteps`` (decreasing), yielding every state.
+
+        ``last(diffusion.ddpm_sample(...)).x`` is the sample.
+        """
+        yield Step(timesteps[0], x_t, None)
+        for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
+            eps_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
+            noise = randn(x_t, generators) if t_prev >= 0 else torch.zeros_like(x_t)
+            x_t, x0_hat = self.ddpm_step(x_t, t, t_prev, eps_hat, noise)
+            yield Step(t_prev, x_t, x0_hat)
+
+    def ddim_sample(
+        self, denoiser: Denoiser, x_t: Tensor, timesteps: Sequence[int]
+    ) -> Iterator[Step]:
+        """Deterministic sampling along ``timesteps`` (decreasing), yielding every state.
+
+        With a single timestep this is the one-step estimate ``x0_hat(x_t)``.
+        """
+        yield Step(timesteps[0], x_t, None)
+        for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
+            eps_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
+            x_t, x0_hat = self.ddim_step(x_t, t, t_prev, eps_hat)
+            yield Step(t_prev, x_t, x0_hat)
+
+    def ddim_encode(
+        self, denoiser: Denoiser, x0: Tensor, timesteps: Sequence[int]
+    ) -> Iterator[Step]:
+        """DDIM run from the image to the noise along ``timesteps`` (increasing).
+
+        The denoiser is asked at the *target* level, since none exists at the clean image; the
+        round trip encode-decode is exact only in the limit of many steps.
+        """
+        yield Step(-1, x0, None)
+        x_t = x0
+        for t, t_next in zip([-1, *timesteps[:-1]], timesteps, strict=True):
+            eps_hat = denoiser(x_t, torch.full((len(x0),), t_next, device=x0.device))
+            x0_hat = self.predict_x0(x_t, t, eps_hat)
+            x_t = self.add_noise(x0_hat, t_next, eps_hat)
+            yield Step(t_next, x_t, x0_hat)
+
+    def loss(self, denoiser: Denoiser, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """``E || eps - eps_theta(x_t, t) ||^2`` per element (Ho et al., eq. 14); a scalar."""
+        return F.mse_loss(denoiser(self.add_noise(x0, t, noise), t).float(), noise)

@@ -1,0 +1,381 @@
+"""One run: a method on a data set with a profile and a seed, to a folder with its record.
+
+A run folder holds ``state/`` (training to go on with), ``checkpoint/``, ``result.json``,
+``scores.csv`` and ``figure.png``. The result is written last, so its presence means "done".
+"""
+
+import hashlib
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from diffad_lite.core.config import convert, from_dict, override, to_dict
+from diffad_lite.core.files import (
+    check_writable,
+    read_json,
+    write_atomically,
+    write_json,
+    write_rows,
+)
+from diffad_lite.data.datasets import AnomalyData, data_dir
+from diffad_lite.data.images import Resize, pad_box
+from diffad_lite.data.readers import LICENCES
+from diffad_lite.data.source import DEFAULT_CATEGORIES
+from diffad_lite.evaluation.metrics import (
+    bootstrap_auroc,
+    f1_at_threshold,
+    image_metrics,
+    pixel_metrics,
+)
+from diffad_lite.experiments.machine import machine_record
+from diffad_lite.experiments.run import Run, fields_of, run_hash
+from diffad_lite.methods.base import Method, Prediction, get_method, load_pretrained
+from diffad_lite.methods.checkpoints import read_record
+from diffad_lite.plots import show_detections
+from diffad_lite.training import processes
+
+SAMPLE = 16  # test images whose scores the index of bundled weights keeps
+
+# ------------------------------------------------------------------------------ train or load
+
+
+def train(
+    run: Run, data: AnomalyData, out: Path, *, budget: float | None = None, progress: bool = True
+) -> Method:
+    """Train into ``out/state`` and ``out/checkpoint``; a second call goes on or loads.
+
+    It may be called by several processes at once, see :mod:`.processes`.
+    """
+    check_writable(out / "state")
+    config = run.configure(data)
+    identity = {"method": run.method, **_provenance(run, data), "budget": budget}
+    checkpoint = out / "checkpoint"
+    if (checkpoint / "config.json").exists():
+        stored = read_record(checkpoint)
+        same_run = {key: stored.get(key) for key in identity} == identity
+        try:
+            same_run = same_run and from_dict(type(config), stored["config"]) == config
+        except ValueError as error:
+            fix = f"delete {checkpoint} to train anew"
+            raise ValueError(f"{checkpoint / 'config.json'}: {error}; {fix}") from None
+        if same_run:
+            return load_checkpoint(checkpoint, run, data)
+        raise ValueError(
+            f"{checkpoint} was trained with another configuration, seed, data or time budget; "
+            "choose another --out, or delete that folder to train anew"
+        )
+    method = get_method(run.method)(config).fit(
+        data.train,
+        data.calibration,
+        seed=run.seed,
+        budget=budget,
+        workdir=out / "state",
+        progress=progress,
+    )
+    if processes.rank() == 0:
+        method.save_pretrained(checkpoint, **_provenance(run, data), budget=budget)
+    return method
+
+
+def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
+    """Load a checkpoint for ``data``, which must be split as it was in training.
+
+    ``run.settings`` are applied; statistics and threshold are taken anew where they, or the
+    calibration images, are not those of the checkpoint.
+
+    Raises:
+        ValueError: it is of another method, seed or profile than ``run``, or was fitted on other
+            images, so that test images of ``data`` may have been training images.
+    """
+    stored = read_record(Path(folder))
+    provenance = _provenance(run, data)
+    if stored.get("fingerprint") != provenance.pop("fingerprint"):
+        raise ValueError(
+            f"{folder} was fitted on another split or data set (fingerprint "
+            f"{stored.get('fingerprint')}, this data has {data.info['fingerprint']}); its "
+            "training images may be among these test images: train on this data instead"
+        )
+    for key, wanted in provenance.items():
+        if stored.get(key) != wanted:
+            raise ValueError(
+                f"{folder} was trained with {key} {stored.get(key)!r}, not {wanted!r}; "
+                f"give the same {key}, or choose another checkpoint"
+            )
+    cls = get_method(run.method)
+    method = cls.from_pretrained(folder)
+    config = override(method.config, run.settings)
+    if config != method.config:
+        method = cls.from_pretrained(folder, **to_dict(config))
+    scores, side = method.calibration_scores_, data.calibration.shape[-1]
+    as_stored = scores is not None and len(scores) == len(data.calibration)
+    if method.threshold_ is None or not as_stored or side != method.config.image_size:
+        method.calibrate(data.calibration)
+    return method
+
+
+def bundled_checkpoint(method: str, dataset: str, category: str | None) -> Path:
+    """Where the repository keeps lite weights for this data."""
+    category = category or DEFAULT_CATEGORIES.get(dataset)
+    return data_dir() / "checkpoints" / "-".join(filter(None, (dataset, category, method)))
+
+
+def bundle(run: Run, data: AnomalyData, method: Method, *, command: str) -> Path:
+    """Store a trained method in ``data/checkpoints`` in float16, with its line in the index.
+
+    The metrics in the index are those of the stored float16 weights on the test set; its scores, of
+    16 test images, show whether a later version still scores as this one does.
+    """
+    folder = bundled_checkpoint(run.method, run.dataset, data.info["category"])
+    record = _provenance(run, data)
+    method.save_pretrained(folder, dtype=torch.float16, **record)
+    stored = load_pretrained(folder).calibrate(data.calibration)
+    stored.save_pretrained(folder, dtype=torch.float16, **record)
+    path = folder.parent / "index.json"
+    index = read_json(path, "index of checkpoints") if path.exists() else {}
+    index = convert(index, dict[str, Any], str(path))
+    scores = stored.predict(data.test_images).image_score.numpy()
+    sample = data.subset(SAMPLE).test_ids
+    index[folder.name] = {
+        "file": f"{folder.name}/model.safetensors",
+        "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "command": command,
+        **record,
+        "config": to_dict(stored.config),
+        "metrics": image_metrics(data.test_labels, scores),
+        "scores": {n: float(s) for n, s in zip(data.test_ids, scores, strict=True) if n in sample},
+        "reports": stored.reports_,
+        "licence": LICENCES.get(run.dataset, "see the data set"),
+    }
+    write_json(path, dict(sorted(index.items())))
+    return folder
+
+
+def pretrained_or_train(
+    run: Run,
+    data: AnomalyData,
+    *,
+    retrain: bool = False,
+    out_dir: str | Path = "runs/notebooks",
+) -> Method:
+    """For notebooks: the bundled lite weights in ci and lite, else (or on demand) training.
+
+    Bundled weights are those of seed 0, whatever ``run.seed`` says. A training goes to a folder
+    of its own in ``out_dir``, and goes on from there when it was interrupted.
+    """
+    folder = bundled_checkpoint(run.method, run.dataset, data.info["category"])
+    if not retrain and run.profile != "paper" and folder.is_dir():
+        return load_checkpoint(folder, replace(run, seed=0, profile="lite"), data)
+    key = f"{run.method}-{data.info['name']}-{data.info['category']}-{run.profile}-s{run.seed}"
+    return train(run, data, Path(out_dir) / key)
+
+
+def _provenance(run: Run, data: AnomalyData) -> dict[str, Any]:
+    """What a checkpoint remembers of its training beside its configuration."""
+    info = {key: data.info[key] for key in ("fingerprint", "split_seed", "resize")}
+    return {"seed": run.seed, "profile": run.profile, **info}
+
+
+# -------------------------------------------------------------------------------------- score
+
+
+def evaluate(
+    run: Run,
+    out: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    budget: float | None = None,
+    save_maps: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train or load, score the test set, and write the record.
+
+    Args:
+        run: what to run.
+        out: the run folder.
+        checkpoint: load this instead of training; ``run.settings`` may then change inference
+            settings only.
+        budget: seconds of training.
+        save_maps: write every anomaly map at its original size, in MVTec's layout (float32 TIFF).
+        progress: show progress bars.
+
+    Returns:
+        the contents of ``result.json``.
+
+    Raises:
+        ValueError: no anomalous test images, several processes, or anything that loading and
+            training raise.
+    """
+    if processes.count() > 1:
+        raise ValueError(
+            f"{processes.count()} processes can train, but one evaluates: call 'diffad train' by "
+            "accelerate launch, then 'diffad evaluate' with the same --out as usual"
+        )
+    out = Path(out)
+    check_writable(out)
+    data = run.load_data()
+    if len(set(data.test_labels.tolist())) < 2:
+        raise ValueError(
+            "the test set has only one class, so that there is nothing to measure; add "
+            "test/<defect> images, or use --plant cells to score planted defects"
+        )
+    if checkpoint is None:
+        method = train(run, data, out, budget=budget, progress=progress)
+    else:
+        method = load_checkpoint(checkpoint, run, data)
+    assert method.threshold_ is not None  # trained or loaded, hence calibrated
+    started = time.perf_counter()
+    with method.count_evaluations() as evaluations:
+        prediction = method.predict(data.test_images)
+    seconds = time.perf_counter() - started
+    n = len(data.test_labels)
+    result = {
+        **_identity(run, data, method, checkpoint),
+        **quality(data, prediction, method.threshold_),
+        "train_seconds": sum(r["seconds"] for r in method.reports_.values()),
+        "train_steps": sum(r["steps"] for r in method.reports_.values()),
+        "ms_per_image": 1000 * seconds / n,
+        "network_evaluations_per_image": evaluations[0] / n,
+        "n_parameters": sum(p.numel() for p in method.network.parameters()),
+        **machine_record(method.device),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "result.json").unlink(missing_ok=True)  # it stands for all that is written before it
+    write_scores(out / "scores.csv", data, prediction)
+    write_figure(out / "figure.png", data, prediction, method)
+    if save_maps:
+        export_maps(data, prediction.anomaly_map, out / "maps" / data.info["category"])
+    write_json(out / "result.json", result)
+    return result
+
+
+def _identity(
+    run: Run, data: AnomalyData, method: Method, checkpoint: str | Path | None
+) -> dict[str, Any]:
+    run = replace(run, category=data.info["category"])
+    config = to_dict(method.config)
+    return fields_of(run) | {
+        "split_seed": data.info["split_seed"],
+        "data_fingerprint": data.info["fingerprint"],
+        "config": config,
+        "config_hash": run_hash(run, config),
+        "checkpoint": None if checkpoint is None else Path(checkpoint).name,
+        "n_train": len(data.train),
+        "n_calibration": len(data.calibration),
+        "n_test": len(data.test_labels),
+        "n_anomalous": int(data.test_labels.sum()),
+    }
+
+
+# --------------------------------------------------------------- from predictions to numbers, files
+
+PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "aupro", "dice_oracle")
+
+
+def quality(data: AnomalyData, prediction: Prediction, threshold: float) -> dict[str, Any]:
+    """All metrics of one run; pixel metrics are None where no mask is known."""
+    labels, scores = data.test_labels, prediction.image_score.numpy()
+    kinds, maps = np.array(data.defect_types), _maps_with_masks(data, prediction.anomaly_map)
+    per_defect = {}
+    for kind in sorted(set(kinds[labels == 1])):
+        chosen = (labels == 0) | (kinds == kind)
+        per_defect[kind] = {
+            "n": int((kinds == kind).sum()),
+            "image_auroc": image_metrics(labels[chosen], scores[chosen])["image_auroc"],
+            **_pixel_quality(maps, chosen),
+        }
+    return {
+        **image_metrics(labels, scores),
+        "image_auroc_ci": list(bootstrap_auroc(labels, scores)),
+        "threshold": threshold,
+        "f1_at_normal_threshold": f1_at_threshold(labels, scores, threshold),
+        "false_alarms_at_normal_threshold": float((scores[labels == 0] > threshold).mean()),
+        **_pixel_quality(maps, np.ones(len(labels), dtype=bool)),
+        "per_defect": per_defect,
+    }
+
+
+def _maps_with_masks(data: AnomalyData, maps: Tensor) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Test image -> its mask and its map at the mask's size, where a mask is known."""
+    masks = {i: m for i, m in enumerate(data.test_masks or []) if m is not None}
+    return {i: (mask, map_at_original_size(data, maps, i)) for i, mask in masks.items()}
+
+
+def _pixel_quality(
+    maps: dict[int, tuple[np.ndarray, np.ndarray]], chosen: np.ndarray
+) -> dict[str, Any]:
+    pairs = [pair for i, pair in maps.items() if chosen[i]]
+    if not any(mask.any() for mask, _ in pairs):
+        return dict.fromkeys(PIXEL_METRICS)
+    return pixel_metrics([mask for mask, _ in pairs], [own for _, own in pairs])
+
+
+def map_at_original_size(data: AnomalyData, maps: Tensor, i: int) -> np.ndarray:
+    """The map of test image ``i`` (of (N, H, W)) at the size its mask has."""
+    size, info = data.original_sizes[i], data.info
+    return at_original_size(maps[i], size, info["resize"], info["image_size"])
+
+
+def at_original_size(
+    anomaly_map: Tensor, size: tuple[int, int], resize: Resize, image_size: int
+) -> np.ndarray:
+    """A map (H, W) of a resized image, bilinear, at the (height, width) that the image had."""
+    if resize == "pad":
+        top, left, h, w = pad_box(*size, image_size)
+        anomaly_map = anomaly_map[top : top + h, left : left + w]
+    return F.interpolate(anomaly_map[None, None], size=size, mode="bilinear")[0, 0].numpy()
+
+
+def export_maps(data: AnomalyData, maps: Tensor, folder: Path) -> None:
+    """Write maps as ``<folder>/test/<defect>/<id>.tiff``, as MVTec's evaluation script reads."""
+    for i, name in enumerate(data.test_ids):
+        pixels = map_at_original_size(data, maps, i).astype(np.float32)
+        path = folder / "test" / data.defect_types[i] / f"{Path(name).name}.tiff"
+        write_atomically(path, Image.fromarray(pixels).save)
+
+
+def write_scores(path: Path, data: AnomalyData, prediction: Prediction) -> None:
+    """One row a test image: id, label, defect_type, image_score."""
+    scores = [f"{score:.6g}" for score in prediction.image_score.tolist()]
+    rows = zip(data.test_ids, data.test_labels, data.defect_types, scores, strict=True)
+    write_rows(path, [("id", "label", "defect_type", "image_score"), *rows])
+
+
+def plain(name: str) -> str:
+    """A name of a file or folder for a figure, which would read $...$ as mathematics."""
+    return name.replace("$", r"\$")
+
+
+def write_figure(path: Path, data: AnomalyData, prediction: Prediction, method: Method) -> None:
+    """Two normal and six anomalous test images, the first of each kind of defect first."""
+    order = np.argsort(data.test_ids, kind="stable")
+    kinds = np.array(data.defect_types)[order]
+    first = {kind: order[kinds == kind] for kind in sorted(set(kinds))}
+    anomalous = [v for k, v in first.items() if k != "good"]
+    turn = [v[i] for i in range(6) for v in anomalous if i < len(v)][:6]
+    chosen = [*first["good"][:2], *turn]
+    normal_maps = prediction.anomaly_map[data.test_labels == 0]
+    top = float(np.quantile(normal_maps.numpy(), 0.999))
+    fig, _ = show_detections(
+        data.test_images[chosen],
+        prediction.anomaly_map[chosen],
+        reconstructions=None
+        if prediction.reconstruction is None
+        else prediction.reconstruction[chosen],
+        masks=[data.test_masks[i] for i in chosen] if data.test_masks else None,
+        titles=[plain(data.defect_types[i]) for i in chosen],
+        scale=(0.0, 2 * max(top, 1e-6)),
+        caption=plain(
+            f"{method.name} on {data.info['name']} {data.info['category']}; the colour scale "
+            "ends at twice the 99.9 % quantile of normal pixels"
+        ),
+    )
+    write_atomically(path, fig.savefig)
+    plt.close(fig)

@@ -1,0 +1,14 @@
+"""What the lessons call: explorers with sliders, and the runner of the series."""
+
+from diffad_lite.notebook.explore import PLACES, explore, explore_planting, plant_at, show_grid
+from diffad_lite.notebook.runner import resolve_profile, run_notebooks
+
+__all__ = [
+    "PLACES",
+    "explore",
+    "explore_planting",
+    "plant_at",
+    "resolve_profile",
+    "run_notebooks",
+    "show_grid",
+]

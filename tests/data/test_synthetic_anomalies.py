@@ -1,0 +1,250 @@
+"""Synthetic anomalies: where they are, what they are made of, seeds, distance from the planter."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffad_lite.data import synthetic_anomalies, textures
+from diffad_lite.data.synthetic_anomalies import (
+    Synthesis,
+    SynthesisConfig,
+    foreground_of,
+    object_mask,
+    perlin_noise,
+)
+from diffad_lite.data.textures import change, foreign_textures, shuffle_strips, texture_files
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(n: int, channels: int = 1, H: int = 32, W: int = 32) -> torch.Tensor:
+    return 2 * torch.rand(n, channels, H, W, generator=generator(5)) - 1
+
+
+def make(images, seed: int = 0, **config):
+    return Synthesis(SynthesisConfig(**config))(images, generator(seed))
+
+
+# ------------------------------------------------------------------------------------ where
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("size", [(32, 32), (20, 33)])
+def test_images_are_untouched_outside_of_the_mask(channels, size):
+    images = pictures(24, channels, *size)
+    result, masks, anomalous = make(images, ridges=0.5)
+    assert result.shape == images.shape
+    assert masks.shape == (24, 1, *size)
+    assert set(masks.unique().tolist()) == {0.0, 1.0}
+    outside = (masks == 0).expand_as(images)
+    assert torch.equal(result[outside], images[outside])
+    assert torch.equal(anomalous, masks.flatten(1).any(1))
+    assert result.abs().max() <= 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_share_of_anomalous_images(share):
+    _, _, anomalous = make(pictures(1000, H=16, W=16), share=share, ridges=1 / 3)
+    error = 3 * math.sqrt(share * (1 - share) / 1000)
+    assert abs(anomalous.float().mean() - share) <= error
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_blobs_cover_a_small_part(side):
+    """Mean near 5.5 %, nine tenths below a tenth, few empty draws; the same at any size."""
+    noise = perlin_noise(3000, side, side, 5, generator())
+    share = (noise > 0.5).float().mean((1, 2))
+    assert 0.045 < share.mean() < 0.065
+    assert share.quantile(0.9) < 0.1
+    assert 0.02 < (share == 0).float().mean() < 0.08
+
+
+def test_perlin_noise_is_bounded_centred_and_smooth():
+    noise = perlin_noise(500, 32, 32, 2, generator())
+    assert noise.abs().max() <= 1.01
+    assert abs(noise.mean()) < 0.02
+    assert (noise[..., 1:] - noise[..., :-1]).abs().max() < 0.5
+    assert perlin_noise(2, 7, 19, 3, generator()).shape == (2, 7, 19)
+
+
+def test_ridges_are_thin_and_blobs_are_not():
+    def thickness(ridges):
+        masks = Synthesis(SynthesisConfig(ridges=ridges, finest=2)).shapes(300, 64, 64, generator())
+        inner = -torch.nn.functional.max_pool2d(-masks, 5, stride=1, padding=2)  # erosion
+        return inner.sum() / masks.sum()
+
+    assert thickness(1.0) < 0.1 < 0.3 < thickness(0.0)
+
+
+def test_a_mask_that_stays_empty_leaves_a_normal_image(monkeypatch):
+    nowhere = lambda self, images, generator: torch.zeros(len(images), 1, 32, 32)  # noqa: E731
+    monkeypatch.setattr(Synthesis, "foreground", nowhere)
+    images = pictures(4)
+    result, masks, anomalous = make(images, share=1.0)
+    assert torch.equal(result, images)
+    assert not masks.any()
+    assert not anomalous.any()
+
+
+def scenes(n: int) -> torch.Tensor:
+    """A bright disc on a dark ground."""
+    y, x = torch.meshgrid(torch.arange(40) - 20, torch.arange(40) - 20, indexing="ij")
+    disc = (y**2 + x**2 < 144).float()
+    grain = 0.05 * torch.randn(n, 1, 40, 40, generator=generator())
+    return (1.4 * disc - 0.7 + grain).clamp(-1, 1)
+
+
+def test_the_object_is_what_differs_from_the_border():
+    images = scenes(3)
+    disc = (images > 0).float()
+    assert (object_mask(images) == disc).float().mean() > 0.99
+    assert (object_mask(-images) == disc).float().mean() > 0.99  # dark on bright, too
+
+
+@pytest.mark.parametrize("where", ["object", "part"])
+def test_masks_stay_within_the_foreground(where):
+    maker = Synthesis(SynthesisConfig(share=1.0, foreground=where))
+    images = scenes(60)
+    masks = maker.masks(images, generator())
+    if where == "object":
+        assert not (masks * (1 - object_mask(images))).any()
+    else:  # the foreground is drawn first after the choice of images
+        rng = generator()
+        torch.rand(60, generator=rng)
+        allowed = maker.foreground(images, rng)
+        assert 0.3 < allowed.mean() < 0.7
+        assert not (masks * (1 - allowed)).any()
+    assert masks.flatten(1).any(1).float().mean() > 0.9
+
+
+def test_categories_have_the_official_foreground():
+    assert foreground_of("carpet") == ("part", 0.0)
+    assert foreground_of("zipper") == ("part", 0.0)
+    assert foreground_of("Class10") == ("part", 0.0)
+    assert foreground_of("bottle") == foreground_of("pcb4") == ("object", 0.5)
+    assert foreground_of("mono") == foreground_of(None) == ("all", 0.5)
+    assert not synthetic_anomalies.TEXTURES & synthetic_anomalies.OBJECTS
+    assert (len(synthetic_anomalies.TEXTURES), len(synthetic_anomalies.OBJECTS)) == (
+        6 + 10,
+        9 + 12 + 6,
+    )
+
+
+# ------------------------------------------------------------------------------------- what
+
+
+def test_opacity_blends_image_and_appearance(monkeypatch):
+    appearance = pictures(200).flip(0)
+    monkeypatch.setattr(Synthesis, "appearances", lambda self, images, generator: appearance)
+    images = pictures(200)
+    result, masks, anomalous = make(images, opacity=(0.3, 0.6))
+    found = []
+    for i in anomalous.nonzero()[:, 0].tolist():
+        inside = masks[i] > 0
+        n, a, x = (part[i][inside].double() for part in (images, appearance, result))
+        far = (n - a).abs() > 0.1
+        if far.any():
+            weight = ((x - a) / (n - a))[far]
+            assert weight.std(correction=0) < 1e-4  # one opacity an image
+            found.append(float(weight.mean()))
+    assert min(found) >= 0.3 - 1e-4
+    assert max(found) <= 0.6 + 1e-4
+    assert max(found) - min(found) > 0.2
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_textures_and_changes_keep_shape_and_range(channels):
+    images = pictures(80, channels, 24, 40)
+    made = foreign_textures(images, [], generator())
+    assert made.shape == images.shape
+    assert made.abs().max() <= 1
+    assert made.flatten(1).std(1).min() > 1e-3
+    for image in made:
+        changed = change(image, generator())
+        assert changed.shape == image.shape
+        assert changed.abs().max() <= 1
+
+
+def test_every_change_changes_something_and_stays_in_range():
+    image = (pictures(1, 3)[0] + 1) / 2
+    for k, operation in enumerate(textures.CHANGES):
+        for u in (0.0, 0.37, 0.999):
+            result = operation(image, u).clamp(0, 1)
+            assert result.shape == image.shape
+            assert torch.isfinite(result).all()
+        assert not torch.equal(operation(image, 0.9), image) or k == 5  # full contrast already
+
+
+def test_strips_are_permuted_and_nothing_is_lost():
+    image = pictures(1)[0]
+    shuffled = shuffle_strips(image, generator())
+    assert not torch.equal(shuffled, image)
+    assert torch.equal(shuffled.flatten().sort().values, image.flatten().sort().values)
+    one = torch.zeros(1, 32, 32)
+    one[0, :, 5] = 1  # a column stays a column: rows and columns are permuted, not tiles
+    assert sorted(shuffle_strips(one, generator()).sum(1)[0].tolist())[-2:] == [0, 32]
+
+
+def test_other_images_never_lend_to_themselves():
+    images = torch.arange(6.0)[:, None, None, None].expand(6, 1, 8, 8)
+    for seed in range(20):
+        lent = textures.other_images(images, generator(seed))
+        assert not (lent == images).any()
+    alone = textures.other_images(images[:1], generator())
+    assert torch.equal(alone, images[:1])
+
+
+def test_textures_come_from_a_folder(tmp_path):
+    for name, colour in (("a", 40), ("b", 200)):
+        (tmp_path / name).mkdir()
+        grid = np.full((30, 50, 3), colour, np.uint8)
+        Image.fromarray(grid).save(tmp_path / name / "x.png")
+    files = texture_files(tmp_path)
+    assert [f.parent.name for f in files] == ["a", "b"]
+    for channels in (1, 3, 4):
+        drawn = foreign_textures(pictures(20, channels), files, generator())
+        levels = {round(float(v)) for v in ((drawn + 1) * 127.5).unique()}
+        assert levels == {40, 200}
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "file"])
+def test_a_folder_without_textures_is_named_with_the_fix(tmp_path, kind):
+    root = tmp_path / "dtd"
+    if kind == "empty":
+        root.mkdir()
+    if kind == "file":
+        root.write_text("x")
+    with pytest.raises(FileNotFoundError, match=r"no texture images in .*dtd.*texture_root"):
+        make(pictures(2), texture_root=str(root))
+
+
+# ---------------------------------------------------------------------------- seeds, planting
+
+
+def test_the_same_seed_gives_the_same_anomalies():
+    images = pictures(8)
+    first, again, other = (make(images, seed, ridges=0.5) for seed in (1, 1, 2))
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(first[0], other[0])
+
+
+def test_global_randomness_is_not_touched():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    make(pictures(8), ridges=0.5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("share", 1.5), ("ridges", -0.1), ("finest", 9), ("own", 2.0), ("opacity", (0.8, 0.2))],
+)
+def test_settings_out_of_range_are_refused(field, value):
+    with pytest.raises(ValueError, match=rf"SynthesisConfig.{field} must be"):
+        SynthesisConfig(**{field: value})

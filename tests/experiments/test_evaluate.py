@@ -1,0 +1,60 @@
+"""Maps leave in the official layout, and come back as the same numbers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffad_lite.cli.main import main
+from diffad_lite.core.files import read_json
+from diffad_lite.data.readers import READERS
+from diffad_lite.evaluation.metrics import pixel_metrics
+from diffad_lite.experiments.evaluate import PIXEL_METRICS
+from diffad_lite.experiments.run import Run
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """The made scene as a folder in MVTec layout, at another size than the methods see."""
+    root = tmp_path_factory.mktemp("mvtec")
+    source, rng = READERS["shapes"](None, None), np.random.default_rng(0)
+    for name, pixels in source.normals.items():
+        part = "test" if rng.random() < 0.2 else "train"
+        save(root / "disc" / part / "good" / f"{Path(name).stem}.png", pixels[0])
+    for name, pixels in source.test.items():
+        kind = source.defect_types[name]
+        save(root / "disc" / "test" / kind / f"{Path(name).stem}.png", pixels[0])
+        mask = source.masks[name].astype(np.uint8) * 255
+        save(root / "disc" / "ground_truth" / kind / f"{Path(name).stem}_mask.png", mask)
+    return root
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def test_exported_maps_give_the_recorded_metrics(tree, tmp_path):
+    run = ["--method", "pca", "--dataset", "folder", "--root", tree, "--category", "disc"]
+    command = ["evaluate", *run, "--image-size", 32, "--maps", "--out", tmp_path]
+    assert main([str(word) for word in command]) == 0
+    result = read_json(tmp_path / "result.json", "result")
+    masks, maps = [], []
+    for path in sorted((tmp_path / "maps" / "disc" / "test").rglob("*.tiff")):
+        kind, image = path.parent.name, path.name.removesuffix(".tiff").removesuffix(".png")
+        with Image.open(path) as file:
+            maps.append(np.asarray(file))
+        assert maps[-1].dtype == np.float32
+        mask = tree / "disc" / "ground_truth" / kind / f"{image}_mask.png"
+        masks.append(np.zeros(maps[-1].shape, bool))
+        if mask.exists():
+            with Image.open(mask) as file:
+                masks[-1] = np.asarray(file) > 127
+    assert len(maps) == result["n_test"]
+    assert sum(mask.any() for mask in masks) == len(READERS["shapes"](None, None).test)
+    again = pixel_metrics(masks, maps)
+    for name in PIXEL_METRICS:
+        assert again[name] == pytest.approx(result[name], abs=1e-6)
+    data = Run("pca", "folder", "disc", str(tree), image_size=32).load_data()
+    assert {m.shape for m in maps} == set(data.original_sizes)

@@ -1,0 +1,131 @@
+"""Images of one's own: what a survey warns of, shifts, scoring a folder without labels."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diffad_lite.cli.main import main
+from diffad_lite.data.images import list_images
+from diffad_lite.experiments.evaluate import train
+from diffad_lite.experiments.folders import read_images, score_folder, shifts, survey
+from diffad_lite.experiments.run import Run
+
+
+def write(folder: Path, n: int, *, offset: int = 0, size=(20, 24), seed: int = 0) -> list[Path]:
+    """Smooth grey pictures with a little noise; ``size`` is (height, width)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(60, 120, size[1])[None] + np.zeros((size[0], 1))
+    for i in range(n):
+        pixels = (ramp + offset + rng.normal(0, 4, size)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+    return list_images(folder)
+
+
+def warned(paths: list[Path]) -> str:
+    return "\n".join(survey(paths).warnings())
+
+
+def test_a_good_folder_has_no_warnings(tmp_path):
+    found = survey(write(tmp_path, 60))
+    assert found.warnings() == []
+    assert len(found.names) == 60
+    assert set(found.sizes) == {(20, 24)}
+    assert found.looks["brightness"].mean() == pytest.approx(90, abs=2)
+
+
+def test_each_fault_is_named_with_its_files(tmp_path):
+    paths = write(tmp_path, 60)
+    (tmp_path / "007.png").write_bytes((tmp_path / "003.png").read_bytes())
+    (tmp_path / "008.png").write_text("no image")
+    Image.new("L", (24, 20), 250).save(tmp_path / "009.png")
+    Image.new("RGB", (24, 20), (90, 90, 90)).save(tmp_path / "010.png")
+    said = warned(paths)
+    assert "1 files cannot be read: cannot read" in said
+    assert "008.png" in said
+    assert "such as 007.png of 003.png" in said
+    assert "by their brightness, such as 009.png" in said
+    assert "58 images are grey and 1 in colour" in said
+
+
+def test_few_images_and_mixed_shapes_are_named(tmp_path):
+    write(tmp_path, 10)
+    Image.new("L", (60, 20), 90).save(tmp_path / "wide.png")
+    said = warned(list_images(tmp_path))
+    assert "11 images are few: with less than 50" in said
+    assert "width / height goes from 1.20 to 3.00" in said
+    assert survey([]).warnings()[0].startswith("0 images are few")
+
+
+def test_what_all_new_images_share_is_a_shift(tmp_path):
+    normal, alike = survey(write(tmp_path / "a", 30)), survey(write(tmp_path / "b", 30, seed=1))
+    brighter = survey(write(tmp_path / "c", 30, offset=40, seed=2))
+    assert shifts(normal, alike) == []
+    (said,) = shifts(normal, brighter)
+    assert said.startswith("the new images are brighter than the normal ones in 100%")
+    assert shifts(brighter, normal)[0].startswith("the new images are darker")
+    assert shifts(normal, survey([])) == []
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("own")
+    write(root / "good", 40)
+    run = Run("pca", "folder", "good", str(root), image_size=16, resize="pad")
+    return train(run, run.load_data(), root / "run", progress=False), root
+
+
+def test_a_folder_without_labels_is_scored(trained, tmp_path, capsys):
+    method, root = trained
+    write(tmp_path / "new", 6, seed=5)
+    bad = np.asarray(Image.open(tmp_path / "new" / "004.png")).copy()
+    bad[5:12, 8:16] = 255
+    Image.fromarray(bad).save(tmp_path / "new" / "004.png")
+    command = ["--checkpoint", root / "run/checkpoint", "--images", tmp_path / "new"]
+    assert main(["score", *map(str, command), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "ALARM  004.png" in said.out
+    assert "few" not in said.err, "advice for training"
+    with (tmp_path / "out" / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["file"] == "004.png"
+    assert [float(r["image_score"]) for r in rows] == sorted(
+        (float(r["image_score"]) for r in rows), reverse=True
+    )
+    for row in rows:
+        above = float(row["image_score"]) > float(row["threshold"])
+        assert row["alarm"] == str(int(above))
+    pixels = np.asarray(Image.open(tmp_path / "out" / "maps" / "004.png.tiff"))
+    assert pixels.shape == (20, 24)
+    assert pixels.dtype == np.float32
+    top, left = np.unravel_index(pixels.argmax(), pixels.shape)
+    assert 3 <= top <= 14
+    assert 6 <= left <= 18
+    assert Image.open(tmp_path / "out" / "gallery.png").width > 100
+    images = read_images(list_images(tmp_path / "new"), 1, 16, "pad")
+    expected = method.predict(images).image_score.numpy()
+    assert float(rows[0]["image_score"]) == pytest.approx(expected.max(), rel=1e-5)
+
+
+def test_bad_folders_are_refused_and_leave_nothing(trained, tmp_path):
+    method, _ = trained
+    with pytest.raises(FileNotFoundError, match=r"no folder .*gone"):
+        score_folder(method, tmp_path / "gone", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no images"):
+        score_folder(method, tmp_path / "empty", tmp_path / "out")
+    Image.new("RGB", (20, 20)).save(tmp_path / "empty" / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png has 3 channels, and the model is for 1"):
+        score_folder(method, tmp_path / "empty", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_without_threshold_says_so(trained, tmp_path, monkeypatch):
+    method, _ = trained
+    write(tmp_path / "new", 2)
+    monkeypatch.setattr(method, "threshold_", None)
+    with pytest.raises(ValueError, match="no threshold yet"):
+        score_folder(method, tmp_path / "new", tmp_path / "out")

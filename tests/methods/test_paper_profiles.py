@@ -1,0 +1,71 @@
+"""Every paper configuration trains: one step of each stage, with all options, at a small size."""
+
+from dataclasses import fields, is_dataclass, replace
+
+import pytest
+import torch
+from PIL import Image
+
+from diffad_lite.methods.base import METHODS
+from diffad_lite.spaces.features import ImageNetFeatures
+
+SIZE = 32
+# What makes networks and trainings large, wherever it stands; every other setting stays published.
+SMALL = {
+    "base_channels": 8,
+    "width": 8,
+    "bits": 8,
+    "codeword": 16,
+    "steps": 1,
+    "batch_size": 2,
+    "n_patterns": 6,
+    "input_size": 64,
+    "n_clusters": 4,
+    "texture_root": "textures",
+}
+STAGES = {
+    "anoddpm": {"diffusion"},
+    "anoddpm_simplex": {"diffusion"},
+    "diffusionad": {"joint"},
+    "glad": {"diffusion", "anomaly_oriented"},
+    "mdps": {"diffusion"},
+    "bernoulli": {"autoencoder", "flips"},
+    "grad": {"patchdiff14", "patchdiff30", "patchdiff62", "warmup", "detector"},
+}
+
+
+def reduced(config):
+    """The same configuration with few weights, few steps and few images."""
+    changes = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            changes[field.name] = reduced(value)
+        elif field.name in SMALL and value:
+            changes[field.name] = SMALL[field.name]
+    return replace(config, **changes)
+
+
+@pytest.mark.parametrize("category", ["bottle", "tile"])  # an object, and a texture
+@pytest.mark.parametrize("name", STAGES)
+def test_one_step_of_every_stage(name, category, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageNetFeatures, "load_weights", lambda self: None)  # a download
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "textures").mkdir()
+    for i in range(3):
+        Image.effect_noise((SIZE, SIZE), 50 + 20 * i).save(tmp_path / "textures" / f"{i}.png")
+    published = METHODS[name].Config.for_profile(
+        "paper", channels=3, image_size=SIZE, dataset="folder", category=category
+    )
+    method = METHODS[name](reduced(published))
+    before = {k: v.clone() for k, v in method.network.state_dict().items()}
+    images = torch.rand(6, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    options = {"seed": 0, "budget": None, "workdir": None, "progress": False}
+    reports = method._fit(method.prepare(images), **options)
+    assert set(reports) == STAGES[name]
+    for stage, report in reports.items():
+        assert report.losses.isfinite().all(), stage
+        assert report.steps >= 1
+    after = method.network.state_dict()
+    assert all(value.isfinite().all() for k, value in after.items() if "statistics" not in k)
+    assert any(not torch.equal(after[k], before[k]) for k in before)
