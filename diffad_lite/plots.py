@@ -48,8 +48,13 @@ def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
 
     @wraps(draw)
     def draw_in_style(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with plt.rc_context(STYLE):
+        # Not rc_context: it would take back what a back end sets at its first figure, too.
+        before = {key: plt.rcParams[key] for key in STYLE}
+        plt.rcParams.update(STYLE)
+        try:
             return draw(*args, **kwargs)
+        finally:
+            plt.rcParams.update(before)  # type: ignore[arg-type]
 
     return draw_in_style
 

@@ -9,6 +9,7 @@ import zipfile
 from hashlib import sha256
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -105,3 +106,23 @@ def test_no_machine_paths_in_tracked_text():
             found = [word for word in forbidden if word in text]
             allowed = name.startswith("notebooks/tools/") or name == "tests/test_notebook_tools.py"
             assert allowed or not found, f"{name} contains {found}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_all_cells_of_a_notebook_run_in_one_process(tmp_path):
+    """As ``make test-notebooks`` calls nbval: each cell needs what the one before it made."""
+    for name in ("a", "b", "c"):
+        cells = [nbformat.v4.new_code_cell(f"x = {name!r}\ncount = 0")]
+        cells += [
+            nbformat.v4.new_code_cell(f"count += 1\nassert count == {i}") for i in range(1, 9)
+        ]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
+    lessons = " ".join(str(path) for path in sorted(tmp_path.glob("*.ipynb")))
+    make = ["make", "-n", "-o", ".venv/.installed-test", "test-notebooks", f"LESSONS={lessons}"]
+    asked = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "-n 2" in asked
+    command = asked.replace(".venv/bin/python", sys.executable)
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "27 passed" in done.stdout

@@ -168,9 +168,11 @@ def test_importing_plots_changes_nothing_of_matplotlib():
         "print(changed());"
         "f, _ = p.show_curves([0, 1], {'a': [0, 1]}, xlabel='x', ylabel='y');"
         "print(changed(), f.axes[0].spines['top'].get_visible(), f.get_layout_engine() is None);"
+        "g = p.styled(lambda: matplotlib.interactive(True)); g(); print(matplotlib.is_interactive());"
+        "matplotlib.interactive(False);"
         "p.use_style(); print(len(changed()) >= 5)"
     )
-    assert printed(code).splitlines() == ["[]", "[] False False", "True"]
+    assert printed(code).splitlines() == ["[]", "[] False False", "True", "True"]
 
 
 @pytest.mark.parametrize("master", MASTERS, ids=lambda path: path.stem)

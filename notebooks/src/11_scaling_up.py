@@ -465,10 +465,10 @@ for a, b in (("calibrated mean image", "raw"), ("PCA", "raw"), ("AnoDDPM", "PCA"
 # every table anew. What is in the repository is small and can be read without running anything:
 
 # %%
-past = records.read_results(data_dir() / "results")
-print(f"{len(past)} records, {len({r['method'] for r in past})} methods")
-print("made on:", dict(Counter(r["device"] for r in past)))
-print("threads:", dict(Counter(r["threads"] for r in past)))
+known = records.read_results(data_dir() / "results")
+print(f"{len(known)} records, {len({r['method'] for r in known})} methods")
+print("made on:", dict(Counter(r["device"] for r in known)))
+print("threads:", dict(Counter(r["threads"] for r in known)))
 
 # %% [markdown]
 # Read the second line twice. **What a GPU changes was not measured here**, neither its speed nor whether a result
@@ -572,6 +572,7 @@ def hours_of(run, own, results):
 
 # %% tags=["context"]
 course = read_grid(grid_file or data_dir() / "grid.yaml")
+past = records.read_results(data_dir() / "results")
 jobs = {}  # folder of a training -> method, hours to train, hours to score
 unknown = []
 for run, own in trainings(course):

@@ -6,11 +6,13 @@ Nothing is executed in a kernel here: exercises run in this process, with the ci
 import importlib
 import importlib.util
 import linecache
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,18 @@ def test_notebooks_are_what_their_masters_make_and_were_executed(capsys):
 def test_notebooks_keep_the_house_rules(capsys):
     code = lint.main([])
     assert code == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("[0-9]*.ipynb")), ids=lambda p: p.stem)
+def test_what_is_drawn_is_shown(path):
+    """A cell that draws a figure has a picture below it."""
+    drawn = 0
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and re.search(r"^fig, .*= plots\.show_", cell.source, re.M):
+            shown = [o for o in cell.outputs if "image/png" in o.get("data", {})]
+            assert shown, f"no picture below {cell.source[:100]!r}"
+            drawn += 1
+    assert drawn or "explore" in path.name
 
 
 # --- exercises
