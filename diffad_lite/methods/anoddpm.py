@@ -20,7 +20,7 @@ from diffad_lite.core.config import Profile, check_ranges
 from diffad_lite.diffusion.gaussian import GaussianDiffusion, Generators, Step, last, randn
 from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
 from diffad_lite.diffusion.simplex import simplex_noise
-from diffad_lite.methods.base import Method, MethodConfig, exact
+from diffad_lite.methods.base import Method, MethodConfig, exact, inference
 from diffad_lite.networks.unet import UNet
 from diffad_lite.training.loop import FitOptions, TrainReport, train_network
 from diffad_lite.training.state import TrainConfig
@@ -53,9 +53,9 @@ class AnoDDPMConfig(MethodConfig):
     blocks_per_level: int = 1
     attention_levels: tuple[int, ...] = (2,)
     unshuffle: int = 2
-    noise_level: int = 25
-    steps: int = 1
-    n_noises: int = 4
+    noise_level: int = inference(25)
+    steps: int = inference(1)
+    n_noises: int = inference(4)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -106,7 +106,6 @@ class AnoDDPM(Method):
     Config = AnoDDPMConfig
     config: AnoDDPMConfig
     network: UNet
-    inference_fields = Method.inference_fields | {"noise_level", "steps", "n_noises"}
 
     def _build(self, **unet: Any) -> UNet:
         c = self.config

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
 
@@ -24,6 +24,11 @@ from diffad_lite.methods.calibration import MapCalibration, conformal_threshold,
 from diffad_lite.methods.checkpoints import Checkpointed, claim, read_record
 from diffad_lite.training import processes
 from diffad_lite.training.loop import FitOptions, TrainReport
+
+
+def inference(default: Any) -> Any:
+    """Declare a field that may change after training, as by --set together with --checkpoint."""
+    return field(default=default, metadata={"inference": True})
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,10 @@ class MethodConfig:
     channels: int = 1
     image_size: int = 64
     standardise: bool = False
-    smooth_sigma: float = 1.0
-    calibrate: bool = True
-    top_fraction: float = 0.01
-    quantile: float = 0.95
+    smooth_sigma: float = inference(1.0)
+    calibrate: bool = inference(True)
+    top_fraction: float = inference(0.01)
+    quantile: float = inference(0.95)
 
     def __post_init__(self) -> None:
         """Raise ValueError for values that cannot be, before a training, not after it."""
@@ -55,6 +60,15 @@ class MethodConfig:
             raise ValueError(f"expected images of 1, 3 or 4 channels, got {self.channels}")
         ranges = {"smooth_sigma": (0, math.inf), "top_fraction": (1e-6, 1)}
         check_ranges(self, **ranges, quantile=(0.001, 0.999), image_size=(1, math.inf))
+
+    @classmethod
+    def inference_fields(cls) -> frozenset[str]:
+        """Return the names of the fields that may change after training.
+
+        A class that gives a field of its base another default leaves it one of them.
+        """
+        known = [f for base in cls.__mro__ if is_dataclass(base) for f in fields(base)]
+        return frozenset(f.name for f in known if f.metadata.get("inference"))
 
     @property
     def first_stage(self) -> "MethodConfig | None":
@@ -170,9 +184,6 @@ class Method(Checkpointed, ABC):
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     any_size: ClassVar[bool] = True  # False: images must have the side Config.image_size
-    inference_fields: ClassVar[frozenset[str]] = frozenset(
-        {"smooth_sigma", "calibrate", "top_fraction", "quantile"}
-    )
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):  # what several methods share has none

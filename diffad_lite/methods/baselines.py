@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from diffad_lite.core.config import Profile, check_ranges
-from diffad_lite.methods.base import Buffers, Method, MethodConfig
+from diffad_lite.methods.base import Buffers, Method, MethodConfig, inference
 from diffad_lite.training.loop import FitOptions, TrainReport
 
 
@@ -27,7 +27,7 @@ class BrightnessConfig(MethodConfig):
             can only take light away.
     """
 
-    side: Literal["both", "darker"] = "both"
+    side: Literal["both", "darker"] = inference("both")
 
     @classmethod
     def for_profile(cls, profile: Profile, *, dataset: str | None = None, **shape: Any) -> Self:
@@ -60,7 +60,6 @@ class Brightness(Method):
     Config = BrightnessConfig
     config: BrightnessConfig
     network: Buffers
-    inference_fields = Method.inference_fields | {"side"}
 
     def _build(self) -> Buffers:
         return Buffers(mean=torch.zeros(()), std=torch.ones(()))

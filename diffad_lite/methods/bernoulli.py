@@ -21,7 +21,7 @@ from diffad_lite.core.config import Profile, check_ranges
 from diffad_lite.diffusion.bernoulli import BernoulliDiffusion, BitStep, Process, sample_bits
 from diffad_lite.diffusion.gaussian import last
 from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
-from diffad_lite.methods.base import Method, MethodConfig, Networks, exact
+from diffad_lite.methods.base import Method, MethodConfig, Networks, exact, inference
 from diffad_lite.networks.autoencoder import AutoencoderConfig, BinaryAutoencoder
 from diffad_lite.networks.unet import UNet
 from diffad_lite.training.loop import FitOptions, TrainReport, left, train_network
@@ -75,11 +75,11 @@ class BernoulliConfig(MethodConfig):
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=8000, batch_size=32, learning_rate=5e-4)
     )
-    noise_level: int = 99
-    steps: int = 10
-    threshold: float = 0.5
-    suspect: Literal["state", "input"] = "state"
-    n_chains: int = 4
+    noise_level: int = inference(99)
+    steps: int = inference(10)
+    threshold: float = inference(0.5)
+    suspect: Literal["state", "input"] = inference("state")
+    n_chains: int = inference(4)
 
     def __post_init__(self) -> None:
         """Raise ValueError for levels, counts and sizes that cannot be."""
@@ -153,9 +153,6 @@ class Bernoulli(Method):
     Config = BernoulliConfig
     config: BernoulliConfig
     network: Networks
-    inference_fields = Method.inference_fields | {
-        *("noise_level", "steps", "threshold", "suspect", "n_chains")
-    }
 
     def _build(self) -> Networks:
         c = self.config

@@ -34,9 +34,7 @@ class Checkpointed:
     """Networks, statistics and a configuration that can be saved, loaded and reconfigured."""
 
     name: ClassVar[str]
-    Config: ClassVar[type]
-    # Fields that may be changed after training, as by --set together with --checkpoint.
-    inference_fields: ClassVar[frozenset[str]]
+    Config: ClassVar[Any]
     config: Any
     network: nn.Module
     map_calibration_: MapCalibration | None
@@ -60,7 +58,7 @@ class Checkpointed:
         Weights are shared, statistics copied; maps are raw, without threshold, until calibrated.
 
         Raises:
-            ValueError: a setting is none of ``inference_fields``, or cannot have that value.
+            ValueError: no setting of ``Config.inference_fields()``, or a value it cannot have.
         """
         return with_settings(self, changes)
 
@@ -82,7 +80,7 @@ class Checkpointed:
 
         Args:
             folder: the checkpoint.
-            changes: configuration fields to set instead; only ``inference_fields``. Statistics
+            changes: configuration fields to set instead; only ``inference_fields()``. Statistics
                 and threshold then no longer hold: call :meth:`calibrate`.
 
         Raises:
@@ -113,7 +111,7 @@ def training_record(
     method: type["Checkpointed"], config: Any, seed: int, budget: float | None
 ) -> dict[str, Any]:
     """What tells one training from another: settings of inference do not count."""
-    fixed = {k: v for k, v in to_dict(config).items() if k not in method.inference_fields}
+    fixed = {k: v for k, v in to_dict(config).items() if k not in method.Config.inference_fields()}
     return {"method": method.name, "seed": seed, "budget": budget, "config": fixed}
 
 
@@ -236,7 +234,7 @@ def with_settings(method: M, changes: Mapping[str, Any]) -> M:
     """See :meth:`Checkpointed.with_settings`."""
     kinds = get_type_hints(type(method.config))
     for name in changes.keys() - kinds.keys():
-        raise unknown_name("setting", name, method.inference_fields)
+        raise unknown_name("setting", name, method.Config.inference_fields())
     _check_changeable(type(method), changes.keys())
     for name, value in changes.items():
         if value != math.inf:  # which JSON lacks; beyond it lies no drift
@@ -252,10 +250,10 @@ def with_settings(method: M, changes: Mapping[str, Any]) -> M:
 
 
 def _check_changeable(cls: type["Checkpointed"], names: Collection[str]) -> None:
-    if fixed := sorted(set(names) - cls.inference_fields):
+    if fixed := sorted(set(names) - cls.Config.inference_fields()):
         raise ValueError(
             f"{', '.join(fixed)} cannot be changed on a trained model; train anew, or change "
-            f"only: {', '.join(sorted(cls.inference_fields))}"
+            f"only: {', '.join(sorted(cls.Config.inference_fields()))}"
         )
 
 

@@ -22,7 +22,7 @@ from diffad_lite.core.config import Profile, check_ranges
 from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig, foreground_of
 from diffad_lite.diffusion.gaussian import Denoiser, last, randn
 from diffad_lite.methods.anoddpm import PRIOR_SHARE, AnoDDPMConfig, PriorConfig, prior_of
-from diffad_lite.methods.base import Method, Networks, exact
+from diffad_lite.methods.base import Method, Networks, exact, inference
 from diffad_lite.networks.segmentation import SegmentationConfig, SegmentationNet, segmentation_loss
 from diffad_lite.training.loop import FitOptions, TrainReport, left, train_network
 from diffad_lite.training.state import TrainConfig
@@ -60,12 +60,12 @@ class DiffusionADConfig(PriorConfig):
     residual_resampling: bool = False
     unit_range: bool = False
     scales: int = 2
-    noise_level: int = 25
-    noise_level_big: int = 250
+    noise_level: int = inference(25)
+    noise_level_big: int = inference(250)
     boundary: int = 200
     highest: int = 500
-    guidance: float = 1.0
-    steps: int = 1
+    guidance: float = inference(1.0)
+    steps: int = inference(1)
     reconstruction: Literal["guided", "input"] = "guided"
     detach: bool = False
     segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
@@ -156,8 +156,6 @@ class DiffusionAD(Method):
     Config = DiffusionADConfig
     config: DiffusionADConfig
     network: Networks
-    inference_fields = Method.inference_fields | {"guidance", "steps"}
-    inference_fields |= {"noise_level", "noise_level_big"}
 
     def _build(self) -> Networks:
         c = self.config

@@ -27,7 +27,7 @@ from diffad_lite.core.numbers import top_count
 from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig
 from diffad_lite.diffusion.gaussian import randn
 from diffad_lite.methods.anoddpm import PRIOR_SHARE, PriorConfig, prior_of
-from diffad_lite.methods.base import BATCH_SIZE, Buffers, Method, Networks, exact
+from diffad_lite.methods.base import BATCH_SIZE, Buffers, Method, Networks, exact, inference
 from diffad_lite.methods.calibration import conformal_threshold
 from diffad_lite.spaces.features import (
     DENOISER,
@@ -87,19 +87,19 @@ class GLADConfig(PriorConfig):
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=1800, learning_rate=2e-4, ema_decay=0.995)
     )
-    noise_level: int = 100
-    steps: int = 10
-    adaptive: bool = True
-    min_level: int = 30
-    delta: float | None = None
-    delta_quantile: float = 0.95
-    fusion: Literal["off", "literal", "calibrated"] = "calibrated"
+    noise_level: int = inference(100)
+    steps: int = inference(10)
+    adaptive: bool = inference(True)
+    min_level: int = inference(30)
+    delta: float | None = inference(None)
+    delta_quantile: float = inference(0.95)
+    fusion: Literal["off", "literal", "calibrated"] = inference("calibrated")
     drift_features: str = DENOISER
     map_features: str = LITE0
     layers: tuple[str, ...] = ("2", "4", "7")
-    input_size: int = 224
-    radius: int | None = 1
-    pixel_weight: float = 1.0
+    input_size: int = inference(224)
+    radius: int | None = inference(1)
+    pixel_weight: float = inference(1.0)
 
     def __post_init__(self) -> None:
         """Raise ValueError for levels and counts that cannot be."""
@@ -235,11 +235,10 @@ class Reconstruction(NamedTuple):
 
     Attributes:
         x: the reconstruction (B, C, H, W).
-        t_star: level at which each image was let go (B,); -1 where it never was.
-        timesteps: the levels.
-        drifts: at each level but the first the drift (B, H, W) of the images still watched,
-            else NaN.
-        states: at each level the state (B, C, H, W), after the decision.
+        t_star: timestep at which each image was accepted or reset (B,); -1 where it never was.
+        timesteps: of the noise levels.
+        drifts: at each but the first the drift (B, H, W) of the images still undecided, else NaN.
+        states: at each the state (B, C, H, W), after the decision.
     """
 
     x: Tensor
@@ -256,9 +255,6 @@ class GLAD(Method):
     Config = GLADConfig
     config: GLADConfig
     network: Networks
-    inference_fields = Method.inference_fields | {"noise_level", "steps", "adaptive", "min_level"}
-    inference_fields |= {"delta", "delta_quantile", "fusion", "radius", "pixel_weight"}
-    inference_fields |= {"input_size"}
 
     def _build(self) -> Networks:
         c = self.config
@@ -340,68 +336,77 @@ class GLAD(Method):
     def reconstruct(
         self, images: Tensor, noise: Tensor, delta: float | None = None
     ) -> Reconstruction:
-        """DDIM from the noise level; each image is watched until it is let go.
+        """DDIM from the noise level, by as many adaptive steps as each image needs.
+
+        At each noise level t, with one noise estimate for the state x_t and the noised input:
+
+        1. *Drift*: the distance of the clean estimates of both (global adaptive steps).
+        2. An image whose drift exceeds delta is **accepted**: t* = t. Its state keeps what drifted
+           and takes the rest from the noised input (spatially adaptive fusion).
+        3. An image that has not drifted when t is below ``min_level`` is **reset**: t* = t, and it
+           goes on from its noised input alone.
+        4. One step of DDIM leads to the next noise level.
 
         Args:
             images: as prepared (B, C, H, W).
             noise: likewise.
-            delta: drift at which it is let go; default the configured, or else the learnt one.
+            delta: drift at which an image is accepted; default the configured, or else the
+                estimated one.
         """
         c, d = self.config, self.diffusion
-        delta = c.delta if delta is None else delta
-        threshold = self.network["statistics"].delta
-        threshold = threshold if delta is None else torch.full_like(threshold, delta)
+        delta_ = self._delta(delta)
         timesteps = d.schedule.timesteps(c.noise_level, c.steps)
         x_t = d.add_noise(images, timesteps[0], noise)
         t_star = torch.full((len(images),), -1, device=images.device)
         drifts, states = [], []
         for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
-            levels = torch.full((len(images),), t, device=images.device)
-            noise_hat = self.network["denoiser"](x_t, levels)
-            drift = torch.full_like(images[:, 0], torch.nan)
-            # At the noise level nothing can have drifted yet.
-            if c.adaptive and t < timesteps[0] and (t_star < 0).any():
-                x_t, t_star, drift = self.watch(images, noise, x_t, noise_hat, t, t_star, threshold)
+            noise_hat = self.network["denoiser"](x_t, torch.full_like(t_star, t))
+            drift, undecided = torch.full_like(images[:, 0], torch.nan), t_star < 0
+            # At the first noise level nothing can have drifted yet.
+            if c.adaptive and t < timesteps[0] and undecided.any():
+                x_t_input = d.add_noise(images, t, noise)
+                estimates = (d.clean_estimate(x, t, noise_hat) for x in (x_t_input, x_t))
+                a, b = (x0_hat[undecided] for x0_hat in estimates)
+                drift[undecided] = self.distance(a, b, noise[undecided], c.drift_features)
+                accepted = undecided & (drift_score(drift) > delta_)
+                reset = undecided & ~accepted & (t < c.min_level)
+                keep = self.fusion_weights(drift, accepted, reset, delta_)
+                # Fusing the states is fusing the clean estimates, as noise_hat is the same.
+                x_t = torch.where(keep < 1, keep * x_t + (1 - keep) * x_t_input, x_t)
+                t_star = torch.where(accepted | reset, t, t_star)
             drifts.append(drift)
             states.append(x_t)
             x_t, _ = d.ddim_step(x_t, t, t_next, noise_hat)
         return Reconstruction(x_t, t_star, timesteps, drifts, states)
 
-    def watch(
-        self,
-        images: Tensor,
-        noise: Tensor,
-        x_t: Tensor,
-        noise_hat: Tensor,
-        t: int,
-        t_star: Tensor,
-        delta: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compare state and noised input, and let go of images that drifted, or came down.
+    def _delta(self, delta: float | None) -> Tensor:
+        """The given delta, else the configured, else the one estimated on normal images."""
+        delta = self.config.delta if delta is None else delta
+        estimated: Tensor = self.network["statistics"].delta
+        return estimated if delta is None else torch.full_like(estimated, delta)
 
-        Both are noised by the same ``noise`` and seen through the same ``noise_hat``, so that
-        they differ by ``(x_t_input - x_t) / sqrt(abar_t)`` before clipping, whatever the network
-        says.
+    def fusion_weights(
+        self, drift: Tensor, accepted: Tensor, reset: Tensor, delta: Tensor
+    ) -> Tensor:
+        """Share of each pixel's state that is kept; the rest is the noised input's.
+
+        Args:
+            drift: of the undecided images (B, H, W).
+            accepted: images that drifted, bool (B,).
+            reset: images that came down without drifting, bool (B,).
+            delta: of the decision, a scalar.
 
         Returns:
-            the states, ``t_star`` and the drift (B, H, W), NaN where it was not measured.
+            (B, 1, H, W) in [0, 1]: 1 for images without a decision, 0 for those that are reset.
         """
-        c, d, s = self.config, self.diffusion, self.network["statistics"]
-        watched = t_star < 0
-        x_input = d.add_noise(images, t, noise)
-        one, other = (d.clean_estimate(x, t, noise_hat)[watched] for x in (x_input, x_t))
-        drift = torch.full_like(images[:, 0], torch.nan)
-        drift[watched] = self.distance(one, other, noise[watched], c.drift_features)
-        drifted = watched & (drift_score(drift) > delta)
-        down = watched & ~drifted & (t < c.min_level)
-        keep = torch.ones_like(images[:, :1])  # of the state; the rest is the noised input's
-        if c.fusion != "off":
-            beyond = drift if c.fusion == "literal" else (drift - delta) / s.spread
-            keep[drifted] = beyond[drifted, None].sigmoid()
-        keep[down] = 0
-        # Fusing the states is fusing the clean estimates, as noise_hat is the same.
-        x_t = torch.where(keep < 1, keep * x_t + (1 - keep) * x_input, x_t)
-        return x_t, torch.where(drifted | down, t, t_star), drift
+        keep = torch.ones_like(drift[:, None])
+        if self.config.fusion != "off":
+            spread = self.network["statistics"].spread
+            literal = self.config.fusion == "literal"
+            beyond = drift if literal else (drift - delta) / spread
+            keep[accepted] = beyond[accepted, None].sigmoid()
+        keep[reset] = 0
+        return keep
 
     def _infer(
         self, images: Tensor, generators: list[torch.Generator]

@@ -11,6 +11,7 @@ of normal images, are ours.
 
 import copy
 import math
+import time
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, Unpack
 
@@ -278,6 +279,7 @@ DETECTOR_CELL = 4  # pixels to the side for each of its logits
 TWIN_STEPS = 3
 PATTERN_BATCH = 8  # pictures that begin at the same level
 GENERATORS_SHARE = 0.6  # of a time budget
+WARMUP_SHARE = 1 / 3  # of what is left of it, when the pool is drawn
 
 
 def draw_windows(images: Tensor, sides: tuple[float, ...], generator: torch.Generator) -> Tensor:
@@ -426,36 +428,67 @@ class GRAD(Method):
         normal_part = (v * F.softplus(g_normal)).mean()
         return normal_part + (w * drawn * F.softplus(-g_contrastive)).sum() / drawn.sum().clamp(1)
 
+    # Training: four stages, all of them inside the time budget.
+
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
-        c, budget, reports = self.config, options["budget"], {}
-        detector, weights = self.network["detector"], self.network["weights"]
-        for name, network in self.patchdiffs.items():
-            share = left(budget, {}, GENERATORS_SHARE / len(self.patchdiffs))
-            reports[name] = train_network(
-                network,
-                self.noise_loss,
-                train,
-                c.train_patchdiff,
-                stage=name,
-                **(options | {"budget": share}),
-            )
-        pool = self.draw_pool(train, options["seed"])
-        normal = torch.cat([train, self.twins(train, options["seed"])])
-        steps = max(1, c.train.steps // 3), max(1, c.train.steps - c.train.steps // 3)
-        used = None, (weights if c.reweight else None)
-        for stage, n, own in zip(("warmup", "detector"), steps, used, strict=True):
-            if own is not None:
-                own.fit(detector, *parts_of_pool(pool), normal, options["seed"])
-            share = left(budget, reports, 1 / 3 if stage == "warmup" else 1.0)
-
-            def loss(network: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
-                return self.detector_loss(network, x, pool, own, generator)  # noqa: B023
-
-            settings = replace(c.train, steps=n)
-            reports[stage] = train_network(
-                detector, loss, normal, settings, stage=stage, **(options | {"budget": share})
-            )
+        budget, seed = options["budget"], options["seed"]
+        reports = self.train_patchdiffs(train, **options)
+        started = time.monotonic()
+        pool = self.draw_pool(train, seed)
+        normal = torch.cat([train, self.twins(train, seed)])
+        reports["pool"] = TrainReport(0, time.monotonic() - started, torch.zeros(0))
+        options["budget"] = left(budget, reports, WARMUP_SHARE)
+        reports["warmup"] = self.warm_up(normal, pool, **options)
+        options["budget"] = left(budget, reports)
+        reports["detector"] = self.train_detector(normal, pool, **options)
         return reports
+
+    def train_patchdiffs(
+        self, train: Tensor, **options: Unpack[FitOptions]
+    ) -> dict[str, TrainReport]:
+        """Train each PatchDiff to predict noise; equal shares of the time."""
+        share = GENERATORS_SHARE / len(self.patchdiffs)
+        options["budget"] = left(options["budget"], {}, share)
+        config = self.config.train_patchdiff
+        return {
+            name: train_network(network, self.noise_loss, train, config, stage=name, **options)
+            for name, network in self.patchdiffs.items()
+        }
+
+    def warm_up(self, normal: Tensor, pool: Tensor, **options: Unpack[FitOptions]) -> TrainReport:
+        """Train the detector for a third of its steps, unweighted; then set the weights."""
+        steps = max(1, self.config.train.steps // 3)
+        report = self._train("warmup", steps, normal, pool, None, options)
+        if not self.config.reweight:
+            return report
+        started = time.monotonic()
+        detector, weights = self.network["detector"], self.network["weights"]
+        weights.fit(detector, *parts_of_pool(pool), normal, options["seed"])
+        return replace(report, seconds=report.seconds + time.monotonic() - started)
+
+    def train_detector(
+        self, normal: Tensor, pool: Tensor, **options: Unpack[FitOptions]
+    ) -> TrainReport:
+        """Train the detector for the rest of its steps, with the weights of patterns."""
+        steps = self.config.train.steps
+        weights = self.network["weights"] if self.config.reweight else None
+        return self._train("detector", max(1, steps - steps // 3), normal, pool, weights, options)
+
+    def _train(
+        self,
+        stage: str,
+        steps: int,
+        normal: Tensor,
+        pool: Tensor,
+        weights: Reweighting | None,
+        options: FitOptions,
+    ) -> TrainReport:
+        def loss(network: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
+            return self.detector_loss(network, x, pool, weights, generator)
+
+        config = replace(self.config.train, steps=steps)
+        detector = self.network["detector"]
+        return train_network(detector, loss, normal, config, stage=stage, **options)
 
     # Inference: the detector alone.
 

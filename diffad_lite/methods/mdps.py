@@ -23,7 +23,7 @@ from diffad_lite.core.config import Profile, changed_fields, check_ranges
 from diffad_lite.core.numbers import top_count
 from diffad_lite.diffusion.gaussian import randn
 from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig, PriorConfig, prior_of
-from diffad_lite.methods.base import BATCH_SIZE, Buffers, Method, Networks, blur, exact
+from diffad_lite.methods.base import BATCH_SIZE, Buffers, Method, Networks, blur, exact, inference
 from diffad_lite.spaces.features import LITE0, ImageNetFeatures, peak_ratio, perceptual_distance
 from diffad_lite.training.loop import FitOptions, TrainReport
 from diffad_lite.training.state import TrainConfig
@@ -58,21 +58,21 @@ class MDPSConfig(PriorConfig):
     standardise: bool = True  # chosen on development defects and uncertain cells, as what follows
     top_fraction: float = 0.03
     residual_resampling: bool = False
-    mode: Literal["paper", "code"] = "paper"
-    noise_level: int = 25
-    mask_level: int = 25
-    steps: int = 5
-    guidance: float = 1.0
-    mask_guidance: float = 1.0
-    n_samples: int = 4
-    mask: Literal["estimated", "none"] = "estimated"
-    mask_quantile: float = 0.9
-    mask_sigma: float = 1.0
+    mode: Literal["paper", "code"] = inference("paper")
+    noise_level: int = inference(25)
+    mask_level: int = inference(25)
+    steps: int = inference(5)
+    guidance: float = inference(1.0)
+    mask_guidance: float = inference(1.0)
+    n_samples: int = inference(4)
+    mask: Literal["estimated", "none"] = inference("estimated")
+    mask_quantile: float = inference(0.9)
+    mask_sigma: float = inference(1.0)
     backbone: str = LITE0
     layers: tuple[str, ...] = ("2", "4", "7")
-    input_size: int = 224
-    pixel_weight: float = 7.0
-    score: Literal["mean", "softmax"] = "mean"
+    input_size: int = inference(224)
+    pixel_weight: float = inference(7.0)
+    score: Literal["mean", "softmax"] = inference("mean")
 
     def __post_init__(self) -> None:
         """Raise ValueError for levels and counts that cannot be."""
@@ -193,10 +193,6 @@ class MDPS(Method):
     Config = MDPSConfig
     config: MDPSConfig
     network: Networks
-    inference_fields = Method.inference_fields | {
-        *("mode", "noise_level", "mask_level", "steps", "guidance", "mask_guidance", "n_samples"),
-        *("mask", "mask_quantile", "mask_sigma", "input_size", "pixel_weight", "score"),
-    }
 
     def __init__(self, config: MDPSConfig, prior: AnoDDPM | None = None) -> None:
         """With ``prior``, its weights are taken and nothing is trained.
@@ -205,7 +201,9 @@ class MDPS(Method):
             ValueError: it was trained in another way than ``config`` says.
         """
         if prior is not None and config.first_stage is not None:
-            others = changed_fields(prior.config, config.first_stage) - AnoDDPM.inference_fields
+            others = (
+                changed_fields(prior.config, config.first_stage) - AnoDDPMConfig.inference_fields()
+            )
             if others:
                 raise ValueError(f"the prior given differs in {', '.join(sorted(others))}")
         self.given = prior

@@ -119,7 +119,8 @@ def test_registry_holds_the_methods_under_their_names():
     for name, cls in METHODS.items():
         assert cls.name == name
         assert get_method(name) is cls
-        assert {f.name for f in fields(cls.Config)} >= cls.inference_fields
+        assert {f.name for f in fields(cls.Config)} >= cls.Config.inference_fields()
+        assert cls.Config.inference_fields() >= {"quantile", "calibrate"}
 
 
 def test_unknown_method_is_refused_with_the_nearest():

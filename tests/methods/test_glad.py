@@ -230,6 +230,17 @@ def test_drift_on_the_gaussian_is_linear_in_the_offset(monkeypatch):
         assert float(mean[3] / mean[2]) == pytest.approx(2, rel=0.15)
 
 
+class Constant(torch.nn.Module):
+    """A denoiser that always says the same."""
+
+    def __init__(self, noise_hat):
+        super().__init__()
+        self.noise_hat = torch.nn.Parameter(noise_hat)
+
+    def forward(self, x_t, t):
+        return self.noise_hat
+
+
 def test_images_do_not_see_each_other(monkeypatch):
     """Decisions are discrete: tested in float64, each image alone and in a batch."""
     made = method(delta=0.02, min_level=10)
@@ -243,26 +254,48 @@ def test_images_do_not_see_each_other(monkeypatch):
 
 
 @pytest.mark.parametrize("fusion", ["off", "literal", "calibrated"])
-def test_fusion_keeps_the_state_where_it_drifted(fusion, monkeypatch):
+def test_fusion_keeps_the_state_where_it_drifted(fusion):
+    """Of three images: one is accepted, one is reset, one is undecided."""
+    made = method(fusion=fusion)
+    made.network["statistics"].spread.fill_(0.01)
+    drift = torch.zeros(3, SIZE, SIZE)
+    drift[0, :4, :4], drift[2] = 0.5, torch.nan
+    accepted, reset = torch.tensor([True, False, False]), torch.tensor([False, True, False])
+    keep = made.fusion_weights(drift, accepted, reset, torch.tensor(0.05))
+    assert keep.shape == (3, 1, SIZE, SIZE)
+    assert (keep[1] == 0).all()
+    assert (keep[2] == 1).all()
+    inside, outside = keep[0, 0, :4, :4], keep[0, 0, 8:, 8:]
+    if fusion == "off":
+        assert (keep[0] == 1).all()
+    elif fusion == "literal":
+        torch.testing.assert_close(inside, drift[0, :4, :4].sigmoid())
+        assert 0.5 < float(inside.min()) < 0.75
+        assert (outside == 0.5).all()  # never less than half
+    else:
+        assert float(inside.min()) > 0.99
+        assert float(outside.max()) < 0.01
+
+
+@pytest.mark.parametrize("fusion", ["off", "calibrated"])
+def test_an_accepted_image_keeps_what_drifted_and_takes_the_rest_from_the_input(
+    fusion, monkeypatch
+):
+    """A denoiser that predicts the drawn noise, but for a corner, where the state moves away."""
     monkeypatch.setattr(GLAD, "distance", pixel_distance)
     made = method(delta=0.05, min_level=5, fusion=fusion, noise_level=100)
     made.network["statistics"].spread.fill_(0.01)
-    x = torch.zeros(1, 1, SIZE, SIZE)
-    x_t, noise = x.clone(), torch.zeros_like(x)
-    x_t[..., :4, :4] = 0.5  # here the state left the input, which is 0
-    undecided = torch.full((1,), -1)
-    fused, t_star, drift = made.watch(
-        x, noise, x_t, torch.zeros_like(x), 50, undecided, torch.tensor(0.05)
-    )
-    assert t_star.tolist() == [50]
-    inside = fused[..., :4, :4] / 0.5
-    if fusion == "off":
-        assert torch.equal(fused, x_t)
-    elif fusion == "literal":
-        torch.testing.assert_close(inside, drift[:, :4, :4].sigmoid()[:, None])
-        assert 0.5 < float(inside.min()) < 0.75  # never less than half
-    else:
-        assert float(inside.min()) > 0.99
+    x, noise = torch.zeros(1, 1, SIZE, SIZE), noises(1)
+    wrong = noise.clone()
+    wrong[..., :4, :4] -= 2.0
+    made.network["denoiser"] = Constant(wrong)
+    found = made.reconstruct(x, noise)
+    step = found.timesteps.index(int(found.t_star[0]))
+    assert 5 <= found.t_star[0] < 100
+    noised = made.diffusion.add_noise(x, int(found.t_star[0]), noise)
+    moved = (found.states[step] - noised).abs()
+    assert float(moved[..., :4, :4].min()) > 0.01
+    assert float(moved[..., 8:, 8:].max()) < 1e-5
 
 
 def test_a_configured_delta_is_used_and_calibrates():

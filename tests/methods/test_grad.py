@@ -21,6 +21,7 @@ from diffad_lite.methods.grad import (
     pattern_weights,
 )
 from diffad_lite.networks.patchnet import PatchDetector
+from diffad_lite.training.loop import TrainReport
 from diffad_lite.training.state import TrainConfig
 
 SIZE = 16
@@ -141,8 +142,25 @@ def test_only_drawn_locations_make_the_shares():
 
 def test_stages_and_their_order():
     made = GRAD(config()).fit(pictures(12), pictures(20, 1), seed=0, progress=False)
-    assert list(made.reports_) == ["patchdiff6", "patchdiff10", "warmup", "detector"]
+    assert list(made.reports_) == ["patchdiff6", "patchdiff10", "pool", "warmup", "detector"]
     assert made.reports_["warmup"]["steps"] + made.reports_["detector"]["steps"] == 4
+
+
+def test_drawing_the_pool_counts_in_the_time_budget(monkeypatch):
+    given, clock = {}, iter([0.0, 25.0])
+
+    def quick(*args, stage, budget, **options):
+        given[stage] = budget
+        return TrainReport(3, 10.0, torch.zeros(3))
+
+    monkeypatch.setattr("diffad_lite.methods.grad.train_network", quick)
+    monkeypatch.setattr("diffad_lite.methods.grad.time.monotonic", lambda: next(clock))
+    options = {"seed": 0, "workdir": None, "progress": False}
+    reports = GRAD(config(reweight=False))._fit(pictures(12), budget=100.0, **options)
+    assert given["patchdiff6"] == given["patchdiff10"] == pytest.approx(30)  # .6 of all, halved
+    assert given["warmup"] == pytest.approx((100 - 20 - 25) / 3)
+    assert given["detector"] == pytest.approx(100 - 20 - 25 - 10)
+    assert sum(report.seconds for report in reports.values()) == pytest.approx(65)
 
 
 def test_fit_takes_images_and_nothing_that_marks_them():
