@@ -54,7 +54,7 @@ def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         try:
             return draw(*args, **kwargs)
         finally:
-            plt.rcParams.update(before)  # type: ignore[arg-type]
+            plt.rcParams.update(before)
 
     return draw_in_style
 

@@ -168,7 +168,7 @@ def test_importing_plots_changes_nothing_of_matplotlib():
         "print(changed());"
         "f, _ = p.show_curves([0, 1], {'a': [0, 1]}, xlabel='x', ylabel='y');"
         "print(changed(), f.axes[0].spines['top'].get_visible(), f.get_layout_engine() is None);"
-        "g = p.styled(lambda: matplotlib.interactive(True)); g(); print(matplotlib.is_interactive());"
+        "p.styled(lambda: matplotlib.interactive(True))(); print(matplotlib.is_interactive());"
         "matplotlib.interactive(False);"
         "p.use_style(); print(len(changed()) >= 5)"
     )
