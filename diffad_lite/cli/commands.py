@@ -38,12 +38,23 @@ def _budget(arguments: argparse.Namespace) -> float | None:
     return None if minutes is None else 60 * minutes
 
 
+def _method_of(checkpoint: str | None) -> str:
+    """The method of a checkpoint's folder."""
+    from diffad_lite.methods.checkpoints import read_record
+
+    if checkpoint in (None, "bundled"):
+        raise ValueError("--method is missing; 'diffad methods' lists them")
+    return read_record(Path(checkpoint))["method"]
+
+
 def evaluate(arguments: argparse.Namespace) -> int:
     """Train or load, score, record."""
     from diffad_lite.experiments.evaluate import bundled_checkpoint, evaluate
 
-    run = _run_of(arguments)
     checkpoint = arguments.checkpoint
+    if arguments.method is None:
+        arguments.method = _method_of(checkpoint)
+    run = _run_of(arguments)
     if checkpoint == "bundled":
         checkpoint = bundled_checkpoint(run.method, run.dataset, run.category)
         if not checkpoint.is_dir():
@@ -140,6 +151,23 @@ def datasets(arguments: argparse.Namespace) -> int:
         fig, _ = show_kinds(data)
         form = arguments.sheet.suffix[1:] or "png"
         write_atomically(arguments.sheet, lambda path: fig.savefig(path, format=form))
+    return 0
+
+
+def methods(arguments: argparse.Namespace) -> int:
+    """List the methods."""
+    from diffad_lite.data.datasets import data_dir
+    from diffad_lite.methods import METHODS
+
+    try:
+        folders = sorted(p.name for p in (data_dir() / "checkpoints").iterdir() if p.is_dir())
+    except FileNotFoundError:
+        folders = []
+    for name, method in METHODS.items():
+        bundled = [f.removesuffix(f"-{name}") for f in folders if f.endswith(f"-{name}")]
+        weights = f"bundled: {', '.join(bundled)}" if bundled else "-"
+        kind = "trained" if method.trained else "fitted"
+        print(f"{name:16} {kind:8} {weights:20} {(method.__doc__ or '').splitlines()[0]}")
     return 0
 
 

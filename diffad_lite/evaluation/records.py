@@ -322,9 +322,14 @@ def grouped(results: Iterable[Result]) -> dict[Key, list[Result]]:
     for group in groups.values():
         others = {(r["profile"], r["resize"]) for r in group}
         if len(others) > 1 or len({r["seed"] for r in group}) < len(group):
-            names = ", ".join(r["name"] for r in group)
-            raise ValueError(f"these results differ in more than their seed, part them: {names}")
+            fault = "these results differ in more than their seed; separate them"
+            raise ValueError(f"{fault}: {_places(group)}")
     return {k: sorted(groups[k], key=lambda r: r["seed"]) for k in sorted(groups, key=place)}
+
+
+def _places(group: Iterable[Result]) -> str:
+    """Where records are, for messages."""
+    return ", ".join(f"{r['name']} in {r['file']}" for r in group)
 
 
 def auroc_over_seeds(group: Sequence[Result]) -> tuple[float, float, float]:
@@ -338,8 +343,7 @@ def _scores_over_seeds(group: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]
     found = [read_scores(result) for result in group]
     labels = found[0][0]
     if not all(np.array_equal(labels, others) for others, _ in found):
-        names = ", ".join(r["name"] for r in group)
-        raise ValueError(f"these runs did not score the same test images: {names}")
+        raise ValueError(f"these runs did not score the same test images: {_places(group)}")
     return labels, np.stack([scores for _, scores in found])
 
 

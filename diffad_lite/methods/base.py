@@ -183,6 +183,7 @@ class Method(Checkpointed, ABC):
 
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+    trained: ClassVar[bool] = True  # False: statistics are fitted, no network learns
     any_size: ClassVar[bool] = True  # False: images must have the side Config.image_size
 
     def __init_subclass__(cls) -> None:

@@ -57,6 +57,7 @@ class Brightness(Method):
     """Mean brightness of the image against that of normal images, in their deviations."""
 
     name = "brightness"
+    trained = False
     Config = BrightnessConfig
     config: BrightnessConfig
     network: Buffers
@@ -87,6 +88,7 @@ class MeanImage(Method):
     """The distance to the average normal image, pixel by pixel."""
 
     name = "mean_image"
+    trained = False
     any_size = False
     network: Buffers
 
@@ -109,6 +111,7 @@ class PCAResidual(Method):
     """The distance to the nearest image in the span of the first principal components."""
 
     name = "pca"
+    trained = False
     any_size = False
     Config = PCAConfig
     config: PCAConfig

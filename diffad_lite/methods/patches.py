@@ -69,6 +69,7 @@ class PatchConfig(PriorConfig):
 class PatchMethod(Method):
     """A map of distances between the features of an image's patches and those of normal images."""
 
+    trained = False
     Config = PatchConfig
     config: PatchConfig
     network: Networks

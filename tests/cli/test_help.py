@@ -1,0 +1,108 @@
+"""The command's help: every command and option explained, every example understood; listings."""
+
+import argparse
+import shlex
+
+import pytest
+
+import diffad_lite
+from diffad_lite.cli import commands
+from diffad_lite.cli.main import COMMANDS, build_parser, main
+from diffad_lite.methods import METHODS
+
+
+def children() -> dict[str, argparse.ArgumentParser]:
+    (added,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return added.choices
+
+
+def test_every_command_is_listed_once_those_of_maintainers_last(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:2] == "  "]
+    places = [listed.index(name) for name in COMMANDS]
+    assert places == sorted(places)
+    assert list(COMMANDS)[-1] == "report"
+    assert set(COMMANDS) == set(children())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_words_defaults_and_an_example(name, capsys):
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    said = capsys.readouterr().out
+    assert COMMANDS[name].details.split("\n")[0] in said
+    assert f"example:\n  {COMMANDS[name].example}" in said
+    for action in children()[name]._actions:
+        assert action.help, f"{name} {action.option_strings} has no help"
+        if action.default and action.default != argparse.SUPPRESS:
+            assert f"(default: {action.default})" in " ".join(said.split())
+    words = shlex.split(COMMANDS[name].example)
+    assert words[:2] == ["diffad", name]
+    parsed = build_parser().parse_args(words[1:])
+    assert parsed.command is getattr(commands, name)
+
+
+def test_evaluate_says_how_a_folder_lies(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    said = capsys.readouterr().out
+    for place in ("train/good", "test/<defect>", "ground_truth/<defect>", "<stem>_mask.png"):
+        assert place in said
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"diffad_lite {diffad_lite.__version__}\n"
+
+
+def test_methods_are_listed_with_what_they_take(capsys):
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(METHODS)
+    of = {line.split()[0]: line for line in lines}
+    assert "trained" in of["glad"] and "bundled: elpv-mono" in of["glad"]
+    assert "fitted" in of["pca"] and "bundled" not in of["pca"]
+    assert all(len(line.split(maxsplit=3)[3]) > 20 for line in lines)
+
+
+def test_without_a_method_there_must_be_a_checkpoint(tmp_path, capsys):
+    for more in ([], ["--checkpoint", "bundled"]):
+        assert main(["evaluate", "--out", str(tmp_path / "o"), *more]) == 2
+        assert "--method is missing; 'diffad methods' lists them" in capsys.readouterr().err
+
+
+def test_the_method_of_a_checkpoint_need_not_be_named(tmp_path, capsys):
+    run = ["--dataset", "shapes", "--profile", "ci", "--image-size", "16", "--quiet", "--out"]
+    assert main(["train", "--method", "pca", *run, str(tmp_path / "run")]) == 0
+    checkpoint = ["--checkpoint", str(tmp_path / "run" / "checkpoint")]
+    assert main(["evaluate", *run, str(tmp_path / "scored"), *checkpoint]) == 0
+    assert "image AUROC" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["before", "behind"])
+def test_a_traceback_on_request(place, capsys):
+    words = ["score", "--checkpoint", "gone", "--images", "gone", "--out", "o"]
+    assert main(words) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(FileNotFoundError):
+        main(["--traceback", *words] if place == "before" else [*words, "--traceback"])
+
+
+def test_an_error_inside_of_a_library_is_not_passed_off_as_the_users(monkeypatch):
+    def broken(arguments):
+        import torch
+
+        torch.distributions.Normal(torch.zeros(1), -torch.ones(1))  # raises ValueError in torch
+
+    def refused(arguments):
+        raise ValueError("choose another")
+
+    monkeypatch.setattr(commands, "doctor", broken)
+    with pytest.raises(ValueError, match="Normal"):
+        main(["doctor"])
+    monkeypatch.setattr(commands, "doctor", refused)
+    assert main(["doctor"]) == 2
