@@ -99,8 +99,8 @@ With --category NAME all of this lies in DIR/NAME."""
 COMMANDS = {
     "evaluate": Command(
         "train or load a method, score a test set, record it",
-        "Writes result.json (metrics with intervals, configuration, seeds, versions), scores.csv and"
-        f"\nfigure.png into --out. Called again, it goes on where it stopped.\n\n{LAYOUT}",
+        "Writes result.json (metrics with intervals, configuration, seeds, versions), scores.csv"
+        f"\nand figure.png into --out. Called again, it goes on where it stopped.\n\n{LAYOUT}",
         "diffad evaluate --method pca --out runs/pca",
     ),
     "score": Command(
