@@ -49,7 +49,9 @@ def test_the_wheel_builds_and_imports_elsewhere(tmp_path):
         archive.extractall(tmp_path / "site")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r});"
-        "import diffad_lite.methods, diffad_lite.cli; print(diffad_lite.__file__)"
+        "import diffad_lite.methods as m, diffad_lite.cli.main;"
+        "m.GLADConfig.for_profile('paper', channels=3, image_size=64, category='tile');"
+        "print(diffad_lite.__file__)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True

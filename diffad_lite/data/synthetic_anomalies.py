@@ -23,14 +23,6 @@ Foreground = Literal["all", "part", "object"]
 TRIES = 50  # draws of a mask before an image is left normal
 RIDGE_WIDTHS = (0.03, 0.1)  # of |noise|
 RIDGE_FINEST = 2  # finer ridges would be dust
-# The official code's two kinds of category: textures get foreign textures in a random part of the
-# image; objects get them on the object, half of them made of the object itself.
-TEXTURES = {"carpet", "grid", "leather", "tile", "wood", "zipper"}
-TEXTURES |= {f"Class{i}" for i in range(1, 11)}  # DAGM
-OBJECTS = {"bottle", "cable", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush"}
-OBJECTS |= {"transistor"} | {"candle", "capsules", "cashew", "chewinggum", "fryum", "macaroni1"}
-OBJECTS |= {"macaroni2", "pcb1", "pcb2", "pcb3", "pcb4", "pipe_fryum"}  # VisA
-OBJECTS |= {"bracket_black", "bracket_brown", "bracket_white", "connector", "metal_plate", "tubes"}
 
 
 @dataclass(frozen=True)
@@ -148,16 +140,6 @@ class Synthesis:
             appearance = change(image if is_own else texture, generator)
             changed.append(shuffle_strips(appearance, generator) if is_own else appearance)
         return torch.stack(changed)
-
-
-def foreground_of(category: str | None) -> tuple[Foreground, float]:
-    """Where anomalies lie, and the share of ``own`` textures: the official code's choice.
-
-    Categories that it does not know, such as solar cells, get ``all`` and one half.
-    """
-    if category in TEXTURES:
-        return "part", 0.0
-    return ("object" if category in OBJECTS else "all"), 0.5
 
 
 def perlin_noise(n: int, H: int, W: int, finest: int, generator: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from diffad_lite.core.config import Profile, check_profile, check_ranges, unknown_name
+from diffad_lite.core.files import read_yaml
 from diffad_lite.data.images import check_values, image_keys, standardise, undo_standardise
 from diffad_lite.diffusion.gaussian import noise_generators
 from diffad_lite.methods.calibration import MapCalibration, conformal_threshold, top_k_mean
@@ -151,6 +152,15 @@ class Networks(nn.ModuleDict):
     if TYPE_CHECKING:
 
         def __getitem__(self, key: str) -> Any: ...
+
+
+def paper_settings(method: str, category: str | None) -> dict[str, Any]:
+    """Return the official settings of a category, or the default of those it does not know.
+
+    They and their sources stand in ``paper/<method>.yaml``.
+    """
+    table = read_yaml(Path(__file__).parent / "paper" / f"{method}.yaml")
+    return table["default"] | table["categories"].get(category, {})
 
 
 @contextmanager

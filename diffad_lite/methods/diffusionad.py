@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from diffad_lite.core.config import Profile, check_ranges
-from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig, foreground_of
+from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig
 from diffad_lite.diffusion.gaussian import Denoiser, last, randn
 from diffad_lite.methods.anoddpm import PRIOR_SHARE, AnoDDPMConfig, PriorConfig, prior_of
-from diffad_lite.methods.base import Method, Networks, exact, inference
+from diffad_lite.methods.base import Method, Networks, exact, inference, paper_settings
 from diffad_lite.networks.segmentation import SegmentationConfig, SegmentationNet, segmentation_loss
 from diffad_lite.training.loop import FitOptions, TrainReport, left, train_network
 from diffad_lite.training.state import TrainConfig
@@ -100,8 +100,8 @@ class DiffusionADConfig(PriorConfig):
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
         """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
         base = super().for_profile(profile, category=category, **shape)
-        prior, (where, own) = base.prior, foreground_of(category)
-        synthesis = replace(base.synthesis, foreground=where, own=own)
+        prior = base.prior
+        synthesis = replace(base.synthesis, **paper_settings("diffusionad", category))
         base = replace(base, synthesis=synthesis)
         if profile == "ci":
             return replace(base, segmentation=SegmentationConfig(8), train=prior.train)

@@ -27,7 +27,15 @@ from diffad_lite.core.numbers import top_count
 from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig
 from diffad_lite.diffusion.gaussian import randn
 from diffad_lite.methods.anoddpm import PRIOR_SHARE, PriorConfig, prior_of
-from diffad_lite.methods.base import BATCH_SIZE, Buffers, Method, Networks, exact, inference
+from diffad_lite.methods.base import (
+    BATCH_SIZE,
+    Buffers,
+    Method,
+    Networks,
+    exact,
+    inference,
+    paper_settings,
+)
 from diffad_lite.methods.calibration import conformal_threshold
 from diffad_lite.spaces.features import (
     DENOISER,
@@ -39,11 +47,6 @@ from diffad_lite.spaces.features import (
 )
 from diffad_lite.training.loop import FitOptions, TrainReport, left, train_network
 from diffad_lite.training.state import TrainConfig
-
-# Categories whose anomalies the official code puts on the object alone (dataset/, by Otsu).
-OBJECTS = {"bottle", "capsule", "hazelnut", "metal_nut", "pill", "screw", "toothbrush", "zipper"}
-OBJECTS |= {"bracket_black", "bracket_brown", "bracket_white", "metal_plate"}
-OBJECTS |= {"candle", "cashew", "chewinggum", "fryum", "macaroni1", "macaroni2", "pipe_fryum"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,8 @@ class GLADConfig(PriorConfig):
         """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
         base = super().for_profile(profile, category=category, **shape)
         prior, synthesis = base.prior, base.synthesis
-        synthesis = replace(synthesis, foreground="object" if category in OBJECTS else "all")
+        paper = paper_settings("glad", category)
+        synthesis = replace(synthesis, foreground=paper["foreground"])
         base = replace(base, synthesis=synthesis)
         if profile == "ci":
             return replace(base, train=prior.train, steps=4, map_features=DENOISER)
@@ -129,7 +133,6 @@ class GLADConfig(PriorConfig):
         # latent denoiser of Stable Diffusion and compares features of DINO, nearest anywhere; this
         # trains AnoDDPM's on pixels first, and compares features of a WideResNet, for which that
         # code's deltas do not hold, so that they are taken from normal images.
-        paper = PAPER_SETTINGS.get(category or "", PaperSetting())
         return replace(
             base,
             standardise=False,
@@ -144,10 +147,10 @@ class GLADConfig(PriorConfig):
                 warmup_steps=0,
                 ema_decay=0.0,
             ),
-            noise_level=paper.noise_level,
-            steps=paper.steps,
-            min_level=paper.min_level,
-            pixel_weight=paper.pixel_weight,
+            noise_level=paper["noise_level"],
+            steps=paper["steps"],
+            min_level=paper["min_level"],
+            pixel_weight=paper["pixel_weight"],
             fusion="literal",
             drift_features="wide_resnet50_2",
             map_features="wide_resnet50_2",
@@ -158,72 +161,6 @@ class GLADConfig(PriorConfig):
             smooth_sigma=6.0,
             top_fraction=250 / 512**2,
         )
-
-
-@dataclass(frozen=True)
-class PaperSetting:
-    """One row of the table of the official code (hyao1/GLAD, test.sh, one model a category).
-
-    Attributes:
-        noise_level: t that images are noised to, T' there.
-        steps: of the sampler.
-        min_level: below it an image that has not drifted becomes its own noised input.
-        pixel_weight: of the pixels' distance in the map.
-    """
-
-    noise_level: int = 750
-    steps: int = 25
-    min_level: int = 350
-    pixel_weight: float = 0.0
-
-
-def _visa(pixel_weight: float) -> PaperSetting:
-    return PaperSetting(450, 15, 200, pixel_weight)
-
-
-def _mpdd(noise_level: int = 500, min_level: int = 350) -> PaperSetting:
-    return PaperSetting(noise_level, 25, min_level)
-
-
-# The deltas of that table are distances of DINO's features: not used here.
-PAPER_SETTINGS = {
-    # MVTec AD
-    "carpet": PaperSetting(),
-    "grid": PaperSetting(),
-    "leather": PaperSetting(),
-    "tile": PaperSetting(),
-    "wood": PaperSetting(),
-    "bottle": PaperSetting(),
-    "cable": PaperSetting(),
-    "capsule": PaperSetting(noise_level=600),
-    "hazelnut": PaperSetting(),
-    "metal_nut": PaperSetting(),
-    "pill": PaperSetting(),
-    "screw": PaperSetting(),
-    "toothbrush": PaperSetting(),
-    "transistor": PaperSetting(noise_level=850),
-    "zipper": PaperSetting(),
-    # MPDD
-    "bracket_black": _mpdd(),
-    "bracket_brown": _mpdd(),
-    "bracket_white": _mpdd(noise_level=450, min_level=200),
-    "connector": _mpdd(),
-    "metal_plate": _mpdd(),
-    "tubes": _mpdd(),
-    # VisA
-    "candle": _visa(7),
-    "capsules": _visa(7),
-    "cashew": _visa(1),
-    "chewinggum": _visa(1),
-    "fryum": _visa(2),
-    "macaroni1": _visa(7),
-    "macaroni2": _visa(7),
-    "pcb1": _visa(1),
-    "pcb2": _visa(2),
-    "pcb3": _visa(2),
-    "pcb4": _visa(2),
-    "pipe_fryum": _visa(2),
-}
 
 
 FEATURE_LEVEL = 25  # t at which the denoiser's own features are taken

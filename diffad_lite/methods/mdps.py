@@ -23,7 +23,16 @@ from diffad_lite.core.config import Profile, changed_fields, check_ranges
 from diffad_lite.core.numbers import top_count
 from diffad_lite.diffusion.gaussian import randn
 from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig, PriorConfig, prior_of
-from diffad_lite.methods.base import BATCH_SIZE, Buffers, Method, Networks, blur, exact, inference
+from diffad_lite.methods.base import (
+    BATCH_SIZE,
+    Buffers,
+    Method,
+    Networks,
+    blur,
+    exact,
+    inference,
+    paper_settings,
+)
 from diffad_lite.spaces.features import LITE0, ImageNetFeatures, peak_ratio, perceptual_distance
 from diffad_lite.training.loop import FitOptions, TrainReport
 from diffad_lite.training.state import TrainConfig
@@ -103,7 +112,7 @@ class MDPSConfig(PriorConfig):
         # the code's weight decay of 0.05 in the gradient, gradients are clipped; as many steps in
         # the first pass as in the second, whatever its level; an image's own norm, for which w is
         # smaller by sqrt(8), the batch in the code; the mask's threshold from normal images.
-        paper = PAPER_SETTINGS.get(category or "", PaperSetting())
+        paper = paper_settings("mdps", category)
         train = TrainConfig(
             steps=50_000, batch_size=8, learning_rate=3e-4, warmup_steps=0, ema_decay=0.0
         )
@@ -113,71 +122,23 @@ class MDPSConfig(PriorConfig):
             standardise=False,
             prior=replace(base.prior, base_channels=64, attention_levels=(3, 4, 5), train=train),
             residual_resampling=True,
-            noise_level=paper.noise_level,
-            mask_level=paper.mask_level or paper.noise_level,
-            mask="estimated" if paper.mask_level else "none",
-            steps=max(1, paper.noise_level // 20),
-            guidance=paper.guidance * own_norm,
-            mask_guidance=paper.mask_guidance * own_norm,
+            noise_level=paper["noise_level"],
+            mask_level=paper["mask_level"] or paper["noise_level"],
+            mask="estimated" if paper["mask_level"] else "none",
+            steps=max(1, paper["noise_level"] // 20),
+            guidance=paper["guidance"] * own_norm,
+            mask_guidance=paper["mask_guidance"] * own_norm,
             n_samples=1,
             mask_sigma=4.0,
             backbone="wide_resnet101_2",
             layers=("layer2", "layer3"),
             input_size=256,
-            pixel_weight=paper.pixel_weight,
+            pixel_weight=paper["pixel_weight"],
             score="softmax",
             calibrate=False,
             smooth_sigma=4.0,
             top_fraction=500 / 224**2,
         )
-
-
-@dataclass(frozen=True)
-class PaperSetting:
-    """One row of the official configurations (KevinBHLin/MDPS, config/*.yaml).
-
-    Attributes:
-        pixel_weight: of the pixels' distance in the map, ``eta`` there.
-        mask_guidance: w of the first pass, for the norm of a batch of 8 at 256 pixels.
-        guidance: w of the second pass, likewise.
-        mask_level: t of the first pass; 0 where there is none, as for textures.
-        noise_level: t of the second pass.
-    """
-
-    pixel_weight: float = 7
-    mask_guidance: float = 50
-    guidance: float = 100
-    mask_level: int = 200
-    noise_level: int = 200
-
-
-def _texture(noise_level: int = 200, pixel_weight: float = 7) -> PaperSetting:
-    return PaperSetting(pixel_weight, 0, 100, 0, noise_level)
-
-
-# The mask's threshold there is a fraction of the range of the test set's maps: not used here.
-PAPER_SETTINGS = {
-    # MVTec AD
-    "carpet": _texture(250, 2),
-    "grid": _texture(),
-    "leather": _texture(),
-    "wood": _texture(),
-    "tile": _texture(150, 0),
-    "bottle": PaperSetting(),
-    "cable": PaperSetting(1, 50, 50, 250, 250),
-    "capsule": PaperSetting(7, 100, 100, 200, 200),
-    "hazelnut": PaperSetting(7, 50, 0, 250, 200),
-    "metal_nut": PaperSetting(7, 50, 0, 250, 200),
-    "pill": PaperSetting(7, 50, 100, 150, 200),
-    "screw": PaperSetting(7, 50, 0, 200, 200),
-    "toothbrush": PaperSetting(7, 50, 50, 250, 200),
-    "transistor": PaperSetting(7, 50, 50, 200, 250),
-    "zipper": PaperSetting(7, 0, 100, 200, 200),
-    # BTAD
-    "01": PaperSetting(7, 100, 150, 200, 250),
-    "02": PaperSetting(7, 50, 200, 200, 250),
-    "03": PaperSetting(7, 50, 50, 200, 250),
-}
 
 
 class MDPS(Method):

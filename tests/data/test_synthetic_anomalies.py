@@ -7,11 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diffad_lite.data import synthetic_anomalies, textures
+from diffad_lite.data import textures
 from diffad_lite.data.synthetic_anomalies import (
     Synthesis,
     SynthesisConfig,
-    foreground_of,
     object_mask,
     perlin_noise,
 )
@@ -120,19 +119,6 @@ def test_masks_stay_within_the_foreground(where):
         assert 0.3 < allowed.mean() < 0.7
         assert not (masks * (1 - allowed)).any()
     assert masks.flatten(1).any(1).float().mean() > 0.9
-
-
-def test_categories_have_the_official_foreground():
-    assert foreground_of("carpet") == ("part", 0.0)
-    assert foreground_of("zipper") == ("part", 0.0)
-    assert foreground_of("Class10") == ("part", 0.0)
-    assert foreground_of("bottle") == foreground_of("pcb4") == ("object", 0.5)
-    assert foreground_of("mono") == foreground_of(None) == ("all", 0.5)
-    assert not synthetic_anomalies.TEXTURES & synthetic_anomalies.OBJECTS
-    assert (len(synthetic_anomalies.TEXTURES), len(synthetic_anomalies.OBJECTS)) == (
-        6 + 10,
-        9 + 12 + 6,
-    )
 
 
 # ------------------------------------------------------------------------------------- what

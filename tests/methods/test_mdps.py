@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from diffad_lite.data.images import undo_standardise
 from diffad_lite.diffusion.gaussian import noise_generators, randn
 from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
-from diffad_lite.methods.mdps import MDPS, PAPER_SETTINGS, MDPSConfig
+from diffad_lite.methods.mdps import MDPS, MDPSConfig
 from diffad_lite.spaces.features import LITE0
 from diffad_lite.training.state import TrainConfig
 
@@ -314,7 +314,6 @@ def test_lite_is_the_lite_anoddpm_and_features_that_need_no_download():
 
 
 def test_the_paper_profile_is_the_official_network_and_table():
-    assert len(PAPER_SETTINGS) == 15 + 3
     shape = {"channels": 3, "image_size": 256}
     c = MDPSConfig.for_profile("paper", category="hazelnut", **shape)
     assert (c.mask_level, c.noise_level, c.guidance, c.pixel_weight) == (250, 200, 0, 7)
