@@ -1072,8 +1072,8 @@ for name, group in runs.items():
 
 # %%
 one_run = """Times and memory were measured in **one run**, all methods in turn on
-the same images (`make bench TOPICS=speed`); memory is that of the tensors alive at once. Methods
-without such a measurement are left out."""
+the same images (`make bench TOPICS=speed`); memory is that of the tensors alive at
+once. Methods without such a measurement are left out."""
 own_runs = """Times and memory are those of **each method's own run** (first seed): some
 ran on one thread, some on two, some beside other work, so that a factor of two means
 little. Memory is the peak of the whole process, data and libraries included."""
