@@ -106,7 +106,10 @@ def test_no_machine_paths_in_tracked_text():
         if path.suffix in {".py", ".md", ".ipynb", ".toml", ".yml", ".yaml", ".json"}:
             text = path.read_text(errors="ignore")
             found = [word for word in forbidden if word in text]
-            allowed = name.startswith("notebooks/tools/") or name == "tests/test_notebook_tools.py"
+            allowed = (
+                name.startswith("notebooks/tools/")
+                or name == "tests/notebook/test_notebook_tools.py"
+            )
             assert allowed or not found, f"{name} contains {found}"
 
 

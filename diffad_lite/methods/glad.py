@@ -301,15 +301,15 @@ class GLAD(Method):
             drift, undecided = torch.full_like(images[:, 0], torch.nan), t_star < 0
             # At the first noise level nothing can have drifted yet.
             if c.adaptive and t < timesteps[0] and undecided.any():
-                x_t_input = d.add_noise(images, t, noise)
-                estimates = (d.clean_estimate(x, t, noise_hat) for x in (x_t_input, x_t))
+                x_input = d.add_noise(images, t, noise)
+                estimates = (d.clean_estimate(x, t, noise_hat) for x in (x_input, x_t))
                 a, b = (x0_hat[undecided] for x0_hat in estimates)
                 drift[undecided] = self.distance(a, b, noise[undecided], c.drift_features)
                 accepted = undecided & (drift_score(drift) > delta_)
                 reset = undecided & ~accepted & (t < c.min_level)
                 keep = self.fusion_weights(drift, accepted, reset, delta_)
                 # Fusing the states is fusing the clean estimates, as noise_hat is the same.
-                x_t = torch.where(keep < 1, keep * x_t + (1 - keep) * x_t_input, x_t)
+                x_t = torch.where(keep < 1, keep * x_t + (1 - keep) * x_input, x_t)
                 t_star = torch.where(accepted | reset, t, t_star)
             drifts.append(drift)
             states.append(x_t)

@@ -530,7 +530,7 @@ BAD = [
     ("N05", add_code("def f():\n    from math import pi"), "cell 17: move the import"),
     ("N05", lambda nb: nb.cells[5].metadata.update(tags=["setup"]), "the second code cell"),
     ("N06", add_code("\n".join(["pass"] * 31)), "cell 17: 31 lines; split it at 30"),
-    ("N06", long_median, "the median code cell has 14 lines; split long ones"),
+    ("N06", long_median, "the median code cell has 13 lines; split long ones"),
     ("N07", add_code(WIDE), f"cell 17: {len(WIDE)} characters, 'wide = 1 + "),
     ("N08", add_code("x = 1;"), "cell 17: drop the ';' that ends line 1; end with plt.show()"),
     ("N08", add_code("y = 1\nx = ';'; # ;"), "cell 17: drop the ';' that ends line 2"),
