@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from diffad_lite.core.config import convert, from_dict, override, to_dict
+from diffad_lite.core.config import changed_fields, convert, from_dict, override, to_dict
 from diffad_lite.core.files import (
     check_writable,
     read_json,
@@ -38,7 +38,7 @@ from diffad_lite.evaluation.metrics import (
 from diffad_lite.experiments.machine import machine_record
 from diffad_lite.experiments.run import Run, fields_of, run_hash
 from diffad_lite.methods.base import Method, Prediction, get_method, load_pretrained
-from diffad_lite.methods.checkpoints import read_record
+from diffad_lite.methods.checkpoints import check_changeable, read_record
 from diffad_lite.plots import show_detections
 from diffad_lite.training import processes
 
@@ -109,11 +109,11 @@ def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
                 f"{folder} was trained with {key} {stored.get(key)!r}, not {wanted!r}; "
                 f"give the same {key}, or choose another checkpoint"
             )
-    cls = get_method(run.method)
-    method = cls.from_pretrained(folder)
+    method = get_method(run.method).from_pretrained(folder)
     config = override(method.config, run.settings)
-    if config != method.config:
-        method = cls.from_pretrained(folder, **to_dict(config))
+    if changed := changed_fields(method.config, config):
+        check_changeable(type(method), changed)
+        method = method.with_settings(**{name: getattr(config, name) for name in changed})
     scores, side = method.calibration_scores_, data.calibration.shape[-1]
     as_stored = scores is not None and len(scores) == len(data.calibration)
     if method.threshold_ is None or not as_stored or side != method.config.image_size:

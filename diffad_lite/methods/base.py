@@ -396,7 +396,7 @@ def get_method(name: str) -> type[Method]:
     return METHODS[name]
 
 
-def load_pretrained(folder: str | Path, **changes: Any) -> Method:
+def load_pretrained(folder: str | Path) -> Method:
     """Load a checkpoint of any method; see :meth:`Method.from_pretrained`."""
     name = read_record(Path(folder))["method"]
-    return get_method(name).from_pretrained(folder, **changes)
+    return get_method(name).from_pretrained(folder)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffad_lite.core.config import changed_fields, convert, from_dict, shown, to_dict, unknown_name
+from diffad_lite.core.config import convert, from_dict, shown, to_dict, unknown_name
 from diffad_lite.core.files import read_json, write_json, writing
 from diffad_lite.methods.calibration import MapCalibration, conformal_threshold
 from diffad_lite.training import processes
@@ -75,19 +75,14 @@ class Checkpointed:
         save(self, Path(folder), dtype, record)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **changes: Any) -> Self:
-        """Load what :meth:`save_pretrained` wrote.
-
-        Args:
-            folder: the checkpoint.
-            changes: configuration fields to set instead; only ``inference_fields()``. Statistics
-                and threshold then no longer hold: call :meth:`calibrate`.
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Load what :meth:`save_pretrained` wrote; :meth:`with_settings` changes settings.
 
         Raises:
             FileNotFoundError: no checkpoint there.
-            ValueError: another method's, broken, or a change that would need training.
+            ValueError: another method's, or broken.
         """
-        return load(cls, Path(folder), changes)
+        return load(cls, Path(folder))
 
 
 def claim(folder: Path, method: "Checkpointed", seed: int, budget: float | None) -> None:
@@ -189,7 +184,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     return values
 
 
-def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:
+def load(cls: type[M], folder: Path) -> M:
     """Rebuild a method from its folder; see :meth:`Checkpointed.from_pretrained`."""
     values = read_record(folder)
     if values["method"] != cls.name:
@@ -198,12 +193,9 @@ def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:
             f"choose another one, or --method {values['method'][:100]}"
         )
     try:
-        stored: Any = from_dict(cls.Config, values["config"])
+        config: Any = from_dict(cls.Config, values["config"])
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}; {_fix(folder)}") from None
-    config: Any = from_dict(cls.Config, values["config"] | dict(changes))
-    changed = changed_fields(stored, config)
-    _check_changeable(cls, changed)
     tensors = _read(folder / "model.safetensors")
     method = _build(cls, config, folder, sum(value.numel() for value in tensors.values()))
     weights = {k[8:]: v.float() for k, v in tensors.items() if k.startswith("network.")}
@@ -215,12 +207,12 @@ def load(cls: type[M], folder: Path, changes: Mapping[str, Any]) -> M:
         raise ValueError(f"{fault}; {_fix(folder)}") from None
     if ("map_mean" in tensors) != ("map_std" in tensors):
         raise ValueError(f"{folder} holds one half of the map statistics; {_fix(folder)}")
-    if not changed and "map_mean" in tensors:
+    if "map_mean" in tensors:
         mean, std = (tensors[name].double().numpy() for name in ("map_mean", "map_std"))
         if mean.ndim != 2 or mean.shape != std.shape or not (std > 0).all():
             raise ValueError(f"{folder} has map statistics that cannot be; {_fix(folder)}")
         method.map_calibration_ = MapCalibration(mean, std)
-    if not changed and "calibration_scores" in tensors:
+    if "calibration_scores" in tensors:
         method.calibration_scores_ = scores = tensors["calibration_scores"].float().numpy()
         if scores.ndim != 1 or not len(scores):
             raise ValueError(f"{folder} has calibration scores {scores.shape}; {_fix(folder)}")
@@ -235,7 +227,7 @@ def with_settings(method: M, changes: Mapping[str, Any]) -> M:
     kinds = get_type_hints(type(method.config))
     for name in changes.keys() - kinds.keys():
         raise unknown_name("setting", name, method.Config.inference_fields())
-    _check_changeable(type(method), changes.keys())
+    check_changeable(type(method), changes.keys())
     for name, value in changes.items():
         if value != math.inf:  # which JSON lacks; beyond it lies no drift
             convert(value, kinds[name], name)
@@ -249,7 +241,8 @@ def with_settings(method: M, changes: Mapping[str, Any]) -> M:
     return other
 
 
-def _check_changeable(cls: type["Checkpointed"], names: Collection[str]) -> None:
+def check_changeable(cls: type["Checkpointed"], names: Collection[str]) -> None:
+    """Raise ValueError for fields, dotted where nested, that cannot change after training."""
     if fixed := sorted(set(names) - cls.Config.inference_fields()):
         raise ValueError(
             f"{', '.join(fixed)} cannot be changed on a trained model; train anew, or change "

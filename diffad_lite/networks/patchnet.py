@@ -5,15 +5,10 @@ there is no attention, and no normalisation over space: one GroupNorm would let 
 the whole image. Normalisation is over the channels of each pixel.
 """
 
-from typing import Literal, get_args
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffad_lite.networks.unet import check_sizes, timestep_embedding, zero_init
-
-Padding = Literal["reflect", "circular", "zeros"]
-PADDINGS = get_args(Padding)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -24,18 +19,18 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def conv3(in_channels: int, out_channels: int, padding: Padding, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the grid, or halves it."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride, 1, padding_mode=padding)
+def conv3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the grid, or halves it; reflecting, so that no rim is black."""
+    return nn.Conv2d(in_channels, out_channels, 3, stride, 1, padding_mode="reflect")
 
 
 class PatchBlock(nn.Module):
     """norm-SiLU-conv3, the time, norm-SiLU-conv1, plus a skip: two more pixels of window."""
 
-    def __init__(self, channels: int, emb_dim: int, padding: Padding) -> None:
+    def __init__(self, channels: int, emb_dim: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
-        self.conv1 = conv3(channels, channels, padding)
+        self.conv1 = conv3(channels, channels)
         self.emb = nn.Linear(emb_dim, channels)
         self.conv2 = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -53,10 +48,9 @@ class PatchDiff(nn.Module):
         blocks: each widens the window by two cells.
         width: channels inside.
         unshuffle: side of a cell in pixels, folded into channels; sides must be its multiples.
-        padding: ``reflect``; ``circular`` knows no border; ``zeros`` tells where it is.
 
     Raises:
-        ValueError: a number below 1, or unknown padding.
+        ValueError: a number below 1.
     """
 
     def __init__(
@@ -66,13 +60,10 @@ class PatchDiff(nn.Module):
         *,
         width: int = 48,
         unshuffle: int = 2,
-        padding: Padding = "reflect",
     ) -> None:
         super().__init__()
         sizes = {"channels": channels, "blocks": blocks, "width": width, "unshuffle": unshuffle}
         check_sizes(sizes)
-        if padding not in PADDINGS:
-            raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
         self.unshuffle, self.width = unshuffle, width
         self.receptive_field = unshuffle * (2 * blocks + 1)
         folded, emb_dim = channels * unshuffle**2, 2 * width
@@ -80,7 +71,7 @@ class PatchDiff(nn.Module):
             nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
         )
         self.stem = nn.Conv2d(folded, width, 1)
-        self.blocks = nn.ModuleList(PatchBlock(width, emb_dim, padding) for _ in range(blocks))
+        self.blocks = nn.ModuleList(PatchBlock(width, emb_dim) for _ in range(blocks))
         self.out_norm = ChannelNorm(width)
         self.out = zero_init(nn.Conv2d(width, folded, 1))
 
@@ -100,12 +91,9 @@ class PatchDetector(nn.Module):
         channels: of the image, whose sides must be multiples of 4.
         extra: further 3x3 convolutions on the coarse grid; each widens the window by 8 pixels.
         width: channels on the coarse grid.
-        padding: see :class:`PatchDiff`.
     """
 
-    def __init__(
-        self, channels: int, *, extra: int = 0, width: int = 64, padding: Padding = "reflect"
-    ) -> None:
+    def __init__(self, channels: int, *, extra: int = 0, width: int = 64) -> None:
         super().__init__()
         self.receptive_field = 22 + 8 * extra
         fine = 3 * width // 4
@@ -113,7 +101,7 @@ class PatchDetector(nn.Module):
         layers: list[nn.Module] = [nn.PixelUnshuffle(2)]
         channels *= 4
         for out, stride in steps:
-            layers += [conv3(channels, out, padding, stride), ChannelNorm(out), nn.ReLU()]
+            layers += [conv3(channels, out, stride), ChannelNorm(out), nn.ReLU()]
             channels = out
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Sequential(nn.Conv2d(channels, width, 1), nn.ReLU(), nn.Conv2d(width, 1, 1))

@@ -146,7 +146,6 @@ class UNet(nn.Module):
 
     Args:
         in_channels: channels of the image.
-        out_channels: channels of the output; default as many.
         base_channels: width of the finest level.
         channel_mults: width of each level as a multiple of the base; one entry a level.
         blocks_per_level: residual blocks of each level on the way down (one more on the way up).
@@ -163,7 +162,6 @@ class UNet(nn.Module):
     def __init__(
         self,
         in_channels: int,
-        out_channels: int | None = None,
         *,
         base_channels: int = 32,
         channel_mults: tuple[int, ...] = (1, 2, 4),
@@ -182,7 +180,6 @@ class UNet(nn.Module):
                 f"attention_levels {attention_levels} do not all exist among the "
                 f"{len(channel_mults)} levels of channel_mults {channel_mults}"
             )
-        out_channels = in_channels if out_channels is None else out_channels
         self.in_channels, self.base_channels, self.unshuffle = in_channels, base_channels, unshuffle
         self.multiple = unshuffle * 2 ** (len(channel_mults) - 1)  # sides are padded to this
         emb_dim = 4 * base_channels
@@ -215,7 +212,7 @@ class UNet(nn.Module):
                 self.up.append(resampler(double, channels, emb_dim, residual_resampling))
 
         self.out_norm = group_norm(channels)
-        out = nn.Conv2d(channels, out_channels * unshuffle**2, 3, padding=1)
+        out = nn.Conv2d(channels, in_channels * unshuffle**2, 3, padding=1)
         self.out = zero_init(out)  # the untrained network predicts zero noise
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -226,7 +223,7 @@ class UNet(nn.Module):
             t: timesteps (B,), 0 .. T-1.
 
         Returns:
-            (B, out_channels, H, W).
+            (B, in_channels, H, W).
 
         Raises:
             ValueError: the number of channels is not the network's.

@@ -125,7 +125,8 @@ def measure_bundled(
         method, changes = SETTINGS[name]
         folder = bundled_checkpoint(method, "elpv", "mono")
         if folder.is_dir():
-            methods[name] = load_pretrained(folder, **changes)
+            loaded = load_pretrained(folder)
+            methods[name] = loaded.with_settings(**changes) if changes else loaded
         elif method in FITTED_HERE:
             config = Run(method, "elpv", "mono").configure(data)
             methods[name] = get_method(method)(config).fit(

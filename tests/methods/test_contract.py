@@ -707,23 +707,10 @@ def test_checkpoint_of_a_method_that_does_not_exist_is_refused(saved):
         load_pretrained(folder)
 
 
-@each_kind
-def test_fields_of_training_cannot_be_changed_on_loading(name, saved):
-    folder = saved(name)
-    with pytest.raises(ValueError, match=r"^image_size cannot be changed on a trained model; .*q"):
-        KINDS[name].from_pretrained(folder, image_size=32)
-    with pytest.raises(ValueError, match=r"unknown .*Config field 'quantle'; did you mean 'quan"):
-        KINDS[name].from_pretrained(folder, quantle=0.9)
-    if hasattr(fitted(name).config, "train"):
-        train = {"steps": 3}
-        with pytest.raises(ValueError, match=r"train\.steps.* cannot be changed"):
-            KINDS[name].from_pretrained(folder, train=train)
-
-
 @pytest.mark.parametrize("changes", [{"quantile": 0.5}, {"smooth_sigma": 2.0}], ids=str)
 @each_kind
 def test_changed_inference_fields_drop_the_threshold_until_calibration(name, saved, changes):
-    method = KINDS[name].from_pretrained(saved(name), **changes)
+    method = KINDS[name].from_pretrained(saved(name)).with_settings(**changes)
     assert method.threshold_ is None
     assert method.calibration_scores_ is None
     assert method.map_calibration_ is None
@@ -746,7 +733,7 @@ def test_other_settings_share_weights_and_nothing_else(name, saved):
     other = method.with_settings(smooth_sigma=2.0)
     assert other.threshold_ is None and other.map_calibration_ is None
     assert other.config == replace(method.config, smooth_sigma=2.0)
-    loaded = METHODS[name].from_pretrained(saved(name), smooth_sigma=2.0)
+    loaded = METHODS[name].from_pretrained(saved(name)).with_settings(smooth_sigma=2.0)
     assert_same(other.predict(x), loaded.predict(x))
     for one, same in zip(method.network.parameters(), other.network.parameters(), strict=True):
         assert one.data_ptr() == same.data_ptr()
@@ -786,12 +773,6 @@ def test_too_few_images_change_no_calibration(name):
     with pytest.raises(ValueError, match="calibration: 4 images are too few for map statistics, 5"):
         method.calibrate(pictures(4))
     assert (method.threshold_, method.map_calibration_) == before
-
-
-@each_kind
-def test_a_field_set_to_what_it_was_keeps_the_threshold(name, saved):
-    method = KINDS[name].from_pretrained(saved(name), quantile=0.95)
-    assert method.threshold_ == fitted(name).threshold_
 
 
 @each_kind
