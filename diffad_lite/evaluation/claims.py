@@ -21,6 +21,7 @@ from diffad_lite.evaluation.records import (
     Result,
     difference_of,
     grouped,
+    markdown_table,
     read_speeds,
     select,
 )
@@ -176,16 +177,13 @@ def judge_all(results: Sequence[Result], folder: str | Path) -> list[Judged]:
 
 def claims_table(judged: Sequence[Judged]) -> str:
     """The claims as Markdown, with experiment, effect and verdict."""
-    lines = [
-        "| claim | paper | experiment | effect [95 %] | verdict |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for one in judged:
         claim = one.claim
         verdict_ = one.verdict + (f" ({claim.remark})" if claim.remark else "")
         cells = [claim.claim, claim.method, _experiment(claim), _effect(one), verdict_]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(["claim", "paper", "experiment", "effect [95 %]", "verdict"], rows)
 
 
 def _experiment(claim: Claim) -> str:

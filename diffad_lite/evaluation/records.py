@@ -391,3 +391,9 @@ def difference_of(a: Sequence[Result], b: Sequence[Result]) -> tuple[float, floa
 def mean(group: Sequence[Mapping[str, Any]], key: str) -> float:
     """Mean of a field over runs."""
     return float(np.mean([result[key] for result in group]))
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown: one line for the head, one below it, one for each row."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -19,6 +19,7 @@ from diffad_lite.evaluation.records import (
     is_ablation,
     is_default,
     label_of,
+    markdown_table,
     mean,
     read_results,
     read_speeds,
@@ -36,15 +37,12 @@ def auroc_cell(group: Sequence[Result]) -> str:
 
 def image_table(results: Iterable[Result]) -> str:
     """Image metrics as Markdown, one row for each method and variant."""
-    lines = [
-        "| method | seeds | image AUROC [95 %] | AP | F1 at threshold | false alarms | "
-        "training | ms / image | evaluations |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for group in grouped(results).values():
-        cells = [
+    head = ["method", "seeds", "image AUROC [95 %]", "AP", "F1 at threshold", "false alarms"]
+    head += ["training", "ms / image", "evaluations"]
+    rows = [
+        [
             label_of(group),
-            ", ".join(str(r["seed"]) for r in group),
+            _seeds(group),
             auroc_cell(group),
             f"{mean(group, 'image_ap'):.3f}",
             f"{mean(group, 'f1_at_normal_threshold'):.3f}",
@@ -53,8 +51,13 @@ def image_table(results: Iterable[Result]) -> str:
             f"{mean(group, 'ms_per_image'):.1f}",
             f"{mean(group, 'network_evaluations_per_image'):.0f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        for group in grouped(results).values()
+    ]
+    return markdown_table(head, rows)
+
+
+def _seeds(group: Sequence[Result]) -> str:
+    return ", ".join(str(r["seed"]) for r in group)
 
 
 def pixel_table(results: Iterable[Result], dice: bool = False) -> str:
@@ -64,66 +67,65 @@ def pixel_table(results: Iterable[Result], dice: bool = False) -> str:
     metrics = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP"}
     metrics |= {"aupro": "AUPRO"} | ({"dice_oracle": "Dice, oracle threshold"} if dice else {})
     head = ["method", "seeds", *metrics.values(), *(f"AUPRO {kind}" for kind in kinds)]
-    lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
+    rows = []
     for group in grouped(results).values():
-        cells = [label_of(group), ", ".join(str(r["seed"]) for r in group)]
+        cells = [label_of(group), _seeds(group)]
         cells += [f"{mean(group, metric):.3f}" for metric in metrics]
         for kind in kinds:
             values = [r["per_defect"].get(kind, {}).get("aupro") for r in group]
             cells.append("-" if None in values else f"{np.mean(values):.3f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def ablation_table(results: Iterable[Result]) -> str:
     """Runs of one method as Markdown, each compared with the default one on the same images."""
-    groups = grouped(results)
-    lines = [
-        "| what is changed | seeds | steps | image AUROC [95 %] | lost by it [95 %] | verdict |",
-        "| --- | --- | --- | --- | --- | --- |",
+    groups, rows = grouped(results), []
+    head = [
+        "what is changed",
+        "seeds",
+        "steps",
+        "image AUROC [95 %]",
+        "lost by it [95 %]",
+        "verdict",
     ]
     for (method, variant, size, training), group in groups.items():
         name = (training or "full") + ("" if variant == "default" else f", {variant}")
-        seeds = ", ".join(str(r["seed"]) for r in group)
-        cells = [name, seeds, f"{mean(group, 'train_steps'):.0f}", auroc_cell(group)]
+        cells = [name, _seeds(group), f"{mean(group, 'train_steps'):.0f}", auroc_cell(group)]
         full = groups.get((method, "default", size, ""))
         if full and full is not group:
             less, low, high = difference_of(full, group)
             cells += [f"{less:+.3f} [{low:+.3f}, {high:+.3f}]", verdict(low, high)]
         else:
             cells += ["-", "-"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def overview_table(results: Iterable[Result]) -> str:
     """Image AUROC with intervals on every data set as Markdown, default settings only."""
     chosen = [result for result in results if is_default(result)]
-    columns = {}
+    columns, rows = {}, []
     for dataset, category in sorted({(r["dataset"], r["category"]) for r in chosen}):
         own = select(chosen, dataset=dataset, category=category)
         columns[category or dataset] = grouped(own)
-    lines = ["| method | " + " | ".join(columns) + " |", "| --- " * (len(columns) + 1) + "|"]
     for key in dict.fromkeys(key for groups in columns.values() for key in groups):
         found = [groups.get(key) for groups in columns.values()]
-        cells = [label_of(next(filter(None, found)))]
-        cells += [auroc_cell(group) if group else "-" for group in found]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = [auroc_cell(group) if group else "-" for group in found]
+        rows.append([label_of(next(filter(None, found))), *cells])
+    return markdown_table(["method", *columns], rows)
 
 
 def speed_table(speeds: Mapping[str, Any]) -> str:
     """Settings that were timed in one run as Markdown, the fastest first; the median round."""
-    lines = [
-        "| setting | ms / image [least, most] | network evaluations | MB of tensors | parameters |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    head = ["setting", "ms / image [least, most]", "network evaluations", "MB of tensors"]
+    rows = []
     for name, found in sorted(speeds.items(), key=lambda item: np.median(item[1]["ms"])):
         ms = found["ms"]
         times = f"{np.median(ms):.1f} [{min(ms):.1f}, {max(ms):.1f}]"
         cells = [name, times, f"{found['evaluations']:.0f}", f"{found['mb']:.1f}"]
-        lines.append("| " + " | ".join([*cells, f"{found['parameters'] / 1e6:.2f} M"]) + " |")
-    return "\n".join(lines)
+        rows.append([*cells, f"{found['parameters'] / 1e6:.2f} M"])
+    return markdown_table([*head, "parameters"], rows)
 
 
 def tables(results: Sequence[Result]) -> dict[str, str]:
@@ -275,11 +277,9 @@ def _ratio(more: list[float], less: list[float]) -> str:
 
 def diffusers_table(record: Record) -> str:
     """Speed and memory beside diffusers' U-Net; ratios above 1 say that ours is better."""
-    lines = [
-        "| networks | weights, ours / theirs | ms a training step | faster | images a second | "
-        "more | MB of training | less |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ["networks", "weights, ours / theirs", "ms a training step", "faster"]
+    head += ["images a second", "more", "MB of training", "less"]
+    rows = []
     for name, words in PAIRS.items():
         ours, theirs = (record["diffusers"][name][side] for side in ("ours", "theirs"))
 
@@ -296,8 +296,8 @@ def diffusers_table(record: Record) -> str:
             both("mb"),
             f"{theirs['mb'] / ours['mb']:.2f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table(head, rows)
 
 
 def targets_table(record: Record) -> str:
@@ -321,8 +321,7 @@ def targets_table(record: Record) -> str:
     if latency := record.get("latency"):
         found = f"{latency['median_ms']:.0f} ms, median of {latency['presses']}"
         rows.append(("from a key to the next picture of a slider", found, "200 ms"))
-    lines = ["| what | measured | at most |", "| --- | --- | --- |"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return markdown_table(["what", "measured", "at most"], rows)
 
 
 def scale_table(record: Record) -> str:
@@ -334,38 +333,32 @@ def scale_table(record: Record) -> str:
         ("training step, training images", "images", 1000),
         ("scoring an image, noises averaged", "noises", 1),
     ]
-    lines = ["| what grows | milliseconds |", "| --- | --- |"]
-    for words, key, unit in rows:
-        cells = ", ".join(f"{k}: {unit * v:.0f}" for k, v in scale[key].items())
-        lines.append(f"| {words} | {cells} |")
-    return "\n".join(lines)
+    cells = [
+        (words, ", ".join(f"{k}: {unit * v:.0f}" for k, v in scale[key].items()))
+        for words, key, unit in rows
+    ]
+    return markdown_table(["what grows", "milliseconds"], cells)
 
 
 def prediction_table(record: Record) -> str:
     """The model of costs beside what was measured: a step of the lite denoiser."""
     found = record["predicted"]
     rate = found["64"]["flops"] / found["64"]["seconds"]
-    lines = [
-        "| image side | GFLOP a step | seconds, predicted from 64 | measured | GB, predicted | "
-        "measured |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ["image side", "GFLOP a step", "seconds, predicted from 64", "measured"]
+    rows = []
     for size, one in found.items():
         cells = [size, f"{one['flops'] / 1e9:.0f}", f"{one['flops'] / rate:.3f}"]
         cells += [f"{one['seconds']:.3f}", f"{one['gb']:.2f}", f"{one['measured_gb']:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown_table([*head, "GB, predicted", "measured"], rows)
 
 
 def paper_table(record: Record) -> str:
     """Predicted cost of the paper profiles' trainings."""
     largest = list(record["predicted"].values())[-1]
     rate = largest["flops"] / largest["seconds"]
-    lines = [
-        "| method | stage | weights | steps x batch | TFLOP a step | GB | hours here | "
-        f"hours at {GPU_TFLOPS:.0f} TFLOP/s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ["method", "stage", "weights", "steps x batch", "TFLOP a step", "GB", "hours here"]
+    rows = []
     for method, stages in record["paper"].items():
         for stage, one in stages.items():
             total = one["steps"] * one["flops"]
@@ -379,5 +372,5 @@ def paper_table(record: Record) -> str:
                 f"{total / rate / 3600:,.0f}",
                 f"{total / (GPU_TFLOPS * 1e12) / 3600:,.1f}",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            rows.append(cells)
+    return markdown_table([*head, f"hours at {GPU_TFLOPS:.0f} TFLOP/s"], rows)
