@@ -15,7 +15,7 @@ DOCUMENTS := README.md data/README.md docs/performance.md
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: run test test-slow lab lint check-notebooks test-notebooks tables notebooks test-browser
-.PHONY: fuzz bench docs
+.PHONY: fuzz bench size docs
 
 run: $(VENV)/.installed
 	$(BIN)/diffad notebooks --profile lite --out runs/notebooks
@@ -65,6 +65,10 @@ fuzz: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet -e '.[browser]'
 	$(BIN)/python tests/bench/run.py $(TOPICS)
+
+# Lines of each room, beside what it may have.
+size:
+	@$(PYTHON) tests/bench/size.py
 
 # Render every table from the result files; changes nothing when they are up to date.
 tables: $(VENV)/.installed

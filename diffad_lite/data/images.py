@@ -11,15 +11,34 @@ from torch import Tensor
 
 Resize = Literal["squash", "pad"]
 STANDARD_DEVIATION = 0.35  # of a standardised image, so that few pixels leave [-1, 1]
-CACHED_PIXELS = 2**20  # larger images, such as photographs, are decoded anew each time
-CACHED_IMAGES = 4096
+CACHED_BYTES = 2**28  # of decoded images, together; those read first give way
 STACK = ".npy"  # several channels in one array, such as the sequences of a scanner
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", STACK}
 # What a file may be, whatever its suffix; Pillow's others include one that starts a program.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 
 
-_cache: dict[tuple[str, int], np.ndarray] = {}
+class _Cache(dict[tuple[str, int], np.ndarray]):
+    """Decoded images by file and time of change, at most ``CACHED_BYTES`` of them."""
+
+    size = 0
+
+    def keep(self, key: tuple[str, int], pixels: np.ndarray) -> None:
+        """Add an image that is not here yet, unless it alone would take a sixteenth of the room."""
+        if pixels.nbytes > CACHED_BYTES // 16:
+            return
+        self[key] = pixels
+        self.size += pixels.nbytes
+        while self.size > CACHED_BYTES:
+            self.size -= self.pop(next(iter(self))).nbytes
+
+    def clear(self) -> None:
+        """Forget all images."""
+        super().clear()
+        self.size = 0
+
+
+_cache = _Cache()
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -61,8 +80,7 @@ def read_image(path: Path) -> np.ndarray:
     if key in _cache:
         return _cache[key]
     pixels = _read(str(path))
-    if pixels.size <= CACHED_PIXELS and len(_cache) < CACHED_IMAGES:
-        _cache[key] = pixels
+    _cache.keep(key, pixels)
     return pixels
 
 

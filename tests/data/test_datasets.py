@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from diffad_lite.data import datasets, readers
+from diffad_lite.data import datasets, images, readers
 from diffad_lite.data.datasets import AnomalyData, load_dataset
 from diffad_lite.data.images import (
     list_images,
@@ -564,6 +564,23 @@ def test_truncated_file_is_refused_by_name(tmp_path, suffix, share):
 def test_missing_image_is_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.png"):
         read_image(tmp_path / "nothing.png")
+
+
+def test_the_cache_of_images_is_bounded_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "CACHED_BYTES", 1600)
+    images._cache.clear()
+    for i in range(30):
+        Image.fromarray(np.full((10, 10), i, np.uint8)).save(tmp_path / f"{i:02d}.png")
+        assert images.read_image(tmp_path / f"{i:02d}.png").max() == i
+        assert images._cache.size == sum(p.nbytes for p in images._cache.values()) <= 1600
+    assert len(images._cache) == 16
+    last = images.read_image(tmp_path / "29.png")
+    assert images.read_image(tmp_path / "29.png") is last
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "large.png")
+    assert images.read_image(tmp_path / "large.png").shape == (1, 20, 20)
+    assert len(images._cache) == 16  # it is decoded anew each time
+    images._cache.clear()
+    assert images._cache.size == 0
 
 
 def test_pixels_from_the_cache_cannot_be_changed(tmp_path):
