@@ -44,7 +44,7 @@ class Claim:
         source: where it was read.
         measure: what is compared; None where nothing of ours can, and ``remark`` says why.
         better: fields of the results that have what is praised, ``method`` at least; of times
-            and memory the ``name`` that :data:`speed.SETTINGS` has.
+            and memory the ``name`` that ``tests/bench/speed.py`` gives.
         than: likewise without it.
         minimum: what the effect must exceed: a difference of AUROC, or a ratio "times less",
             which must be named.

@@ -1,6 +1,6 @@
 """The runs of a grid several at a time, on Dask: on this machine, or on any cluster.
 
-What a run is, what is skipped, and where it goes on after an interruption is as in :mod:`.sweep`;
+What a run is, what is skipped, and where it goes on after an interruption is as in :mod:`.grid`;
 only who runs it changes. A worker that dies is replaced, and its run goes on from its last state.
 """
 
@@ -27,7 +27,7 @@ def sweep_on_dask(
     AnoDDPM's trainings come first: other methods take them over.
 
     Args:
-        grid: see :mod:`.sweep`.
+        grid: see :mod:`.grid`.
         out: folder of the runs, which all workers must see under this name.
         scheduler: address of a running one, such as ``tcp://10.0.0.1:8786``, whose workers have
             this package; None starts workers on this machine.

@@ -52,7 +52,7 @@ def train(
 ) -> Method:
     """Train into ``out/state`` and ``out/checkpoint``; a second call goes on or loads.
 
-    It may be called by several processes at once, see :mod:`.processes`.
+    It may be called by several processes at once, see :mod:`diffad_lite.training.processes`.
     """
     check_writable(out / "state")
     config = run.configure(data)

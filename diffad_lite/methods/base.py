@@ -2,7 +2,8 @@
 
 A method implements two things, ``_fit`` (train its networks) and ``_infer`` (one batch of images
 to raw maps). Seeds, batching, calibration by position, scores, thresholds and files live here,
-once for all.
+once for all. A new method is a file beside this one, imported in ``methods/__init__.py`` and named
+for tables in ``evaluation/records.py``.
 """
 
 import math
@@ -397,6 +398,6 @@ def get_method(name: str) -> type[Method]:
 
 
 def load_pretrained(folder: str | Path) -> Method:
-    """Load a checkpoint of any method; see :meth:`Method.from_pretrained`."""
+    """Load a checkpoint of any method; see :meth:`Checkpointed.from_pretrained`."""
     name = read_record(Path(folder))["method"]
     return get_method(name).from_pretrained(folder)

@@ -65,7 +65,7 @@ class Checkpointed:
     def save_pretrained(
         self, folder: str | Path, *, dtype: torch.dtype = torch.float32, **record: Any
     ) -> None:
-        """Write ``config.json`` and ``model.safetensors``; see :mod:`.pretrained`.
+        """Write ``config.json`` and ``model.safetensors``; see :func:`save`.
 
         Args:
             folder: replaced if it exists.
