@@ -61,7 +61,7 @@ docs: $(VENV)/.installed-test
 fuzz: $(VENV)/.installed-test
 	DIFFAD_FUZZ=$(FUZZ) $(PYTEST) -m "slow or not slow" tests/fuzz/test_fuzz*.py --timeout=3600
 
-# Speed, memory and start-up, into data/results/performance.json; on a machine that is else idle.
+# Speed, memory and start-up, into data/results/performance.json and speed.json; on a machine that is else idle.
 bench: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet -e '.[browser]'
 	$(BIN)/python tests/bench/run.py $(TOPICS)

@@ -42,6 +42,17 @@ def test_links_lead_to_files(page):
         assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_imports_of_python_examples_work(page):
+    for block in blocks(page, "python"):
+        lines = [line for line in block.splitlines() if "import" in line and "diffad" in line]
+        exec("\n".join(lines), {})
+
+
+def test_the_readme_has_an_example():
+    assert len(blocks(ROOT / "README.md", "python")) == 1
+
+
 def test_the_slurm_script_asks_for_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (script,) = blocks(ROOT / "docs" / "scaling.md", "python")

@@ -200,7 +200,11 @@ def _dry_run(grid: dict[str, Any], out: Path | None) -> int:
     from diffad_lite.experiments.grid import missing
 
     folder = data_dir() / "results" if out is None else out
-    names, count = missing(grid, read_results(folder) if folder.exists() else [])
+    try:
+        records = read_results(folder)
+    except FileNotFoundError:  # nothing is finished yet
+        records = []
+    names, count = missing(grid, records)
     for name in names:
         print(f"to do: {name}")
     print(f"{count - len(names)} of {count} are done; {len(names) or 'nothing'} left to do")
@@ -211,10 +215,11 @@ def report(arguments: argparse.Namespace) -> int:
     """Render tables."""
     from diffad_lite.evaluation.records import collect
     from diffad_lite.evaluation.tables import render
+    from diffad_lite.experiments.grid import homes
 
     if arguments.runs is not None:
-        grid = arguments.grid or arguments.runs.resolve().name
-        print(f"{collect(arguments.runs, arguments.results, grid)} records copied")
+        grids, name = homes(arguments.results.parent), arguments.runs.resolve().name
+        print(f"{collect(arguments.runs, arguments.results, name, grids)} records copied")
     for path in render(arguments.results, arguments.documents):
         print(f"rendered {path}")
     return 0

@@ -47,8 +47,8 @@ def _refuse(error: Exception) -> int:
 
 def _inside(error: Exception) -> bool:
     """Whether an error arose inside of a numerical library: ours to mend, not the user's."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return not NUMERICAL.isdisjoint(Path(last.filename).parts)
+    (*_, (frame, _)) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").split(".")[0] in NUMERICAL
 
 
 def _explain(error: OSError) -> str:
@@ -142,7 +142,9 @@ COMMANDS = {
     ),
     "report": Command(
         "render the tables of the course from records",
-        "Writes tables.md into --results and refreshes the marked tables of documents.",
+        "Writes tables.md into --results and refreshes the marked tables of documents. With --runs,"
+        "\nthe record of each run goes to <grid>.jsonl, after the grid beside --results that names"
+        "\nit, or after the folder of runs where none does.",
         "diffad report --runs runs/grid README.md data/README.md",
         maintainer=True,
     ),
@@ -263,8 +265,6 @@ def _fill_sweep(parser: argparse.ArgumentParser) -> None:
 def _fill_report(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--runs", type=Path, help="first copy the records of this folder of runs")
-    words = "name of their file in --results; without it, the name of the folder of runs"
-    add("--grid", help=words)
     add("--results", type=Path, default=Path("data/results"), help="folder of the records")
     add("documents", nargs="*", type=Path, help="Markdown files to refresh")
 

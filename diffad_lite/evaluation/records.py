@@ -60,17 +60,22 @@ def read_results(folder: str | Path) -> list[Result]:
     for path in sorted(folder.glob("*.jsonl")):
         for name, result in _read_lines(path).items():
             if name in found:
-                fix = "remove one of them"
-                raise ValueError(f"{path} and {found[name]['file']} both hold {name}; {fix}")
+                raise _twice(name, path, found[name]["file"])
             found[name] = result
     for path in sorted(folder.rglob("result.json")):
         name = path.parent.relative_to(folder).as_posix()
+        if name in found:
+            raise _twice(name, path, found[name]["file"])
         fix = f"{path} is incomplete; run 'diffad evaluate' again"
         found[name] = _checked(read_json(path, "result"), path, name, fix)
     if not found:
         what = "no <grid>.jsonl in it and no result.json below it"
         raise FileNotFoundError(f"{folder} has no records ({what}); run 'diffad evaluate' first")
     return [found[name] for name in sorted(found, key=lambda name: name.split("/"))]
+
+
+def _twice(name: str, path: Path, other: Path) -> ValueError:
+    return ValueError(f"{path} and {other} both hold {name}; remove one of them")
 
 
 def _read_lines(path: Path) -> dict[str, Result]:
@@ -96,6 +101,7 @@ def _read_lines(path: Path) -> dict[str, Result]:
             raise ValueError(f"{where} has no name; delete it, or collect that run again")
         fix = f"{where} is incomplete; collect that run again by 'diffad report --runs'"
         found[name] = _checked(values, path, name, fix)
+        _check_forms(values, dict.fromkeys(ARRAYS.values(), str), f"{fix}: its record")
     return found
 
 
@@ -229,11 +235,19 @@ def read_speeds(folder: str | Path) -> dict[str, Any]:
     return settings
 
 
-def collect(runs: str | Path, results: str | Path, grid: str) -> int:
-    """Copy the records and scores (not weights) of finished runs into the files of a grid.
+def collect(
+    runs: str | Path, results: str | Path, grid: str, homes: Mapping[str, str] | None = None
+) -> int:
+    """Copy the records and scores (not weights) of finished runs into the files of grids.
 
     ``<grid>.jsonl`` in ``results`` has one record a line, ``<grid>-scores.npz`` the scores of all.
-    A record that another grid's file holds already is replaced there.
+    A record that a file holds already is replaced there.
+
+    Args:
+        runs: folder of finished runs.
+        results: folder of the files.
+        grid: of records that ``homes`` does not name.
+        homes: name of a record -> name of its grid.
 
     Returns:
         how many were copied.
@@ -242,21 +256,23 @@ def collect(runs: str | Path, results: str | Path, grid: str) -> int:
         FileNotFoundError: ``runs`` has no records.
         ValueError: a record or a table of scores is broken.
     """
-    results, target = Path(results), Path(results) / f"{grid}.jsonl"
-    known = read_results(results) if any(results.glob("*.jsonl")) else []
+    results = Path(results)
     files: dict[Path, dict[str, Result]] = defaultdict(dict)
-    for result in known:
-        files[result["file"]][result["name"]] = result
-    arrays = {path: dict(_archive_of(path)) for path in files}
-    arrays.setdefault(target, {})
-    homes = {result["name"]: result["file"] for result in known}
-    copied = read_results(runs)
+    arrays: dict[Path, dict[str, np.ndarray]] = defaultdict(dict)
+    places: dict[str, Path] = {}
+    for path in sorted(results.glob("*.jsonl")):
+        files[path], arrays[path] = _read_lines(path), dict(_archive_of(path))
+        places |= dict.fromkeys(files[path], path)
+    copied = [result for result in read_results(runs) if result["file"].suffix != ".jsonl"]
+    changed = set()
     for result in copied:
-        home = homes.get(result["name"], target)
+        name = result["name"]
+        path = places.get(name, results / f"{(homes or {}).get(name, grid)}.jsonl")
         keys, scores = _score_arrays(result)
-        files[home][result["name"]] = result | keys
-        arrays[home] |= scores
-    for path in {homes.get(result["name"], target) for result in copied}:
+        files[path][name] = result | keys
+        arrays[path] |= scores
+        changed.add(path)
+    for path in changed:
         _write_grid(path, files[path], arrays[path])
     return len(copied)
 

@@ -278,17 +278,46 @@ def missing(grid: Grid, records: Iterable[Mapping[str, Any]]) -> tuple[list[str]
         grid has in all.
 
     Raises:
-        ValueError: a run that cannot be.
+        ValueError: an unknown method, or fields that a run cannot have. Settings that a
+            configuration does not have show only where there is a record, or in the sweep.
     """
     known, left, count = {record["name"]: record for record in records}, [], 0
     for run, own in trainings(grid, expand_roots=False):
+        get_method(run.method)
         for scoring in scorings(own, run):
             name = (folder_of(run, Path()) / scoring_name(scoring)).as_posix()
             count += 1
             record = known.get(name)
-            if record is None or not is_record_of(scoring, record, _trained(run, record)):
+            if record is None or not _is_current(scoring, record, run):
                 left.append(name)
     return left, count
+
+
+def _is_current(scoring: Run, record: Mapping[str, Any], run: Run) -> bool:
+    """Whether a sweep would skip a scoring of a training, as :func:`is_done` does."""
+    try:
+        return is_record_of(scoring, record, _trained(run, record))
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def homes(folder: Path) -> dict[str, str]:
+    """Return for each scoring of the grids in a folder, by its name, the name of its grid.
+
+    What several grids share belongs to the first of them; YAML files that are no grids are passed
+    over.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            grid = read_grid(path)
+        except ValueError:
+            continue
+        for run, own in trainings(grid, expand_roots=False):
+            for scoring in scorings(own, run):
+                name = (folder_of(run, Path()) / scoring_name(scoring)).as_posix()
+                found.setdefault(name, path.stem)
+    return found
 
 
 def _trained(run: Run, record: Mapping[str, Any]) -> MethodConfig:

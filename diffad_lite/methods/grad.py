@@ -428,7 +428,8 @@ class GRAD(Method):
         normal_part = (v * F.softplus(g_normal)).mean()
         return normal_part + (w * drawn * F.softplus(-g_contrastive)).sum() / drawn.sum().clamp(1)
 
-    # Training: four stages, all of them inside the time budget.
+    # Training: four stages, all of them inside the time budget. The pool and the weights are made
+    # anew when a training goes on; their seconds are those of the last time.
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         budget, seed = options["budget"], options["seed"]

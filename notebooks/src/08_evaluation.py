@@ -67,8 +67,8 @@ print("profile:", profile)
 # %% [markdown]
 # ## The records
 #
-# Every run of the course left a `result.json` and a `scores.csv`: one row a test image, with its label and its
-# score. This notebook reads them and runs no network. The settings are the defaults, at 64 pixels.
+# Every run of the course left a record, a line of `<grid>.jsonl`, and the label and score of each test image, in
+# `<grid>-scores.npz`. This notebook reads them and runs no network. The settings are the defaults, at 64 pixels.
 #
 # (This notebook's own letters: $n_1$ anomalous and $n_0$ normal test images with scores $s$; $W_{ij}$, 1 where
 # anomalous image $i$ has a higher score than normal image $j$, 1/2 for equal ones; $\pi$, the share of anomalous

@@ -1,4 +1,5 @@
-"""``make bench``: speed, memory, start-up and scale, written to ``data/results/performance.json``.
+"""``make bench``: speed, memory, start-up and scale, written to ``performance.json`` and
+``speed.json`` in ``data/results``.
 
 Every measure runs in a new process. Each figure is compared within one run on one machine; those
 of two machines do not compare. Nothing else should run meanwhile.

@@ -1,6 +1,7 @@
 """The command: bad input is one line and exit code 2; runs are recorded, resumed and skipped."""
 
 import contextlib
+import copy
 import csv
 import io
 import json
@@ -20,7 +21,7 @@ from diffad_lite.evaluation.metrics import verdict
 from diffad_lite.evaluation.records import collect, read_results, select
 from diffad_lite.evaluation.tables import render, tables
 from diffad_lite.experiments.evaluate import evaluate, load_checkpoint
-from diffad_lite.experiments.grid import read_grid, scorings, sweep, trainings
+from diffad_lite.experiments.grid import missing, read_grid, scorings, sweep, trainings
 from diffad_lite.experiments.run import Run, run_hash
 from diffad_lite.training.loop import train_network
 
@@ -376,6 +377,9 @@ def test_a_dry_run_says_what_is_left_and_makes_nothing(swept, tmp_path, capsys):
     assert "to do: mean_image/shapes-16px/s0/default-cells" in printed
     assert printed[-1] == "7 of 16 are done; 9 left to do"
     assert len(sorted(tmp_path.rglob("*"))) == len(before) - 1
+    (tmp_path / "begun" / "pca").mkdir(parents=True)  # interrupted in the first training
+    assert main([*command, str(tmp_path / "begun")]) == 0
+    assert capsys.readouterr().out.endswith("0 of 16 are done; 16 left to do\n")
     assert main([*command, str(tmp_path / "nowhere")]) == 0
     assert capsys.readouterr().out.endswith("0 of 16 are done; 16 left to do\n")
     other = tmp_path / "other.yaml"  # the same names, other settings
@@ -384,6 +388,38 @@ def test_a_dry_run_says_what_is_left_and_makes_nothing(swept, tmp_path, capsys):
     assert capsys.readouterr().out.endswith("8 of 16 are done; 8 left to do\n")
     assert main(["sweep", str(other)]) == 2
     assert "sweep needs --out" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_records_that_a_sweep_would_make_again(swept):
+    grid, found = read_grid(swept / "grid.yaml"), read_results(swept / "runs")
+    assert missing(grid, found) == ([], 16)
+    for spoil in (
+        lambda r: r.pop("config_hash"),
+        lambda r: r["config"].pop("channels"),
+        lambda r: r["config"].update(gone=1),
+    ):
+        spoilt = copy.deepcopy(found)
+        spoil(spoilt[3])
+        assert missing(grid, spoilt) == ([spoilt[3]["name"]], 16)
+    with pytest.raises(ValueError, match="unknown method 'pcaa'; did you mean 'pca'"):
+        missing(grid | {"methods": ["pcaa"]}, [])
+
+
+def test_records_go_to_the_grid_that_names_them(swept, tmp_path, capsys):
+    results = tmp_path / "results"
+    results.mkdir()
+    (tmp_path / "few.yaml").write_text(GRID.replace("[mean_image, pca]", "[pca]"))
+    (tmp_path / "other.yaml").write_text("- no: grid\n")
+    report = ["report", "--runs", str(swept / "runs"), "--results", str(results)]
+    assert main(report) == 0
+    assert "16 records copied" in capsys.readouterr().out
+    found = read_results(results)
+    assert {(r["method"], r["file"].stem) for r in found} == {
+        ("pca", "few"),
+        ("mean_image", "runs"),
+    }
+    assert main(report) == 0
+    assert [r["name"] for r in read_results(results)] == [r["name"] for r in found]
 
 
 def test_report_renders_marked_tables_and_then_changes_nothing(swept, tmp_path):

@@ -106,3 +106,11 @@ def test_an_error_inside_of_a_library_is_not_passed_off_as_the_users(monkeypatch
         main(["doctor"])
     monkeypatch.setattr(commands, "doctor", refused)
     assert main(["doctor"]) == 2
+
+
+def test_an_environment_called_torch_makes_no_error_a_librarys(monkeypatch):
+    where = "/opt/envs/torch/lib/site-packages/diffad_lite/core/config.py"
+    names = {"__name__": "diffad_lite.core.config"}
+    exec(compile("def f(a): raise ValueError('choose another')", where, "exec"), names)
+    monkeypatch.setattr(commands, "doctor", names["f"])
+    assert main(["doctor"]) == 2

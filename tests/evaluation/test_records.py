@@ -131,10 +131,26 @@ def test_an_archive_that_is_missing_or_broken_is_named(runs, tmp_path, content):
         read_scores(read_results(results)[0])
 
 
+def test_a_run_in_a_folder_of_records_is_refused_where_both_have_it(runs, tmp_path):
+    results = tmp_path / "results"
+    collect(runs, results, "grid")
+    write_run(results / "pca" / "s0" / "default", 0.5)
+    with pytest.raises(
+        ValueError, match=r"result\.json and .*grid\.jsonl both hold pca/s0/default"
+    ):
+        read_results(results)
+    assert collect(runs, results, "grid") == 3  # they are taken from the runs alone
+
+
 def test_a_line_that_lacks_something_is_named(tmp_path):
     (tmp_path / "grid.jsonl").write_text(json.dumps({"name": "a", "image_auroc": 0.5}) + "\n")
     with pytest.raises(
         ValueError, match=r"line 1 of .*grid\.jsonl is incomplete; collect .* lacks"
+    ):
+        read_results(tmp_path)
+    (tmp_path / "grid.jsonl").write_text(json.dumps({"name": "a"} | record()) + "\n")
+    with pytest.raises(
+        ValueError, match=r"line 1 of .*grid\.jsonl is incomplete.* lacks 'test_set'"
     ):
         read_results(tmp_path)
     (tmp_path / "grid.jsonl").write_text(json.dumps(record()) + "\n")

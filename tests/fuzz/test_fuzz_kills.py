@@ -144,7 +144,7 @@ def assert_whole(out: Path) -> None:
         elif path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".csv":
-            labels, scores = read_scores(path.parent)
+            labels, scores = read_scores({"file": path.parent / "result.json"})
             assert len(labels) == len(scores) == 32
         else:
             assert path.suffix == ".safetensors", path
@@ -153,7 +153,7 @@ def assert_whole(out: Path) -> None:
             load_pretrained(path.parent)
         if path.name == "result.json":  # it stands for all that is written before it
             (result,) = read_results(path.parent)
-            assert len(read_scores(path.parent)[0]) == result["n_test"]
+            assert len(read_scores({"file": path.parent / "result.json"})[0]) == result["n_test"]
             assert (path.parent / "figure.png").exists()
 
 
@@ -171,9 +171,8 @@ def results_below(out: Path) -> dict[str, dict[str, Any]]:
     """Folder -> record without what a clock or a machine says."""
     found = {}
     for result in read_results(out):
-        folder = result.pop("folder")
-        kept = {key: value for key, value in result.items() if key not in CLOCKS}
-        found[str(folder.relative_to(out))] = kept
+        place = result.pop("file").parent.relative_to(out)
+        found[str(place)] = {key: value for key, value in result.items() if key not in CLOCKS}
     return found
 
 

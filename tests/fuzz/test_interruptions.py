@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_bad_input import notebook
 
 from diffad_lite.cli.main import main
-from diffad_lite.core import config
+from diffad_lite.core import files
 from diffad_lite.core.interrupts import DeferredInterrupt
 from diffad_lite.evaluation.records import read_scores
 from diffad_lite.methods import checkpoints
@@ -262,7 +262,7 @@ def scored(tmp_path_factory) -> Path:
 
 def assert_same_scores(out: Path, scored: Path) -> None:
     """Equal but for rounding: the child has one thread, this process may have more."""
-    ours, theirs = read_scores(out), read_scores(scored)
+    ours, theirs = (read_scores({"file": folder / "result.json"}) for folder in (out, scored))
     np.testing.assert_array_equal(ours[0], theirs[0])
     np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4)
     assert (out / "figure.png").stat().st_size > 1000
@@ -422,7 +422,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, unbroken, monkeypatch, 
 @pytest.mark.parametrize("name", ["scores.csv", "result.json"])
 def test_a_full_disk_leaves_no_half_result(name, tmp_path, monkeypatch, capsys):
     command = [*EVALUATE, "--out", tmp_path / "out"]
-    usual = config.tempfile.mkstemp
+    usual = files.tempfile.mkstemp
 
     def full(prefix: str, **options) -> tuple[int, str]:
         if prefix == f".{name}.":
@@ -430,7 +430,7 @@ def test_a_full_disk_leaves_no_half_result(name, tmp_path, monkeypatch, capsys):
         return usual(prefix=prefix, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(config.tempfile, "mkstemp", full)
+        patch.setattr(files.tempfile, "mkstemp", full)
         assert_full(command, tmp_path / "out" / name, capsys)
     assert not (tmp_path / "out" / "result.json").exists()
     call(*command)

@@ -121,7 +121,7 @@ def test_shapes():
 def test_an_untrained_generator_predicts_no_noise():
     x = torch.randn(2, 1, 16, 16)
     assert PatchDiff(1, 2)(x, torch.zeros(2)).abs().max() == 0
-    block = PatchBlock(8, 4, "reflect")
+    block = PatchBlock(8, 4)
     h = torch.randn(1, 8, 4, 4)
     assert torch.equal(block(h, torch.zeros(1, 4)), h)
 

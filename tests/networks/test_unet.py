@@ -61,11 +61,6 @@ def test_untrained_network_predicts_zero(channels):
     assert torch.equal(y, torch.zeros(2, channels, 10, 12))
 
 
-def test_number_of_output_channels_can_be_chosen():
-    network = UNet(3, 1, base_channels=8, channel_mults=(1, 2), unshuffle=2)
-    assert apply(network, images(2, 3, 8, 8)).shape == (2, 1, 8, 8)
-
-
 @pytest.mark.parametrize("channels", [0, -1])
 def test_a_network_without_channels_is_refused(channels):
     with pytest.raises(ValueError, match=f"in_channels must be at least 1, got {channels}"):
