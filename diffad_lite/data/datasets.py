@@ -254,7 +254,7 @@ def _pixels(value: Path | np.ndarray) -> np.ndarray:
 def _small(
     name: str, value: Path | np.ndarray, sizes: dict, image_size: int, resize: Resize
 ) -> np.ndarray:
-    """One image brought to size; its original size is noted, its large pixels are let go."""
+    """Resize one image and note its original size; the large pixels are not kept."""
     pixels = _pixels(value)
     sizes[name] = pixels.shape[1:]
     return resize_image(pixels, image_size, resize)

@@ -142,7 +142,7 @@ def _suffixes() -> str:
 
 
 def read_shapes(category: str | None, root: Path | None) -> Source:
-    """Made scenes, structural and logical defects; see :mod:`diffad_lite.data.shapes`."""
+    """Synthetic scenes with structural and logical defects; see :mod:`diffad_lite.data.shapes`."""
     category = category or DEFAULT_CATEGORIES["shapes"]
     if category != "disc":
         raise unknown_name("shapes category", category, ("disc",))

@@ -51,7 +51,7 @@ class SynthesisConfig:
     texture_root: str = ""
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values out of range."""
+        """Validate field values."""
         check_ranges(self, share=(0, 1), ridges=(0, 1), threshold=(0, 1))
         check_ranges(self, finest=(0, 8), own=(0, 1))
         low, high = self.opacity if len(self.opacity) == 2 else (1.0, 0.0)

@@ -66,7 +66,7 @@ class Step:
 
 
 def last(steps: Iterable[State]) -> State:
-    """The last state of a sampler, the others being let go on the way."""
+    """Return the last state of a sampler; earlier ones are not kept."""
     return deque(steps, maxlen=1)[0]
 
 

@@ -59,7 +59,7 @@ class AnoDDPMConfig(MethodConfig):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for levels and counts that cannot be."""
+        """Validate field values."""
         super().__post_init__()
         check_ranges(self, num_timesteps=(1, math.inf), n_noises=(1, math.inf))
         check_ranges(self, noise_level=(0, self.num_timesteps - 1))
@@ -227,7 +227,7 @@ class AnoDDPMSimplexConfig(AnoDDPMConfig):
     persistence: float = 0.8
 
     def __post_init__(self) -> None:
-        """Raise ValueError for noise that cannot be drawn."""
+        """Validate field values."""
         super().__post_init__()
         check_ranges(self, wavelength=(1, math.inf), octaves=(1, 16), persistence=(0, 1))
 

@@ -57,7 +57,7 @@ class MethodConfig:
     quantile: float = inference(0.95)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values that cannot be, before a training, not after it."""
+        """Validate field values."""
         if self.channels not in (1, 3, 4):
             raise ValueError(f"expected images of 1, 3 or 4 channels, got {self.channels}")
         ranges = {"smooth_sigma": (0, math.inf), "top_fraction": (1e-6, 1)}

@@ -48,7 +48,7 @@ class PCAConfig(MethodConfig):
     n_components: int = 80
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a number of components below 1."""
+        """Validate field values."""
         super().__post_init__()
         check_ranges(self, n_components=(1, math.inf))
 

@@ -82,7 +82,7 @@ class BernoulliConfig(MethodConfig):
     n_chains: int = inference(4)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for levels, counts and sizes that cannot be."""
+        """Validate field values."""
         super().__post_init__()
         check_ranges(self, num_timesteps=(1, math.inf), n_chains=(1, math.inf))
         check_ranges(self, noise_level=(0, self.num_timesteps - 1))

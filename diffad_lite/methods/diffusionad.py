@@ -78,7 +78,7 @@ class DiffusionADConfig(PriorConfig):
     denoiser_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for levels and counts that cannot be."""
+        """Validate field values."""
         super().__post_init__()
         T = self.prior.num_timesteps
         check_ranges(self, noise_level=(0, T - 1), noise_level_big=(0, T - 1))

@@ -65,7 +65,7 @@ class GLADConfig(PriorConfig):
         steps: network evaluations from there to the clean image.
         adaptive: whether the drift is watched; else plain DDIM.
         min_level: below this t an image that has not drifted becomes its own noised input.
-        delta: drift at which an image is let go; None takes the ``delta_quantile`` of what
+        delta: drift at which an image is accepted; None takes the ``delta_quantile`` of what
             normal images reach above ``min_level``.
         delta_quantile: see there.
         fusion: which pixels keep the input then: ``off`` none, ``literal`` by the sigmoid of the
@@ -105,7 +105,7 @@ class GLADConfig(PriorConfig):
     pixel_weight: float = inference(1.0)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for levels and counts that cannot be."""
+        """Validate field values."""
         super().__post_init__()
         top = self.prior.num_timesteps - 1
         check_ranges(self, noise_level=(0, top), fade_level=(0, top))

@@ -56,7 +56,7 @@ class WeightConfig:
     filter_normal: float = 2.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for numbers that cannot be."""
+        """Validate field values."""
         check_ranges(self, n_clusters=(1, 10**6))
         for name in ("flatten_contrastive", "flatten_normal", "filter_normal"):
             check_ranges(self, **{name: (0, 10)})
@@ -213,7 +213,7 @@ class GRADConfig(MethodConfig):
     weights: WeightConfig = field(default_factory=WeightConfig)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for counts and ranges that cannot be."""
+        """Validate field values."""
         super().__post_init__()
         check_ranges(self, num_timesteps=(1, math.inf), n_patterns=(1, math.inf))
         check_ranges(self, steps=(1, self.num_timesteps), extra=(0, 100))

@@ -84,7 +84,7 @@ class MDPSConfig(PriorConfig):
     score: Literal["mean", "softmax"] = inference("mean")
 
     def __post_init__(self) -> None:
-        """Raise ValueError for levels and counts that cannot be."""
+        """Validate field values."""
         super().__post_init__()
         top = self.prior.num_timesteps - 1
         check_ranges(self, noise_level=(0, top), mask_level=(0, top), n_samples=(1, math.inf))

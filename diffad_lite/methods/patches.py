@@ -49,7 +49,7 @@ class PatchConfig(PriorConfig):
     grid: int = 28
 
     def __post_init__(self) -> None:
-        """Raise ValueError for sizes that cannot be."""
+        """Validate field values."""
         super().__post_init__()
         check_ranges(self, input_size=(32, math.inf), grid=(1, math.inf))
 
@@ -147,7 +147,7 @@ class PaDiMConfig(PatchConfig):
     n_dims: int = 550
 
     def __post_init__(self) -> None:
-        """Raise ValueError for no features at all."""
+        """Validate field values."""
         super().__post_init__()
         check_ranges(self, n_dims=(1, math.inf))
 
@@ -209,7 +209,7 @@ class BankConfig(PatchConfig):
     pool_size: int = 40_000
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an empty bank."""
+        """Validate field values."""
         super().__post_init__()
         check_ranges(self, bank_size=(1, math.inf), pool_size=(1, math.inf))
 

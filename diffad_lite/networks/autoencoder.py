@@ -37,7 +37,7 @@ class AutoencoderConfig:
     codeword: int = 64
 
     def __post_init__(self) -> None:
-        """Raise ValueError for sizes that cannot be."""
+        """Validate field values."""
         for name in ("base_channels", "blocks_per_level", "unshuffle", "bits", "codeword"):
             check_ranges(self, **{name: (1, 10**6)})
         if min(self.channel_mults, default=0) < 1:

@@ -33,7 +33,7 @@ class SegmentationConfig:
     batch_norm: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for sizes that cannot be."""
+        """Validate field values."""
         check_ranges(self, base_channels=(1, 10**6))
         if min(self.channel_mults, default=0) < 1:
             raise ValueError(

@@ -46,7 +46,7 @@ class TrainConfig:
     flip_axes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values that cannot train."""
+        """Validate field values."""
         check_ranges(self, steps=(1, 10**9), batch_size=(1, 10**6), ema_decay=(0, 1))
         for name in ("weight_decay", "warmup_steps", "grad_clip"):
             check_ranges(self, **{name: (0, math.inf)})

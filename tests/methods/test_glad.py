@@ -181,7 +181,7 @@ def test_a_perfect_denoiser_never_drifts_and_gives_the_input_back(monkeypatch):
     found = made.reconstruct(x, noise)
     torch.testing.assert_close(found.x, x, atol=1e-3, rtol=0)
     below = [t for t in found.timesteps if t < 40]
-    assert found.t_star.tolist() == [below[0]] * 3  # let go at the first level below
+    assert found.t_star.tolist() == [below[0]] * 3  # reset at the first noise level below
 
 
 class GaussianDenoiser(torch.nn.Module):
