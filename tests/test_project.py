@@ -1,11 +1,13 @@
 """The project as a whole: packaging, environments, rendered tables, grids, paths."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -125,9 +127,11 @@ def test_all_cells_of_a_notebook_run_in_one_process(tmp_path):
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
     lessons = " ".join(str(path) for path in sorted(tmp_path.glob("*.ipynb")))
     make = ["make", "-n", "-o", ".venv/.installed-test", "test-notebooks", f"LESSONS={lessons}"]
-    asked = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # of a make above us
+    call = partial(subprocess.run, cwd=ROOT, env=env, capture_output=True, text=True)
+    asked = call([*make, "--no-print-directory"], check=True).stdout
     assert "-n 2" in asked
     command = asked.replace(".venv/bin/python", sys.executable)
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    done = call(command, shell=True)
     assert done.returncode == 0, done.stdout[-2000:]
     assert "27 passed" in done.stdout
