@@ -49,6 +49,7 @@ def _method_of(checkpoint: str | None) -> str:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Train or load, score, record."""
+    from diffad_lite.data.datasets import bundled_checkpoints
     from diffad_lite.experiments.evaluate import bundled_checkpoint, evaluate
 
     checkpoint = arguments.checkpoint
@@ -58,9 +59,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if checkpoint == "bundled":
         checkpoint = bundled_checkpoint(run.method, run.dataset, run.category)
         if not checkpoint.is_dir():
-            there = ", ".join(sorted(p.name for p in checkpoint.parent.iterdir() if p.is_dir()))
             raise ValueError(
-                f"no weights are bundled for {checkpoint.name}, only for: {there}; "
+                f"no weights are bundled for {checkpoint.name}, only for: "
+                f"{', '.join(bundled_checkpoints())}; "
                 "leave --checkpoint out to train"
             )
     result = evaluate(
@@ -156,11 +157,11 @@ def datasets(arguments: argparse.Namespace) -> int:
 
 def methods(arguments: argparse.Namespace) -> int:
     """List the methods."""
-    from diffad_lite.data.datasets import data_dir
+    from diffad_lite.data.datasets import bundled_checkpoints
     from diffad_lite.methods import METHODS
 
     try:
-        folders = sorted(p.name for p in (data_dir() / "checkpoints").iterdir() if p.is_dir())
+        folders = bundled_checkpoints()
     except FileNotFoundError:
         folders = []
     for name, method in METHODS.items():

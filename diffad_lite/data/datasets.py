@@ -197,6 +197,15 @@ def data_dir() -> Path:
     return folder
 
 
+def bundled_checkpoints() -> list[str]:
+    """Return the names of the bundled checkpoints, ``<data set>-<category>-<method>``.
+
+    Raises:
+        FileNotFoundError: there is no data folder.
+    """
+    return sorted(p.name for p in (data_dir() / "checkpoints").iterdir() if p.is_dir())
+
+
 def _fingerprint(train: dict, calibration: dict) -> str:
     """Twelve hex digits that identify the images a method was fitted on, before any resizing."""
     digest = hashlib.sha256()

@@ -162,7 +162,7 @@ def read_score_table(result: Result) -> ScoreTable:
     keys = [f"{kind}/{result.get(field)}" for kind, field in ARRAYS.items()]
     if not set(keys) <= archive.keys():
         fix = "collect that run again by 'diffad report --runs'"
-        raise ValueError(f"{path.stem}-scores.npz lacks the scores of {result['name']}; {fix}")
+        raise ValueError(f"{_archive_path(path)} lacks the scores of {result['name']}; {fix}")
     return ScoreTable(*(archive[key] for key in keys))
 
 
@@ -192,9 +192,13 @@ def _read_csv(path: Path) -> ScoreTable:
     return table
 
 
+def _archive_path(path: Path) -> Path:
+    return path.with_name(f"{path.stem}-scores.npz")
+
+
 def _archive_of(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of ``<grid>-scores.npz`` beside ``<grid>.jsonl``."""
-    archive = path.with_name(f"{path.stem}-scores.npz")
+    archive = _archive_path(path)
     if not archive.exists():
         raise FileNotFoundError(f"no {archive} beside {path.name}; restore it")
     return _read_archive(archive, archive.stat().st_mtime_ns)
@@ -312,7 +316,7 @@ def _write_grid(
         with temporary.open("wb") as file:
             np.savez_compressed(file, **kept)
 
-    write_atomically(path.with_name(f"{path.stem}-scores.npz"), write_archive)
+    write_atomically(_archive_path(path), write_archive)
     write_atomically(path, partial(Path.write_text, data="".join(lines), encoding="utf-8"))
 
 

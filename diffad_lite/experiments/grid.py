@@ -150,6 +150,13 @@ def _as_json(settings: Mapping[str, Any]) -> dict[str, str]:
     return texts
 
 
+def named_scorings(grid: Grid) -> Iterator[tuple[str, Run, Run]]:
+    """Each scoring of a grid: its place below a folder of runs, its training, and itself."""
+    for run, own in trainings(grid, expand_roots=False):
+        for scoring in scorings(own, run):
+            yield (folder_of(run, Path()) / scoring_name(scoring)).as_posix(), run, scoring
+
+
 def folder_of(run: Run, out: Path) -> Path:
     """``out/<method>/<data>[/<training>]/s<seed>``, of one training."""
     parts = [run.dataset, run.category]
@@ -282,21 +289,21 @@ def missing(grid: Grid, records: Iterable[Mapping[str, Any]]) -> tuple[list[str]
             configuration does not have show only where there is a record, or in the sweep.
     """
     known, left, count = {record["name"]: record for record in records}, [], 0
-    for run, own in trainings(grid, expand_roots=False):
+    for name, run, scoring in named_scorings(grid):
         get_method(run.method)
-        for scoring in scorings(own, run):
-            name = (folder_of(run, Path()) / scoring_name(scoring)).as_posix()
-            count += 1
-            record = known.get(name)
-            if record is None or not _is_current(scoring, record, run):
-                left.append(name)
+        count += 1
+        record = known.get(name)
+        if record is None or not _is_current(scoring, record, run):
+            left.append(name)
     return left, count
 
 
 def _is_current(scoring: Run, record: Mapping[str, Any], run: Run) -> bool:
     """Whether a sweep would skip a scoring of a training, as :func:`is_done` does."""
     try:
-        return is_record_of(scoring, record, _trained(run, record))
+        channels, category = record["config"]["channels"], record["category"]
+        info = {"channels": channels, "category": category, "flip_axes": flip_axes(run.dataset)}
+        return is_record_of(scoring, record, run.configure_for(info))
     except (ValueError, KeyError, TypeError):
         return False
 
@@ -313,24 +320,9 @@ def homes(folder: Path) -> dict[str, str]:
             grid = read_grid(path)
         except ValueError:
             continue
-        for run, own in trainings(grid, expand_roots=False):
-            for scoring in scorings(own, run):
-                name = (folder_of(run, Path()) / scoring_name(scoring)).as_posix()
-                found.setdefault(name, path.stem)
+        for name, _, _ in named_scorings(grid):
+            found.setdefault(name, path.stem)
     return found
-
-
-def _trained(run: Run, record: Mapping[str, Any]) -> MethodConfig:
-    """The configuration that a run is trained with, on the data that a record names."""
-    config = get_method(run.method).Config.for_profile(
-        run.profile,
-        channels=record["config"]["channels"],
-        image_size=run.side,
-        dataset=run.dataset,
-        category=record["category"],
-        flip_axes=flip_axes(run.dataset),
-    )
-    return override(config, run.settings)
 
 
 def scoring_name(scoring: Run) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from diffad_lite.data.datasets import data_dir
+from diffad_lite.data.datasets import bundled_checkpoints
 from diffad_lite.training import processes
 from diffad_lite.training.loop import supports_bf16
 
@@ -91,8 +91,7 @@ def checks() -> Iterator[Check]:
     free = shutil.disk_usage(os.curdir).free / 1e9
     yield Check(free > MIN_FREE_GB, f"free disk: {free:.1f} GB", f"free {MIN_FREE_GB:.0f} GB")
     try:
-        bundled = sorted(p.name for p in (data_dir() / "checkpoints").iterdir() if p.is_dir())
-        yield Check(True, f"bundled checkpoints: {', '.join(bundled) or 'none'}")
+        yield Check(True, f"bundled checkpoints: {', '.join(bundled_checkpoints()) or 'none'}")
     except FileNotFoundError as error:
         yield Check(False, "data folder", str(error))
     found = importlib.util.find_spec("elpv_dataset") is not None

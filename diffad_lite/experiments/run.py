@@ -81,13 +81,17 @@ class Run:
 
     def configure(self, data: AnomalyData) -> MethodConfig:
         """The method's configuration: of the profile, with this run's settings."""
+        return self.configure_for(data.info)
+
+    def configure_for(self, info: Mapping[str, Any]) -> MethodConfig:
+        """:meth:`configure` for data of which no more is known than some of ``AnomalyData.info``.
+
+        Args:
+            info: at least ``channels``, ``category`` and ``flip_axes``.
+        """
+        known = {key: info[key] for key in ("channels", "category", "flip_axes")}
         config = get_method(self.method).Config.for_profile(
-            self.profile,
-            channels=data.info["channels"],
-            image_size=self.side,
-            dataset=self.dataset,
-            category=data.info["category"],
-            flip_axes=data.info["flip_axes"],
+            self.profile, image_size=self.side, dataset=self.dataset, **known
         )
         return override(config, self.settings)
 
