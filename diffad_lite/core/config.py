@@ -19,7 +19,7 @@ _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 3, 120, 120, 60
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """``repr`` for messages: short, whatever the value is."""
     try:
         text = _short.repr(value)
@@ -33,7 +33,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return ValueError(f"unknown {what} {shown(name)}; {hint}known: {', '.join(known)}")
+    return ValueError(f"unknown {what} {short_repr(name)}; {hint}known: {', '.join(known)}")
 
 
 def check_profile(profile: str) -> None:
@@ -54,7 +54,7 @@ def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
         ValueError: a key that ``cls`` does not have, or a value that does not fit its field.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{cls.__qualname__} must be a mapping, got {shown(values)}")
+        raise ValueError(f"{cls.__qualname__} must be a mapping, got {short_repr(values)}")
     types = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}
     kwargs = {}
@@ -75,16 +75,16 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         return value
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise ValueError(f"{where} has fields of its own, got {shown(value)}")
+            raise ValueError(f"{where} has fields of its own, got {short_repr(value)}")
         return from_dict(kind, value)
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where} must be a list, got {shown(value)}")
+            raise ValueError(f"{where} must be a list, got {short_repr(value)}")
         return tuple(convert(v, args[0], where) for v in value)
     if origin in (dict, Mapping):
         if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, got {shown(value)}")
+            raise ValueError(f"{where} must be a mapping, got {short_repr(value)}")
         for name, inner in value.items():
             convert(name, args[0], f"a name in {where}")
             convert(inner, args[1], f"{where}.{name:.100}")
@@ -93,7 +93,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
         if value in args:
             return value
         known = ", ".join(map(repr, args))
-        raise ValueError(f"{where} must be one of {known}, got {shown(value)}")
+        raise ValueError(f"{where} must be one of {known}, got {short_repr(value)}")
     if type(None) in args:
         if value is None:
             return None
@@ -102,7 +102,7 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**1000 else math.inf
     if isinstance(kind, type) and type(value) is not kind:
-        raise ValueError(f"{where} must be of type {kind.__name__}, got {shown(value)}")
+        raise ValueError(f"{where} must be of type {kind.__name__}, got {short_repr(value)}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{where} must be a finite number, got {value}")
     return value
@@ -119,7 +119,7 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
         if not low <= value <= high:
             wanted = f"at least {low}" if high == math.inf else f"in {low}..{high}"
             where = f"{type(config).__qualname__}.{name}"
-            raise ValueError(f"{where} must be {wanted}, got {shown(value)}")
+            raise ValueError(f"{where} must be {wanted}, got {short_repr(value)}")
 
 
 def override(config: Config, assignments: Mapping[str, str]) -> Config:

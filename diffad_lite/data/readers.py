@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffad_lite.core.config import shown, unknown_name
+from diffad_lite.core.config import short_repr, unknown_name
 from diffad_lite.core.files import read_rows
 from diffad_lite.data.images import list_images
 from diffad_lite.data.published import read_dagm, read_medmnist, read_visa
@@ -113,7 +113,7 @@ def _subjects(base: Path, source: Source) -> dict[str, str]:
     known = {}
     for number, row in enumerate(read_rows(path), start=1):
         if len(row) != 2:
-            raise ValueError(f"line {number} of {path} is not 'file,subject': {shown(row)}")
+            raise ValueError(f"line {number} of {path} is not 'file,subject': {short_repr(row)}")
         known[row[0].strip()] = row[1].strip()
     images = source.normals | source.calibration | source.test
     files = {name: value.relative_to(base).as_posix() for name, value in images.items()}

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffad_lite.core.config import shown
+from diffad_lite.core.config import short_repr
 from diffad_lite.data.images import list_images
 
 DEFAULT_CATEGORIES = {"elpv": "mono", "medmnist": "pneumoniamnist"}
@@ -69,7 +69,7 @@ def check_inside(name: str, what: str) -> None:
     """
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
-        raise ValueError(f"{what} must lie inside its folder, got {shown(name)}")
+        raise ValueError(f"{what} must lie inside its folder, got {short_repr(name)}")
 
 
 def named_images(folder: Path, prefix: str) -> dict[str, Path]:

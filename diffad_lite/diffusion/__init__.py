@@ -1,7 +1,13 @@
 """The maths of diffusion: no network, no data."""
 
 from diffad_lite.diffusion.bernoulli import BernoulliDiffusion, BitStep, sample_bits
-from diffad_lite.diffusion.gaussian import GaussianDiffusion, Step, last, noise_generators, randn
+from diffad_lite.diffusion.gaussian import (
+    GaussianDiffusion,
+    Step,
+    final_step,
+    noise_generators,
+    randn,
+)
 from diffad_lite.diffusion.schedules import NoiseSchedule, make_betas
 from diffad_lite.diffusion.simplex import simplex_noise
 
@@ -11,7 +17,7 @@ __all__ = [
     "GaussianDiffusion",
     "NoiseSchedule",
     "Step",
-    "last",
+    "final_step",
     "make_betas",
     "noise_generators",
     "randn",

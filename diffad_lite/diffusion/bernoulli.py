@@ -65,7 +65,7 @@ class BernoulliDiffusion:
 
     def marginal(self, z0: Tensor, t: int | Tensor) -> Tensor:
         """``P(z_t = 1 | z_0) = abar_t z_0 + (1 - abar_t) / 2``, for bits or probabilities z0."""
-        abar = self.schedule.level(t, z0)
+        abar = self.schedule.alpha_bar(t, z0)
         fair = (1 - abar) / 2 if self.process == "symmetric" else 0.0
         return abar * z0 + fair
 
@@ -80,7 +80,7 @@ class BernoulliDiffusion:
 
         That is what the public codes do; it is exact for bits only.
         """
-        abar_t, abar_s = self.schedule.level(t, z_t), self.schedule.level(s, z_t)
+        abar_t, abar_s = self.schedule.alpha_bar(t, z_t), self.schedule.alpha_bar(s, z_t)
         alpha = abar_t / abar_s  # of the stride
         one = (alpha * z_t + (1 - alpha) / 2) * (abar_s * z0 + (1 - abar_s) / 2)
         zero = (alpha * (1 - z_t) + (1 - alpha) / 2) * (abar_s * (1 - z0) + (1 - abar_s) / 2)
@@ -104,7 +104,7 @@ class BernoulliDiffusion:
             t: timestep of ``z_t``, above ``s``.
             s: timestep to step to.
         """
-        abar_t, abar_s = self.schedule.level(t, z_t), self.schedule.level(s, z_t)
+        abar_t, abar_s = self.schedule.alpha_bar(t, z_t), self.schedule.alpha_bar(s, z_t)
         kept = (1 - abar_s) / (1 - abar_t)
         return kept * z_t + (abar_s - kept * abar_t) * z0
 

@@ -1,6 +1,6 @@
 """Gaussian diffusion: closed forms, one DDPM or DDIM step, samplers as generators, the loss.
 
-A *denoiser* is any callable ``denoiser(x_t, t) -> eps_hat`` with ``x_t`` (B, C, H, W) and ``t``
+A *denoiser* is any callable ``denoiser(x_t, t) -> noise_hat`` with ``x_t`` (B, C, H, W) and ``t``
 an int64 tensor (B,). Everything here is a few lines of arithmetic around it.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffad_lite.diffusion.schedules import NoiseSchedule
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+NoisePredictor = Callable[[Tensor, Tensor], Tensor]
 Generators = torch.Generator | Sequence[torch.Generator]
 State = TypeVar("State")
 
@@ -65,7 +65,7 @@ class Step:
     x0_hat: Tensor | None
 
 
-def last(steps: Iterable[State]) -> State:
+def final_step(steps: Iterable[State]) -> State:
     """Return the last state of a sampler; earlier ones are not kept."""
     return deque(steps, maxlen=1)[0]
 
@@ -85,17 +85,17 @@ class GaussianDiffusion:
 
     def add_noise(self, x0: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """``x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps`` (Ho et al., eq. 4)."""
-        abar = self.schedule.level(t, x0)
+        abar = self.schedule.alpha_bar(t, x0)
         return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
     def predict_x0(self, x_t: Tensor, t: int | Tensor, noise: Tensor) -> Tensor:
         """The clean image that ``noise`` implies: eq. 4 solved for ``x_0``. Not clipped."""
-        abar = self.schedule.level(t, x_t)
+        abar = self.schedule.alpha_bar(t, x_t)
         return (x_t - (1 - abar).sqrt() * noise) / abar.sqrt()
 
     def predict_noise(self, x_t: Tensor, t: int | Tensor, x0: Tensor) -> Tensor:
         """The noise that a clean image implies: eq. 4 solved for ``eps``; t >= 0."""
-        abar = self.schedule.level(t, x_t)
+        abar = self.schedule.alpha_bar(t, x_t)
         return (x_t - abar.sqrt() * x0) / (1 - abar).sqrt()
 
     def posterior(
@@ -112,7 +112,7 @@ class GaussianDiffusion:
         Returns:
             mean (B, C, H, W) and variance (shaped to broadcast over it).
         """
-        abar, abar_prev = self.schedule.level(t, x_t), self.schedule.level(t_prev, x_t)
+        abar, abar_prev = self.schedule.alpha_bar(t, x_t), self.schedule.alpha_bar(t_prev, x_t)
         alpha = abar / abar_prev  # the stride's own signal level; alpha_t when t_prev = t - 1
         mean = (
             abar_prev.sqrt() * (1 - alpha) / (1 - abar) * x0
@@ -120,24 +120,26 @@ class GaussianDiffusion:
         )
         return mean, (1 - alpha) * (1 - abar_prev) / (1 - abar)
 
-    def clean_estimate(self, x_t: Tensor, t: int | Tensor, eps_hat: Tensor) -> Tensor:
+    def clean_estimate(self, x_t: Tensor, t: int | Tensor, noise_hat: Tensor) -> Tensor:
         """``predict_x0``, clipped to the data's range as the samplers do."""
-        x0_hat = self.predict_x0(x_t, t, eps_hat)
+        x0_hat = self.predict_x0(x_t, t, noise_hat)
         return x0_hat if self.clip is None else x0_hat.clamp(-self.clip, self.clip)
 
     def ddpm_step(
-        self, x_t: Tensor, t: int, t_prev: int, eps_hat: Tensor, noise: Tensor
+        self, x_t: Tensor, t: int, t_prev: int, noise_hat: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor]:
         """One ancestral step (Ho et al., algorithm 2, variance ``beta_tilde``).
 
         Returns:
             ``x_{t_prev}`` and the clean estimate; no noise enters when ``t_prev = -1``.
         """
-        x0_hat = self.clean_estimate(x_t, t, eps_hat)
+        x0_hat = self.clean_estimate(x_t, t, noise_hat)
         mean, variance = self.posterior(x_t, x0_hat, t, t_prev)
         return mean + variance.sqrt() * noise, x0_hat
 
-    def ddim_step(self, x_t: Tensor, t: int, t_next: int, eps_hat: Tensor) -> tuple[Tensor, Tensor]:
+    def ddim_step(
+        self, x_t: Tensor, t: int, t_next: int, noise_hat: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """One deterministic step (Song et al. 2021, eq. 12 with sigma = 0).
 
         ``t_next < t`` denoises; ``t_next > t`` encodes, which is the same formula run backwards.
@@ -145,28 +147,32 @@ class GaussianDiffusion:
         Returns:
             ``x_{t_next}`` and the clean estimate.
         """
-        x0_hat = self.clean_estimate(x_t, t, eps_hat)
+        x0_hat = self.clean_estimate(x_t, t, noise_hat)
         # Where the estimate was clipped, the noise must follow, or the pair misses x_t.
         if self.clip is not None and t >= 0:
-            eps_hat = self.predict_noise(x_t, t, x0_hat)
-        return self.add_noise(x0_hat, t_next, eps_hat), x0_hat
+            noise_hat = self.predict_noise(x_t, t, x0_hat)
+        return self.add_noise(x0_hat, t_next, noise_hat), x0_hat
 
     def ddpm_sample(
-        self, denoiser: Denoiser, x_t: Tensor, timesteps: Sequence[int], generators: Generators
+        self,
+        denoiser: NoisePredictor,
+        x_t: Tensor,
+        timesteps: Sequence[int],
+        generators: Generators,
     ) -> Iterator[Step]:
         """Ancestral sampling along ``timesteps`` (decreasing), yielding every state.
 
-        ``last(diffusion.ddpm_sample(...)).x`` is the sample.
+        ``final_step(diffusion.ddpm_sample(...)).x`` is the sample.
         """
         yield Step(timesteps[0], x_t, None)
         for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
-            eps_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
+            noise_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
             noise = randn(x_t, generators) if t_prev >= 0 else torch.zeros_like(x_t)
-            x_t, x0_hat = self.ddpm_step(x_t, t, t_prev, eps_hat, noise)
+            x_t, x0_hat = self.ddpm_step(x_t, t, t_prev, noise_hat, noise)
             yield Step(t_prev, x_t, x0_hat)
 
     def ddim_sample(
-        self, denoiser: Denoiser, x_t: Tensor, timesteps: Sequence[int]
+        self, denoiser: NoisePredictor, x_t: Tensor, timesteps: Sequence[int]
     ) -> Iterator[Step]:
         """Deterministic sampling along ``timesteps`` (decreasing), yielding every state.
 
@@ -174,12 +180,12 @@ class GaussianDiffusion:
         """
         yield Step(timesteps[0], x_t, None)
         for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
-            eps_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
-            x_t, x0_hat = self.ddim_step(x_t, t, t_prev, eps_hat)
+            noise_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
+            x_t, x0_hat = self.ddim_step(x_t, t, t_prev, noise_hat)
             yield Step(t_prev, x_t, x0_hat)
 
     def ddim_encode(
-        self, denoiser: Denoiser, x0: Tensor, timesteps: Sequence[int]
+        self, denoiser: NoisePredictor, x0: Tensor, timesteps: Sequence[int]
     ) -> Iterator[Step]:
         """DDIM run from the image to the noise along ``timesteps`` (increasing).
 
@@ -189,11 +195,11 @@ class GaussianDiffusion:
         yield Step(-1, x0, None)
         x_t = x0
         for t, t_next in zip([-1, *timesteps[:-1]], timesteps, strict=True):
-            eps_hat = denoiser(x_t, torch.full((len(x0),), t_next, device=x0.device))
-            x0_hat = self.predict_x0(x_t, t, eps_hat)
-            x_t = self.add_noise(x0_hat, t_next, eps_hat)
+            noise_hat = denoiser(x_t, torch.full((len(x0),), t_next, device=x0.device))
+            x0_hat = self.predict_x0(x_t, t, noise_hat)
+            x_t = self.add_noise(x0_hat, t_next, noise_hat)
             yield Step(t_next, x_t, x0_hat)
 
-    def loss(self, denoiser: Denoiser, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def loss(self, denoiser: NoisePredictor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """``E || eps - eps_theta(x_t, t) ||^2`` per element (Ho et al., eq. 14); a scalar."""
         return F.mse_loss(denoiser(self.add_noise(x0, t, noise), t).float(), noise)

@@ -80,7 +80,7 @@ class NoiseSchedule:
         """Signal-to-noise ratio ``abar_t / (1 - abar_t)``, float64 (T,)."""
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
-    def level(self, t: int | Tensor, like: Tensor) -> Tensor:
+    def alpha_bar(self, t: int | Tensor, like: Tensor) -> Tensor:
         """``abar_t`` in the type of ``like`` (B, ...), shaped to multiply it; ``t = -1`` gives 1.
 
         Args:

@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffad_lite.core.config import Profile, convert, from_dict, override, shown, unknown_name
+from diffad_lite.core.config import Profile, convert, from_dict, override, short_repr, unknown_name
 from diffad_lite.core.files import check_writable, read_json, read_yaml, write_atomically
 from diffad_lite.data.datasets import check_arguments
 from diffad_lite.data.readers import flip_axes
@@ -91,7 +91,7 @@ def read_grid(path: str | Path) -> dict[str, Any]:
     for entry in grid["data"]:
         if not isinstance(entry, dict) or "dataset" not in entry:
             like = f"{path}: each entry of data is like {{dataset: elpv}}"
-            raise ValueError(f"{like}, got {shown(entry)}")
+            raise ValueError(f"{like}, got {short_repr(entry)}")
         for key in entry:
             if key not in (*DATA_KEYS, *OWN_KEYS):
                 raise unknown_name(f"key of data in {path}", str(key), (*DATA_KEYS, *OWN_KEYS))
@@ -146,7 +146,7 @@ def _as_json(settings: Mapping[str, Any]) -> dict[str, str]:
         try:
             texts[key] = json.dumps(value)
         except (TypeError, ValueError) as error:  # a date, a set, thousands of digits
-            raise ValueError(f"setting {key} cannot be {shown(value)}: {error}") from None
+            raise ValueError(f"setting {key} cannot be {short_repr(value)}: {error}") from None
     return texts
 
 

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffad_lite.core.config import Profile, check_ranges, config_hash, override, shown, to_dict
+from diffad_lite.core.config import (
+    Profile,
+    check_ranges,
+    config_hash,
+    override,
+    short_repr,
+    to_dict,
+)
 from diffad_lite.data.datasets import AnomalyData, load_dataset
 from diffad_lite.data.images import Resize
 from diffad_lite.data.source import check_inside
@@ -57,7 +64,7 @@ class Run:
             value = getattr(self, name)
             empty = not value and name != "training"
             if empty or value in (".", "..") or set(value) & set("/\\\0"):
-                raise ValueError(f"{name} must be a name without slashes, got {shown(value)}")
+                raise ValueError(f"{name} must be a name without slashes, got {short_repr(value)}")
         check_inside(self.category or "", "category")
 
     @property

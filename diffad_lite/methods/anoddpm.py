@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffad_lite.core.config import Profile, check_ranges
-from diffad_lite.diffusion.gaussian import GaussianDiffusion, Generators, Step, last, randn
+from diffad_lite.diffusion.gaussian import GaussianDiffusion, Generators, Step, final_step, randn
 from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
 from diffad_lite.diffusion.simplex import simplex_noise
 from diffad_lite.methods.base import Method, MethodConfig, exact, inference
@@ -151,7 +151,7 @@ class AnoDDPM(Method):
         self, images: Tensor, generators: list[torch.Generator]
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         reconstruction = torch.stack(
-            [last(self.trajectory(images, generators)).x for _ in range(self.config.n_noises)]
+            [final_step(self.trajectory(images, generators)).x for _ in range(self.config.n_noises)]
         ).mean(0)  # (B, C, H, W)
         residual = (images - reconstruction).abs().mean(1)  # (B, H, W)
         return residual, reconstruction, {}
@@ -168,7 +168,7 @@ class AnoDDPM(Method):
             returns.
         """
         common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
-        prepared, generators = self.seen(images, seed, keys)
+        prepared, generators = self.network_inputs(images, seed, keys)
         steps = [
             Step(s.t, s.x.cpu(), None if s.x0_hat is None else s.x0_hat.cpu())
             for s in self.trajectory(prepared, generators)

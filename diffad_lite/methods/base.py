@@ -316,7 +316,7 @@ class Method(Checkpointed, ABC):
         parts = []
         for start in range(0, len(images), BATCH_SIZE):
             batch = images[start : start + BATCH_SIZE]
-            seen = self.seen(batch, seed, keys[start : start + BATCH_SIZE])
+            seen = self.network_inputs(batch, seed, keys[start : start + BATCH_SIZE])
             maps, reconstruction, extras = self._infer(*seen)
             if self.config.smooth_sigma > 0:
                 maps = blur(maps, self.config.smooth_sigma)
@@ -331,7 +331,7 @@ class Method(Checkpointed, ABC):
             parts.append(Prediction(self._score(batch, maps), maps, reconstruction, extras))
         return Prediction.cat(parts)
 
-    def seen(
+    def network_inputs(
         self, images: Tensor, seed: int, keys: Sequence[str] | None = None
     ) -> tuple[Tensor, list[torch.Generator]]:
         """Images (B, C, H, W) as the networks see them, and a generator for each one's noise."""

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from diffad_lite.core.config import Profile, check_ranges
 from diffad_lite.diffusion.bernoulli import BernoulliDiffusion, BitStep, Process, sample_bits
-from diffad_lite.diffusion.gaussian import last
+from diffad_lite.diffusion.gaussian import final_step
 from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
 from diffad_lite.methods.base import Method, MethodConfig, Networks, exact, inference
 from diffad_lite.networks.autoencoder import AutoencoderConfig, BinaryAutoencoder
 from diffad_lite.networks.unet import UNet
-from diffad_lite.training.loop import FitOptions, TrainReport, left, train_network
+from diffad_lite.training.loop import FitOptions, TrainReport, remaining_budget, train_network
 from diffad_lite.training.state import TrainConfig
 
 AUTOENCODER_SHARE = 0.5  # of a time budget
@@ -193,9 +193,9 @@ class Bernoulli(Method):
             train,
             c.train_autoencoder,
             stage="autoencoder",
-            **(options | {"budget": left(budget, {}, AUTOENCODER_SHARE)}),
+            **(options | {"budget": remaining_budget(budget, {}, AUTOENCODER_SHARE)}),
         )
-        options["budget"] = left(budget, {"autoencoder": first})
+        options["budget"] = remaining_budget(budget, {"autoencoder": first})
         # The code of a flipped image is not the flipped code: encode both.
         for axis in c.train.flip_axes:
             train = torch.cat([train, train.flip(axis)])
@@ -233,7 +233,7 @@ class Bernoulli(Method):
         y, residuals, reconstructions, changed = self.encode(images), [], [], []
         for _ in range(self.config.n_chains):
             z = sample_bits(y, generators)
-            repaired = last(self.chain(z, generators)).z
+            repaired = final_step(self.chain(z, generators)).z
             reconstructions.append(self.decode(repaired))
             residuals.append((images - reconstructions[-1]).abs().mean(1))
             changed.append((repaired != z).float().mean(1))
@@ -249,7 +249,7 @@ class Bernoulli(Method):
         picture of the code as it is, in the range of the networks.
         """
         common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
-        prepared, generators = self.seen(images, seed, keys)
+        prepared, generators = self.network_inputs(images, seed, keys)
         z = sample_bits(self.encode(prepared), generators)
         chain = [step.cpu() for step in self.chain(z, generators)]
         return common | {"code": z.cpu(), "chain": chain, "decoded": self.decode(z).cpu()}

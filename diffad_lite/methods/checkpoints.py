@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffad_lite.core.config import convert, from_dict, shown, to_dict, unknown_name
+from diffad_lite.core.config import convert, from_dict, short_repr, to_dict, unknown_name
 from diffad_lite.core.files import read_json, write_json, writing
 from diffad_lite.methods.calibration import MapCalibration, conformal_threshold
 from diffad_lite.training import processes
@@ -178,7 +178,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         reports = convert(values.get("reports", {}), dict[str, dict[str, float]], "reports")
         for stage, report in reports.items():
             if not {"steps", "seconds"} <= report.keys():
-                raise ValueError(f"reports.{shown(stage)} lacks steps or seconds")
+                raise ValueError(f"reports.{short_repr(stage)} lacks steps or seconds")
     except ValueError as error:
         raise ValueError(f"{path} has them wrong: {str(error)[:300]}; {fix}") from None
     return values
@@ -189,7 +189,7 @@ def load(cls: type[M], folder: Path) -> M:
     values = read_record(folder)
     if values["method"] != cls.name:
         raise ValueError(
-            f"{folder} is a checkpoint of {shown(values['method'])}, not of {cls.name!r}; "
+            f"{folder} is a checkpoint of {short_repr(values['method'])}, not of {cls.name!r}; "
             f"choose another one, or --method {values['method'][:100]}"
         )
     try:
@@ -290,7 +290,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     for name, value in tensors.items():
         known = not name.startswith("network.statistics.")  # set by calibration only
         if value.is_complex() or (known and not value.double().isfinite().all()):
-            raise ValueError(f"{path} has no finite numbers in {shown(name)}; {_fix(path.parent)}")
+            raise ValueError(
+                f"{path} has no finite numbers in {short_repr(name)}; {_fix(path.parent)}"
+            )
     return tensors
 
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from diffad_lite.core.config import Profile, check_ranges
 from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig
-from diffad_lite.diffusion.gaussian import Denoiser, last, randn
+from diffad_lite.diffusion.gaussian import NoisePredictor, final_step, randn
 from diffad_lite.methods.anoddpm import PRIOR_SHARE, AnoDDPMConfig, PriorConfig, prior_of
 from diffad_lite.methods.base import Method, Networks, exact, inference, paper_settings
 from diffad_lite.networks.segmentation import SegmentationConfig, SegmentationNet, segmentation_loss
-from diffad_lite.training.loop import FitOptions, TrainReport, left, train_network
+from diffad_lite.training.loop import FitOptions, TrainReport, remaining_budget, train_network
 from diffad_lite.training.state import TrainConfig
 
 TRAINING_GUIDANCE = 1.0  # w
@@ -171,7 +171,7 @@ class DiffusionAD(Method):
 
     def estimates(
         self,
-        denoiser: Denoiser,
+        denoiser: NoisePredictor,
         images: Tensor,
         levels: Sequence[Tensor],
         noises: Sequence[Tensor],
@@ -196,7 +196,7 @@ class DiffusionAD(Method):
         The noise is corrected by the gradient of -1/2 ||x_t - norm_t||^2, as in classifier
         guidance. Before clipping this is ``(1 - m) x0_hat + m norm`` with ``m = w (1 - abar_t)``.
         """
-        sigma = (1 - self.diffusion.schedule.level(t, x_t)).sqrt()
+        sigma = (1 - self.diffusion.schedule.alpha_bar(t, x_t)).sqrt()
         norm_t = self.diffusion.add_noise(norm, t, noise_hat)  # with the estimated noise
         return self.diffusion.clean_estimate(x_t, t, noise_hat - w * sigma * (norm_t - x_t))
 
@@ -205,7 +205,9 @@ class DiffusionAD(Method):
         noise_hat, n = [], self.config.scales
         for own, level in zip(x_t.chunk(n), t.chunk(n), strict=True):
             timesteps = self.diffusion.schedule.timesteps(int(level[0]), self.config.steps)
-            clean = last(self.diffusion.ddim_sample(self.network["denoiser"], own, timesteps)).x
+            clean = final_step(
+                self.diffusion.ddim_sample(self.network["denoiser"], own, timesteps)
+            ).x
             noise_hat.append(self.diffusion.predict_noise(own, level, clean))
         return torch.cat(noise_hat)
 
@@ -234,9 +236,9 @@ class DiffusionAD(Method):
         reports: dict[str, TrainReport] = {}
         _ = self.synthesis.files  # missing textures are an error now, not after the first stage
         if c.pretrains:
-            options["budget"] = left(budget, {}, PRIOR_SHARE)
+            options["budget"] = remaining_budget(budget, {}, PRIOR_SHARE)
             reports |= self.prior._fit(train, **options)
-        options["budget"] = left(budget, reports)
+        options["budget"] = remaining_budget(budget, reports)
         rates = {"denoiser": c.denoiser_rate}
         reports["joint"] = train_network(
             self.network, self.loss, train, c.train, stage="joint", rates=rates, **options
@@ -281,7 +283,7 @@ class DiffusionAD(Method):
         common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
         found = None
         if self.config.reconstruction == "guided":
-            prepared, generators = self.seen(images, seed, keys)
+            prepared, generators = self.network_inputs(images, seed, keys)
             found = self.reconstruct(self._in_range(prepared), generators)
             noised, noise_hat, x0_hat = ([x.cpu() for x in part] for part in found[:3])
             found = Estimates(noised, noise_hat, x0_hat, found.guided.cpu())

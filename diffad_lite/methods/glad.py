@@ -45,7 +45,7 @@ from diffad_lite.spaces.features import (
     peak_ratio,
     perceptual_distance,
 )
-from diffad_lite.training.loop import FitOptions, TrainReport, left, train_network
+from diffad_lite.training.loop import FitOptions, TrainReport, remaining_budget, train_network
 from diffad_lite.training.state import TrainConfig
 
 
@@ -57,16 +57,16 @@ class GLADConfig(PriorConfig):
         anomaly_oriented: whether a second training teaches it to remove synthetic anomalies.
         kappa: sign of the anomaly in the target: 1 removes it, 0 keeps it, -1 doubles it.
         fade: strength of the anomaly in training at t: ``linear`` t / T, or ``matched``, as much
-            of it as sampling from ``fade_level`` would have left.
-        fade_level: the noise level that is meant to be sampled from.
+            of it as sampling from ``fade_noise_level`` would have left.
+        fade_noise_level: the noise level that is meant to be sampled from.
         synthesis: the anomalies of training.
         train: the second training.
         noise_level: t that images are noised to, 0 .. T-1; T' in the code.
         steps: network evaluations from there to the clean image.
         adaptive: whether the drift is watched; else plain DDIM.
-        min_level: below this t an image that has not drifted becomes its own noised input.
+        min_noise_level: below this t an image that has not drifted becomes its own noised input.
         delta: drift at which an image is accepted; None takes the ``delta_quantile`` of what
-            normal images reach above ``min_level``.
+            normal images reach above ``min_noise_level``.
         delta_quantile: see there.
         fusion: which pixels keep the input then: ``off`` none, ``literal`` by the sigmoid of the
             drift (never less than half), ``calibrated`` by how far it is beyond ``delta``.
@@ -83,7 +83,7 @@ class GLADConfig(PriorConfig):
     anomaly_oriented: bool = True
     kappa: Literal[-1, 0, 1] = 1
     fade: Literal["linear", "matched"] = "matched"
-    fade_level: int = 100
+    fade_noise_level: int = 100
     synthesis: SynthesisConfig = field(
         default_factory=lambda: SynthesisConfig(ridges=1 / 3, opacity=(0.0, 0.8))
     )
@@ -93,7 +93,7 @@ class GLADConfig(PriorConfig):
     noise_level: int = inference(100)
     steps: int = inference(10)
     adaptive: bool = inference(True)
-    min_level: int = inference(30)
+    min_noise_level: int = inference(30)
     delta: float | None = inference(None)
     delta_quantile: float = inference(0.95)
     fusion: Literal["off", "literal", "calibrated"] = inference("calibrated")
@@ -108,8 +108,8 @@ class GLADConfig(PriorConfig):
         """Validate field values."""
         super().__post_init__()
         top = self.prior.num_timesteps - 1
-        check_ranges(self, noise_level=(0, top), fade_level=(0, top))
-        check_ranges(self, steps=(1, self.noise_level + 1), min_level=(0, self.noise_level))
+        check_ranges(self, noise_level=(0, top), fade_noise_level=(0, top))
+        check_ranges(self, steps=(1, self.noise_level + 1), min_noise_level=(0, self.noise_level))
         check_ranges(self, input_size=(32, math.inf), pixel_weight=(0, math.inf))
         check_ranges(self, delta_quantile=(0.001, 0.999))
         if self.radius is not None:
@@ -149,7 +149,7 @@ class GLADConfig(PriorConfig):
             ),
             noise_level=paper["noise_level"],
             steps=paper["steps"],
-            min_level=paper["min_level"],
+            min_noise_level=paper["min_noise_level"],
             pixel_weight=paper["pixel_weight"],
             fusion="literal",
             drift_features="wide_resnet50_2",
@@ -163,7 +163,7 @@ class GLADConfig(PriorConfig):
         )
 
 
-FEATURE_LEVEL = 25  # t at which the denoiser's own features are taken
+FEATURE_NOISE_LEVEL = 25  # t at which the denoiser's own features are taken
 TOP_DRIFT = 0.01  # the drift of an image is the mean of this fraction of its largest values
 
 
@@ -222,7 +222,7 @@ class GLAD(Method):
         offset = self.fade(t).to(normal)[:, None, None, None] * (anomalous - normal)
         noise, t = randn(normal, generator), t.to(normal.device)
         x_t = d.add_noise(normal + offset, t, noise)
-        abar = d.schedule.level(t, normal)
+        abar = d.schedule.alpha_bar(t, normal)
         target = noise + c.kappa * (abar / (1 - abar)).sqrt() * offset
         return F.mse_loss(network(x_t, t).float(), target)
 
@@ -232,7 +232,7 @@ class GLAD(Method):
             return t / self.config.prior.num_timesteps
         # DDIM with a perfect denoiser shrinks what is not normal by the ratio of these.
         ratio = self.diffusion.schedule.snr.sqrt()
-        return (ratio[self.config.fade_level] / ratio[t]).clamp(max=1)
+        return (ratio[self.config.fade_noise_level] / ratio[t]).clamp(max=1)
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         c, budget = self.config, options["budget"]
@@ -240,10 +240,10 @@ class GLAD(Method):
         for network in self.network.values():
             if isinstance(network, ImageNetFeatures):
                 network.load_weights()
-        options["budget"] = left(budget, {}, PRIOR_SHARE if c.anomaly_oriented else 1.0)
+        options["budget"] = remaining_budget(budget, {}, PRIOR_SHARE if c.anomaly_oriented else 1.0)
         reports = self.prior._fit(train, **options)
         if c.anomaly_oriented:
-            options["budget"] = left(budget, reports)
+            options["budget"] = remaining_budget(budget, reports)
             reports["anomaly_oriented"] = train_network(
                 self.network["denoiser"],
                 self.anomaly_oriented_loss,
@@ -260,7 +260,7 @@ class GLAD(Method):
         """Distance of the features of two images (B, C, H, W), (B, H, W); see the features."""
         extract = self.network[features]
         if features == DENOISER:  # it sees both through the same noise
-            extract = DenoiserFeatures(extract, self.diffusion, FEATURE_LEVEL)
+            extract = DenoiserFeatures(extract, self.diffusion, FEATURE_NOISE_LEVEL)
             extract = partial(extract, noise=torch.cat([noise, noise]))
         return perceptual_distance(extract, a, b, self.config.radius)
 
@@ -280,8 +280,8 @@ class GLAD(Method):
         1. *Drift*: the distance of the clean estimates of both (global adaptive steps).
         2. An image whose drift exceeds delta is **accepted**: t* = t. Its state keeps what drifted
            and takes the rest from the noised input (spatially adaptive fusion).
-        3. An image that has not drifted when t is below ``min_level`` is **reset**: t* = t, and it
-           goes on from its noised input alone.
+        3. An image that has not drifted when t is below ``min_noise_level`` is **reset**: t* = t,
+           and it continues from its noised input alone.
         4. One step of DDIM leads to the next noise level.
 
         Args:
@@ -306,7 +306,7 @@ class GLAD(Method):
                 a, b = (x0_hat[undecided] for x0_hat in estimates)
                 drift[undecided] = self.distance(a, b, noise[undecided], c.drift_features)
                 accepted = undecided & (drift_score(drift) > delta_)
-                reset = undecided & ~accepted & (t < c.min_level)
+                reset = undecided & ~accepted & (t < c.min_noise_level)
                 keep = self.fusion_weights(drift, accepted, reset, delta_)
                 # Fusing the states is fusing the clean estimates, as noise_hat is the same.
                 x_t = torch.where(keep < 1, keep * x_t + (1 - keep) * x_input, x_t)
@@ -361,7 +361,7 @@ class GLAD(Method):
     ) -> dict[str, Any]:
         """Also ``path``, the :class:`Reconstruction`, of images as prepared."""
         common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
-        prepared, generators = self.seen(images, seed, keys)
+        prepared, generators = self.network_inputs(images, seed, keys)
         found = self.reconstruct(prepared, randn(prepared, generators))
         drifts, states = ([x.cpu() for x in part] for part in (found.drifts, found.states))
         path = found._replace(
@@ -376,7 +376,7 @@ class GLAD(Method):
         s = self.network["statistics"]
         drifts, parts = [], []
         for batch in calibration.split(BATCH_SIZE):
-            images, generators = self.seen(batch, 0)
+            images, generators = self.network_inputs(batch, 0)
             noise = randn(images, generators)
             found = self.reconstruct(images, noise, delta=math.inf)  # each is watched to the end
             drifts.append(torch.stack(found.drifts).cpu())
@@ -390,12 +390,12 @@ class GLAD(Method):
     def _learn_drifts(self, timesteps: list[int], drifts: Tensor) -> None:
         """Set delta and spread from drifts (levels, N, H, W) of normal images at all levels."""
         c, s = self.config, self.network["statistics"]
-        above = [i for i, t in enumerate(timesteps) if i > 0 and t >= c.min_level]
+        above = [i for i, t in enumerate(timesteps) if i > 0 and t >= c.min_noise_level]
         if not above:
             raise ValueError(
                 f"{c.steps} steps from noise_level={c.noise_level} visit no level at or above "
-                f"min_level={c.min_level} where a drift could be seen; take more steps, a lower "
-                "min_level, or adaptive=False"
+                f"min_noise_level={c.min_noise_level} where drift could be measured; use more "
+                "steps, a lower min_noise_level, or adaptive=False"
             )
         scores = torch.stack([drift_score(drifts[i]) for i in above]).amax(0)
         s.delta.fill_(conformal_threshold(scores.numpy(), c.delta_quantile))

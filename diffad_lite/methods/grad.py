@@ -25,7 +25,13 @@ from diffad_lite.diffusion.gaussian import GaussianDiffusion, randn
 from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
 from diffad_lite.methods.base import BATCH_SIZE, Method, MethodConfig, Networks
 from diffad_lite.networks.patchnet import PatchDetector, PatchDiff
-from diffad_lite.training.loop import FitOptions, TrainReport, left, random_flips, train_network
+from diffad_lite.training.loop import (
+    FitOptions,
+    TrainReport,
+    random_flips,
+    remaining_budget,
+    train_network,
+)
 from diffad_lite.training.state import TrainConfig
 
 # ------------------------------------------------------------------------ weights of patterns
@@ -178,8 +184,8 @@ class GRADConfig(MethodConfig):
             PatchDiff has drawn a window anew.
         steps: network evaluations for each of them.
         windows: range of the sides of these windows, as fractions of the image's.
-        levels: range of the noise levels that they begin at, as fractions of T.
-        twin_level: t that normal images are noised to and denoised from by each PatchDiff, to
+        noise_levels: range of the noise levels that they begin at, as fractions of T.
+        twin_noise_level: t that normal images are noised to and denoised from by each PatchDiff, to
             stand among the normal ones: so its touch alone is not what the detector learns.
         extra: convolutions that widen the detector's receptive field, 22 + 8 extra pixels.
         train: the detector, weights being 1 in the first third.
@@ -201,8 +207,8 @@ class GRADConfig(MethodConfig):
     n_patterns: int = 256
     steps: int = 40
     windows: tuple[float, ...] = (0.0625, 0.75)
-    levels: tuple[float, ...] = (0.2, 1.0)
-    twin_level: int = 30
+    noise_levels: tuple[float, ...] = (0.2, 1.0)
+    twin_noise_level: int = 30
     extra: int = 2
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -217,8 +223,8 @@ class GRADConfig(MethodConfig):
         super().__post_init__()
         check_ranges(self, num_timesteps=(1, math.inf), n_patterns=(1, math.inf))
         check_ranges(self, steps=(1, self.num_timesteps), extra=(0, 100))
-        check_ranges(self, twin_level=(0, self.num_timesteps - 1))
-        for name in ("windows", "levels"):
+        check_ranges(self, twin_noise_level=(0, self.num_timesteps - 1))
+        for name in ("windows", "noise_levels"):
             ends = getattr(self, name)
             if len(ends) != 2 or not 0 < ends[0] <= ends[1] <= 1:
                 raise ValueError(f"GRADConfig.{name} must be (low, high) within 0..1, got {ends}")
@@ -358,8 +364,8 @@ class GRAD(Method):
         d = self.diffusion
         x_t = d.add_noise(x0, timesteps[0], noise)
         for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
-            eps_hat = network(x_t, torch.full((len(x0),), t, device=x0.device))
-            inside, _ = d.ddim_step(x_t, t, s, eps_hat)
+            noise_hat = network(x_t, torch.full((len(x0),), t, device=x0.device))
+            inside, _ = d.ddim_step(x_t, t, s, noise_hat)
             x_t = window * inside + (1 - window) * d.add_noise(x0, s, noise)
         return x_t.clamp(-1, 1)
 
@@ -375,7 +381,7 @@ class GRAD(Method):
         for i, chosen in enumerate(index):
             x0 = normal[chosen].to(self.device)
             window = draw_windows(x0, c.windows, generator)
-            low, high = c.levels  # gone through evenly, one a batch
+            low, high = c.noise_levels  # gone through evenly, one a batch
             level = low + (high - low) * (i + 0.5) / len(index)
             start = max(0, round(level * c.num_timesteps) - 1)
             timesteps = self.diffusion.schedule.timesteps(start, min(c.steps, start + 1))
@@ -395,7 +401,11 @@ class GRAD(Method):
 
     def twins(self, normal: Tensor, seed: int) -> Tensor:
         """Normal images as each PatchDiff leaves them when it has hardly changed anything."""
-        generator, level, parts = torch.Generator().manual_seed(seed), self.config.twin_level, []
+        generator, level, parts = (
+            torch.Generator().manual_seed(seed),
+            self.config.twin_noise_level,
+            [],
+        )
         timesteps = self.diffusion.schedule.timesteps(level, min(TWIN_STEPS, level + 1))
         for network in self.patchdiffs.values():
             for x0 in normal.split(BATCH_SIZE):
@@ -438,9 +448,9 @@ class GRAD(Method):
         pool = self.draw_pool(train, seed)
         normal = torch.cat([train, self.twins(train, seed)])
         reports["pool"] = TrainReport(0, time.monotonic() - started, torch.zeros(0))
-        options["budget"] = left(budget, reports, WARMUP_SHARE)
+        options["budget"] = remaining_budget(budget, reports, WARMUP_SHARE)
         reports["warmup"] = self.warm_up(normal, pool, **options)
-        options["budget"] = left(budget, reports)
+        options["budget"] = remaining_budget(budget, reports)
         reports["detector"] = self.train_detector(normal, pool, **options)
         return reports
 
@@ -449,7 +459,7 @@ class GRAD(Method):
     ) -> dict[str, TrainReport]:
         """Train each PatchDiff to predict noise; equal shares of the time."""
         share = GENERATORS_SHARE / len(self.patchdiffs)
-        options["budget"] = left(options["budget"], {}, share)
+        options["budget"] = remaining_budget(options["budget"], {}, share)
         config = self.config.train_patchdiff
         return {
             name: train_network(network, self.noise_loss, train, config, stage=name, **options)

@@ -48,7 +48,7 @@ class MDPSConfig(PriorConfig):
             pixels outside of it end as those of the picture; ``code`` replaces their state before
             each step, guides all pixels, and divides by one norm of the whole batch.
         noise_level: t that the picture is noised to in the second pass, 0 .. T-1.
-        mask_level: likewise in the first pass, which finds the mask.
+        mask_noise_level: likewise in the first pass, which finds the mask.
         steps: network evaluations of a pass, for one sample.
         guidance: w in the second pass, for an image's own norm; 0 needs no gradients.
         mask_guidance: w in the first pass.
@@ -69,7 +69,7 @@ class MDPSConfig(PriorConfig):
     residual_resampling: bool = False
     mode: Literal["paper", "code"] = inference("paper")
     noise_level: int = inference(25)
-    mask_level: int = inference(25)
+    mask_noise_level: int = inference(25)
     steps: int = inference(5)
     guidance: float = inference(1.0)
     mask_guidance: float = inference(1.0)
@@ -87,8 +87,8 @@ class MDPSConfig(PriorConfig):
         """Validate field values."""
         super().__post_init__()
         top = self.prior.num_timesteps - 1
-        check_ranges(self, noise_level=(0, top), mask_level=(0, top), n_samples=(1, math.inf))
-        check_ranges(self, steps=(1, 1 + min(self.noise_level, self.mask_level)))
+        check_ranges(self, noise_level=(0, top), mask_noise_level=(0, top), n_samples=(1, math.inf))
+        check_ranges(self, steps=(1, 1 + min(self.noise_level, self.mask_noise_level)))
         for name in ("guidance", "mask_guidance", "pixel_weight", "mask_sigma"):
             check_ranges(self, **{name: (0, math.inf)})
         check_ranges(self, mask_quantile=(0, 1), input_size=(32, math.inf))
@@ -123,8 +123,8 @@ class MDPSConfig(PriorConfig):
             prior=replace(base.prior, base_channels=64, attention_levels=(3, 4, 5), train=train),
             residual_resampling=True,
             noise_level=paper["noise_level"],
-            mask_level=paper["mask_level"] or paper["noise_level"],
-            mask="estimated" if paper["mask_level"] else "none",
+            mask_noise_level=paper["mask_noise_level"] or paper["noise_level"],
+            mask="estimated" if paper["mask_noise_level"] else "none",
             steps=max(1, paper["noise_level"] // 20),
             guidance=paper["guidance"] * own_norm,
             mask_guidance=paper["mask_guidance"] * own_norm,
@@ -207,7 +207,7 @@ class MDPS(Method):
                 squares = squares.sum()
             # The gradient of a norm at zero is not defined; there is nothing to correct there.
             (gradient,) = torch.autograd.grad(squares.clamp_min(1e-20).sqrt().sum(), x_t)
-        sigma = (1 - d.schedule.level(t, x_t)).sqrt()
+        sigma = (1 - d.schedule.alpha_bar(t, x_t)).sqrt()
         return noise_hat.detach() + sigma * w * gradient
 
     @torch.no_grad()
@@ -253,7 +253,7 @@ class MDPS(Method):
     def first_sample(self, y: Tensor, generators: list[torch.Generator]) -> Tensor:
         """What the mask is found from: one sample, every pixel being suspect."""
         c, everywhere = self.config, torch.ones_like(y[:, :1])
-        return self.sample(y, everywhere, c.mask_level, c.mask_guidance, generators)
+        return self.sample(y, everywhere, c.mask_noise_level, c.mask_guidance, generators)
 
     def find_mask(self, y: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Suspect pixels, 1, else 0, (B, 1, H, W)."""
@@ -291,7 +291,7 @@ class MDPS(Method):
     ) -> dict[str, Any]:
         """Also ``mask`` (B, 1, H, W), ``samples`` (n, B, C, H, W) and ``maps`` (n, B, H, W)."""
         common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
-        y, generators = self.seen(images, seed, keys)
+        y, generators = self.network_inputs(images, seed, keys)
         mask = self.find_mask(y, generators)
         samples, maps = self.posterior(y, mask, generators)
         return common | {"mask": mask.cpu(), "samples": samples.cpu(), "maps": maps.cpu()}
@@ -302,7 +302,7 @@ class MDPS(Method):
         self._check_calibration(calibration)
         c, s, parts = self.config, self.network["statistics"], []
         for batch in calibration.split(BATCH_SIZE):
-            y, generators = self.seen(batch, 0)
+            y, generators = self.network_inputs(batch, 0)
             parts.append(self.distances(y, self.first_sample(y, generators)))
         features, pixels = (torch.cat(part) for part in zip(*parts, strict=True))
         s.pixel_scale.fill_(peak_ratio(features, pixels))

@@ -61,7 +61,7 @@ def random_flips(images: Tensor, axes: tuple[int, ...], generator: torch.Generat
     return images
 
 
-def left(
+def remaining_budget(
     budget: float | None, reports: Mapping[str, TrainReport], share: float = 1.0
 ) -> float | None:
     """Seconds that a stage may take: a share of what earlier ones left; None without a budget."""

@@ -299,7 +299,7 @@ explore(at_threshold, threshold=ladder)
 # | $\bar\alpha_t = \prod_{s \le t} (1 - \beta_s)$ | `alphas_cumprod[t]` | signal left | MDPS: $\alpha_t$ |
 # | $\sigma_t = \sqrt{1 - \bar\alpha_t}$ | `(1 - abar).sqrt()` | noise level | |
 # | $\epsilon$ | `noise` | standard Gaussian noise | MDPS: also $n$ |
-# | $\hat\epsilon = \epsilon_\theta(x_t, t)$ | `eps_hat` | the network's estimate of it | |
+# | $\hat\epsilon = \epsilon_\theta(x_t, t)$ | `noise_hat` | the network's estimate of it | |
 # | $\hat x_0$ | `x0_hat` | clean image that $\hat\epsilon$ implies | |
 # | | `noise_level` | timestep to which a test image is noised | GLAD, MDPS: $T'$ |
 # | $A$ | `anomaly_map` | (H, W), large where anomalous | |

@@ -106,12 +106,12 @@ x0 = mu + tau * torch.randn(20_000, 1, 1, 1, generator=rng())  # (B, 1, 1, 1)
 
 # %% tags=["teaches:diffad_lite.diffusion.gaussian:GaussianDiffusion.add_noise", "teaches:diffad_lite.diffusion.gaussian:GaussianDiffusion.predict_x0"]
 def add_noise(schedule, x0, t, noise):
-    abar = schedule.level(t, x0)  # shaped so that it multiplies a batch
+    abar = schedule.alpha_bar(t, x0)  # shaped so that it multiplies a batch
     return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
 
 def predict_x0(schedule, x_t, t, noise):
-    abar = schedule.level(t, x_t)
+    abar = schedule.alpha_bar(t, x_t)
     return (x_t - (1 - abar).sqrt() * noise) / abar.sqrt()
 
 
@@ -187,7 +187,7 @@ legend = fig.axes[0].legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1)
 # %% tags=["context"]
 def exact_eps(x_t, t):
     """The best guess of the noise in x_t, for our data."""
-    abar = schedule.level(t, x_t)
+    abar = schedule.alpha_bar(t, x_t)
     mean, variance = abar.sqrt() * mu, abar * tau**2 + 1 - abar
     return (1 - abar).sqrt() * (x_t - mean) / variance
 
@@ -270,7 +270,7 @@ for t in (0, 10, 100, 300, 999):
 
 # %% tags=["teaches:diffad_lite.diffusion.gaussian:GaussianDiffusion.posterior"]
 def posterior(schedule, x_t, x0, t, t_prev):
-    abar, abar_prev = schedule.level(t, x_t), schedule.level(t_prev, x_t)
+    abar, abar_prev = schedule.alpha_bar(t, x_t), schedule.alpha_bar(t_prev, x_t)
     alpha = abar / abar_prev
     weight_x0 = abar_prev.sqrt() * (1 - alpha) / (1 - abar)
     weight_xt = alpha.sqrt() * (1 - abar_prev) / (1 - abar)
@@ -308,11 +308,11 @@ assert abs(near.mean() - mean) < 0.02 and abs(near.var() / variance - 1) < 0.1
 
 
 # %% tags=["teaches:diffad_lite.diffusion.gaussian:GaussianDiffusion.ddpm_step"]
-def ddpm_step(schedule, x_t, t, t_prev, eps_hat, noise):
-    abar, abar_prev = schedule.level(t, x_t), schedule.level(t_prev, x_t)
+def ddpm_step(schedule, x_t, t, t_prev, noise_hat, noise):
+    abar, abar_prev = schedule.alpha_bar(t, x_t), schedule.alpha_bar(t_prev, x_t)
     alpha = abar / abar_prev
-    x0_hat = (x_t - (1 - abar).sqrt() * eps_hat) / abar.sqrt()
-    mean = (x_t - (1 - alpha) / (1 - abar).sqrt() * eps_hat) / alpha.sqrt()
+    x0_hat = (x_t - (1 - abar).sqrt() * noise_hat) / abar.sqrt()
+    mean = (x_t - (1 - alpha) / (1 - abar).sqrt() * noise_hat) / alpha.sqrt()
     variance = (1 - alpha) * (1 - abar_prev) / (1 - abar)  # 0 at the last step
     return mean + variance.sqrt() * noise, x0_hat
 
@@ -419,7 +419,7 @@ y, rho = 0.5, 0.4  # what the gauge shows, and the standard deviation of its err
 
 def guided_eps(x_t, t):
     """The best guess of the noise, given x_t and the reading y."""
-    abar = schedule.level(t, x_t)
+    abar = schedule.alpha_bar(t, x_t)
     variance = abar * tau**2 + 1 - abar  # v_t
     x0_hat = diffusion.predict_x0(x_t, t, exact_eps(x_t, t))
     c = tau**2 * (1 - abar) / variance
@@ -653,9 +653,9 @@ def errors_at(network, x0, ts):
     errors = torch.empty(2, len(ts))
     for i, t in enumerate(ts):
         x_t = images.add_noise(x0, t, noise)
-        eps_hat = network(x_t, torch.full((len(x0),), t))
-        x0_hat = images.predict_x0(x_t, t, eps_hat)
-        errors[0, i] = (eps_hat - noise).square().mean()
+        noise_hat = network(x_t, torch.full((len(x0),), t))
+        x0_hat = images.predict_x0(x_t, t, noise_hat)
+        errors[0, i] = (noise_hat - noise).square().mean()
         errors[1, i] = (x0_hat - x0).square().mean().sqrt()
     return errors
 
@@ -858,8 +858,8 @@ def sample_with(scheduler, network, x, steps, **options):
     """The loop of a sampler in diffusers."""
     scheduler.set_timesteps(steps)
     for t in scheduler.timesteps:
-        eps_hat = network(x, t.expand(len(x)))
-        x = scheduler.step(eps_hat, t, x, **options).prev_sample
+        noise_hat = network(x, t.expand(len(x)))
+        x = scheduler.step(noise_hat, t, x, **options).prev_sample
     return x
 
 
@@ -943,7 +943,7 @@ assert last.x.max() <= 1
 # %% tags=["solution"]
 def predict_noise(schedule, x_t, t, x0):
     # BEGIN SOLUTION
-    abar = schedule.level(t, x_t)
+    abar = schedule.alpha_bar(t, x_t)
     return (x_t - abar.sqrt() * x0) / (1 - abar).sqrt()
     # END SOLUTION
 
@@ -990,24 +990,24 @@ print("right:", half_way)
 # %% [markdown] tags=["exercise"]
 # ### Exercise 01.3 ★★
 #
-# Write one DDIM step `my_ddim_step(schedule, x_t, t, t_next, eps_hat)` without clipping. It returns
+# Write one DDIM step `my_ddim_step(schedule, x_t, t, t_next, noise_hat)` without clipping. It returns
 # the new state and the clean estimate. Do not use methods of `GaussianDiffusion`.
 
 
 # %% tags=["solution"]
-def my_ddim_step(schedule, x_t, t, t_next, eps_hat):
+def my_ddim_step(schedule, x_t, t, t_next, noise_hat):
     # BEGIN SOLUTION
-    abar, abar_next = schedule.level(t, x_t), schedule.level(t_next, x_t)
-    x0_hat = (x_t - (1 - abar).sqrt() * eps_hat) / abar.sqrt()
-    return abar_next.sqrt() * x0_hat + (1 - abar_next).sqrt() * eps_hat, x0_hat
+    abar, abar_next = schedule.alpha_bar(t, x_t), schedule.alpha_bar(t_next, x_t)
+    x0_hat = (x_t - (1 - abar).sqrt() * noise_hat) / abar.sqrt()
+    return abar_next.sqrt() * x0_hat + (1 - abar_next).sqrt() * noise_hat, x0_hat
     # END SOLUTION
 
 
 # %% tags=["check"]
-x_t, eps_hat = torch.randn(2, 5, 1, 4, 4, generator=rng(22)).double()
+x_t, noise_hat = torch.randn(2, 5, 1, 4, 4, generator=rng(22)).double()
 for t, t_next in ((999, 500), (40, -1), (200, 300)):
-    state, x0_hat = my_ddim_step(schedule, x_t, t, t_next, eps_hat)
-    expected, expected_x0 = diffusion.ddim_step(x_t, t, t_next, eps_hat)
+    state, x0_hat = my_ddim_step(schedule, x_t, t, t_next, noise_hat)
+    expected, expected_x0 = diffusion.ddim_step(x_t, t, t_next, noise_hat)
     assert torch.allclose(x0_hat, expected_x0), f"the estimate is wrong at t = {t}"
     assert torch.allclose(state, expected), f"the state is wrong from {t} to {t_next}"
 print("right: also to the clean image (t = -1), and uphill")
@@ -1030,7 +1030,7 @@ a, y_a, rho_a = 3.0, 6.0, 0.5
 # %% tags=["solution"]
 def amplified_eps(x_t, t):
     # BEGIN SOLUTION
-    abar = schedule.level(t, x_t)
+    abar = schedule.alpha_bar(t, x_t)
     variance = abar * tau**2 + 1 - abar
     x0_hat = diffusion.predict_x0(x_t, t, exact_eps(x_t, t))
     c = tau**2 * (1 - abar) / variance

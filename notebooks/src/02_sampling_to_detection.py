@@ -142,8 +142,8 @@ def trajectory(method, images, generators):
     x_t = diffusion.add_noise(images, ts[0], method.draw_noise(images, generators))
     states = [Step(ts[0], x_t, None)]
     for t, t_next in zip(ts, [*ts[1:], -1], strict=True):
-        eps_hat = method.network(x_t, torch.full((len(x_t),), t, device=x_t.device))
-        x_t, x0_hat = diffusion.ddim_step(x_t, t, t_next, eps_hat)
+        noise_hat = method.network(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        x_t, x0_hat = diffusion.ddim_step(x_t, t, t_next, noise_hat)
         states.append(Step(t_next, x_t, x0_hat))
     return states
 

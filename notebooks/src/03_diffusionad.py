@@ -194,8 +194,8 @@ def one_step(images, t, generators):
     """Noise images (B, C, H, W) to t; state, estimated noise, clean estimate."""
     d, ts = method.diffusion, torch.full((len(images),), t, device=images.device)
     x_t = d.add_noise(images, ts, randn(images, generators))
-    eps_hat = denoiser(x_t, ts)
-    return x_t, eps_hat, d.clean_estimate(x_t, ts, eps_hat)
+    noise_hat = denoiser(x_t, ts)
+    return x_t, noise_hat, d.clean_estimate(x_t, ts, noise_hat)
 
 
 # %% [markdown]
@@ -205,7 +205,7 @@ def one_step(images, t, generators):
 # %% tags=["teaches:diffad_lite.methods.diffusionad:DiffusionAD.norm_guidance"]
 def norm_guidance(method, x_t, t, noise_hat, norm, w):
     """The estimate from x_t (B, C, H, W), led towards the reference; t is (B,)."""
-    abar = method.diffusion.schedule.level(t, x_t)
+    abar = method.diffusion.schedule.alpha_bar(t, x_t)
     norm_t = abar.sqrt() * norm + (1 - abar).sqrt() * noise_hat
     corrected = noise_hat - w * (1 - abar).sqrt() * (norm_t - x_t)
     return method.diffusion.clean_estimate(x_t, t, corrected)
@@ -216,10 +216,10 @@ def norm_guidance(method, x_t, t, noise_hat, norm, w):
 
 # %%
 x, generators = to_range(three.to(device)), noise_generators(three_keys, seed)
-x_t, eps_hat, small = one_step(x, c.noise_level, generators)
+x_t, noise_hat, small = one_step(x, c.noise_level, generators)
 _, _, big = one_step(x, c.noise_level_big, generators)  # the next noise of each image
 t_small = torch.full((len(x),), c.noise_level, device=device)
-guided = norm_guidance(method, x_t, t_small, eps_hat, big, c.guidance)
+guided = norm_guidance(method, x_t, t_small, noise_hat, big, c.guidance)
 with torch.no_grad():
     logits = judge(torch.cat([x, guided], dim=1))  # S: (B, 2C, H, W) -> (B, 1, H, W)
 maps = logits.sigmoid()[:, 0]
@@ -254,11 +254,11 @@ for name, score in zip(names, scores, strict=True):
 
 # %%
 schedule = method.diffusion.schedule
-free = method.diffusion.predict_x0(x_t, c.noise_level, eps_hat)  # not clipped
+free = method.diffusion.predict_x0(x_t, c.noise_level, noise_hat)  # not clipped
 for w in (0.0, 0.5, 1.0, 3.0, 10.0):
     m = w * (1 - float(schedule.alphas_cumprod[c.noise_level]))
     mix = ((1 - m) * free + m * big).clamp(-1, 1)
-    led = method.norm_guidance(x_t, t_small, eps_hat, big, w)
+    led = method.norm_guidance(x_t, t_small, noise_hat, big, w)
     torch.testing.assert_close(led, mix, rtol=1e-4, atol=1e-4)
 print("norm guidance is the mix, for every w\n")
 print("   t   alphas_cumprod   share m at w = 1")

@@ -111,7 +111,9 @@ schedule, delta = diffusion.schedule, float(statistics.delta)
 delta = delta if c.delta is None else c.delta
 # %% tags=["context"]
 print(f"{len(labels)} test images, {labels.sum()} of them anomalous")
-print(f"from level {c.noise_level} in {c.steps} steps; min_level {c.min_level}")
+print(
+    f"from level {c.noise_level} in {c.steps} steps; min_noise_level {c.min_noise_level}"
+)
 print(f"delta {delta:.3f}")
 
 # %% [markdown]
@@ -282,7 +284,7 @@ print(f"own level against the best single one: {100 * saved:.0f} % less squared 
 #    Its score is the mean of the largest 1 % of it.
 # 4. If the score exceeds a threshold $\delta$, the image is **let go**: $t^* = t$, nobody watches it any
 #    more, and DDIM takes it to the end.
-# 5. If it does not, and $t$ is below $t_{\min}$ (`min_level`), the image is **reset**: its state becomes
+# 5. If it does not, and $t$ is below $t_{\min}$ (`min_noise_level`), the image is **reset**: its state becomes
 #    $x^{\rm in}_t$, nearly as if it had been noised to $t$ only (the next step still uses the
 #    $\hat\epsilon$ of the state that it had). Again $t^* = t$.
 # 6. Otherwise go on to the next level.
@@ -292,13 +294,13 @@ print(f"own level against the best single one: {100 * saved:.0f} % less squared 
 
 
 # %%
-def let_go(images, noise, x_t, eps_hat, t, t_star):
+def let_go(images, noise, x_t, noise_hat, t, t_star):
     """States after the decision at level t, and t* (-1: still watched)."""
     x_in = diffusion.add_noise(images, t, noise)
-    rec, inp = (diffusion.clean_estimate(state, t, eps_hat) for state in (x_t, x_in))
+    rec, inp = (diffusion.clean_estimate(state, t, noise_hat) for state in (x_t, x_in))
     drift = method.distance(inp, rec, noise, c.drift_features)  # (B, H, W)
     drifted = (t_star < 0) & (drift_score(drift) > delta)
-    reset = (t_star < 0) & ~drifted & (t < c.min_level)
+    reset = (t_star < 0) & ~drifted & (t < c.min_noise_level)
     x_t = torch.where(reset[:, None, None, None], x_in, x_t)
     return x_t, torch.where(drifted | reset, t, t_star)
 
@@ -311,9 +313,9 @@ def adaptive(images, noise):
     x_t = diffusion.add_noise(images, ts[0], noise)
     t_star = torch.full((len(images),), -1, device=images.device)
     for t, t_next in zip(ts, [*ts[1:], -1], strict=True):
-        eps_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
-        x_t, t_star = let_go(images, noise, x_t, eps_hat, t, t_star)
-        x_t, _ = diffusion.ddim_step(x_t, t, t_next, eps_hat)
+        noise_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        x_t, t_star = let_go(images, noise, x_t, noise_hat, t, t_star)
+        x_t, _ = diffusion.ddim_step(x_t, t, t_next, noise_hat)
     return x_t, t_star
 
 
@@ -326,7 +328,7 @@ theirs = method.with_settings(fusion="off").reconstruct(x, noise)
 torch.testing.assert_close(ours, theirs.x, rtol=1e-3, atol=1e-3)
 assert torch.equal(t_star, theirs.t_star)
 for name, t in zip(names, t_star.tolist(), strict=True):
-    print(f"{name:14} t* = {t}: {'let go' if t >= c.min_level else 'reset'}")
+    print(f"{name:14} t* = {t}: {'let go' if t >= c.min_noise_level else 'reset'}")
 
 # %% [markdown]
 # ### The network cancels
@@ -346,12 +348,12 @@ for name, t in zip(names, t_star.tolist(), strict=True):
 # %%
 t = glad.timesteps[len(glad.timesteps) // 2]
 x_in, state = diffusion.add_noise(x, t, noise), top  # any two states
-expected = (x_in - state) / schedule.level(t, x).sqrt()
+expected = (x_in - state) / schedule.alpha_bar(t, x).sqrt()
 with torch.no_grad():
     answers = {"the network": denoiser(state, torch.full((len(x),), t, device=device))}
 answers |= {"zero": torch.zeros_like(x), "chance": randn(x, rng(1))}
-for name, eps_hat in answers.items():
-    inp, rec = (diffusion.predict_x0(s, t, eps_hat) for s in (x_in, state))
+for name, noise_hat in answers.items():
+    inp, rec = (diffusion.predict_x0(s, t, noise_hat) for s in (x_in, state))
     torch.testing.assert_close(inp - rec, expected, rtol=1e-4, atol=1e-4)
     print(f"{name:12} difference {(inp - rec).abs().mean():.6f}")
 
@@ -387,7 +389,9 @@ offsets = (0.25, 0.5, 1.0, 2.0)
 
 def exact(x_t, t):
     """The best denoiser of the Gaussian."""
-    return (1 - schedule.level(t, x_t)).sqrt() * x_t / (v[t] ** 2)[:, None, None, None]
+    return (
+        (1 - schedule.alpha_bar(t, x_t)).sqrt() * x_t / (v[t] ** 2)[:, None, None, None]
+    )
 
 
 # %%
@@ -430,7 +434,7 @@ for offset in offsets:
 severities = (0.5, 1.5) if quick else (0.3, 0.6, 1.0, 1.5)
 at_severity = {s: load_dataset(*source, **options, severity=s) for s in severities}
 weaker = {s: at.test_images[normals : normals + pairs] for s, at in at_severity.items()}
-never = method.with_settings(delta=math.inf, min_level=0)  # watched to the end
+never = method.with_settings(delta=math.inf, min_noise_level=0)  # watched to the end
 
 
 # %%
@@ -456,7 +460,7 @@ fig, _ = plots.show_curves(
 )
 ax = fig.axes[0]
 ax.axhline(delta, color="black", linewidth=1, linestyle=":")
-ax.axvline(c.min_level, color="grey", linewidth=1, linestyle=":")
+ax.axvline(c.min_noise_level, color="grey", linewidth=1, linestyle=":")
 ax.invert_xaxis()
 
 # %% [markdown]
@@ -479,8 +483,8 @@ ax.invert_xaxis()
 # %%
 def let_go_at(curve, delta):
     """t* (B,) from drift scores (levels, B)."""
-    above = (curve > delta) & (torch.tensor(ts) >= c.min_level)[:, None]
-    last = next(t for t in ts if t < c.min_level)
+    above = (curve > delta) & (torch.tensor(ts) >= c.min_noise_level)[:, None]
+    last = next(t for t in ts if t < c.min_noise_level)
     first = [ts[int(row.float().argmax())] if row.any() else last for row in above.T]
     return np.array(first)
 
@@ -494,7 +498,7 @@ assert (theirs == stars[severities[-1]][:6]).mean() > 0.8  # the package's
 strengths = {"healthy": 0.0} | {s: s for s in severities}
 table = np.stack([stars[s] for s in strengths])  # (strengths, cells)
 for name, row in zip(strengths, table, strict=True):
-    away = (row >= c.min_level).mean()
+    away = (row >= c.min_noise_level).mean()
     print(f"{name!s:8} mean t* {row.mean():5.1f}, let go {100 * away:3.0f} %")
 
 
@@ -520,7 +524,7 @@ fig, _ = plots.show_curves(
     ylabel="mean of $t^*$",
     markers=True,
 )
-line = fig.axes[0].axhline(c.min_level, color="grey", linewidth=1, linestyle=":")
+line = fig.axes[0].axhline(c.min_noise_level, color="grey", linewidth=1, linestyle=":")
 legend = fig.axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5)
 
 # %% [markdown]
@@ -571,7 +575,7 @@ def two_ways(images):
         plain = method.with_settings(adaptive=False).reconstruct(x, noise)
         reset = method.with_settings(delta=math.inf).reconstruct(x, noise)
         watched = [
-            i for i, t in enumerate(reset.timesteps) if i > 0 and t >= c.min_level
+            i for i, t in enumerate(reset.timesteps) if i > 0 and t >= c.min_noise_level
         ]
         drift = torch.stack([drift_score(reset.drifts[i]) for i in watched]).amax(0)
         maps = [map_of(x, path.x, noise) for path in (plain, reset)]
@@ -667,7 +671,7 @@ line = fig.axes[0].axvline(delta, color="black", linewidth=1, linestyle=":")
 # %% tags=["context"]
 def shifted(x, faded, t, eps, kappa):
     """The target for images with an anomaly, ``faded``, of normal originals x."""
-    abar = schedule.level(t, x)
+    abar = schedule.alpha_bar(t, x)
     return eps + kappa * (abar / (1 - abar)).sqrt() * (faded - x)
 
 
@@ -721,7 +725,7 @@ def anomaly_oriented_loss(method, network, normal, generator):
     eps = randn(normal, generator)
     t = t.to(normal.device)
     x_t = d.add_noise(normal + anomaly, t, eps)
-    abar = d.schedule.level(t, normal)
+    abar = d.schedule.alpha_bar(t, normal)
     target = eps + method.config.kappa * (abar / (1 - abar)).sqrt() * anomaly
     return (network(x_t, t).float() - target).square().mean()
 
@@ -854,8 +858,8 @@ for kappa, network in networks.items():
     for images in (clean, defect):
         noised = diffusion.add_noise(images, t, noise_of(images, keys)).to(device)
         with torch.no_grad():
-            eps_hat = network(noised, torch.full((len(noised),), t, device=device))
-        estimates.append(diffusion.clean_estimate(noised, t, eps_hat).cpu())
+            noise_hat = network(noised, torch.full((len(noised),), t, device=device))
+        estimates.append(diffusion.clean_estimate(noised, t, noise_hat).cpu())
     row = f"{kappa:10d}{slope:6.2f}{1 - slope:11.2f}"
     row += f"{share_left(*estimates).mean():11.2f}"
     print(f"{row}{(estimates[0] - clean).abs().mean():17.4f}")
@@ -926,7 +930,7 @@ path, spread = fused["off"], float(statistics.spread)
 
 # %%
 stars = path.t_star.cpu().numpy()
-gone = np.argsort(-stars, kind="stable")[: max(1, (stars >= c.min_level).sum())]
+gone = np.argsort(-stars, kind="stable")[: max(1, (stars >= c.min_noise_level).sum())]
 at = [path.timesteps.index(int(path.t_star[i])) for i in gone]
 drift = torch.stack([path.drifts[k][i] for k, i in zip(at, gone, strict=True)]).cpu()
 weights = {"off": torch.ones_like(drift), "literal": drift.sigmoid()}
@@ -1288,7 +1292,7 @@ noise = noise_of(x, three_keys)
 for T_high in bigs:
     for value in deltas:
         at = method.with_settings(
-            noise_level=T_high, min_level=min(T_high, 30), delta=value
+            noise_level=T_high, min_noise_level=min(T_high, 30), delta=value
         )
         path = at.reconstruct(x, noise)
         maps = map_of(x, path.x, noise)
@@ -1366,14 +1370,14 @@ explore(frame, static=static, T_high=bigs, delta=deltas)
 # ### Exercise 04.1 ★
 #
 # With which settings is GLAD nothing but plain DDIM from $T'$, although `adaptive` stays on? Write
-# `never_reset()`, which returns a dictionary of settings for `variant` (`delta`, `min_level`, `fusion`;
+# `never_reset()`, which returns a dictionary of settings for `variant` (`delta`, `min_noise_level`, `fusion`;
 # those that you need).
 
 
 # %% tags=["solution"]
 def never_reset():
     # BEGIN SOLUTION
-    return {"delta": math.inf, "min_level": 0}
+    return {"delta": math.inf, "min_noise_level": 0}
     # END SOLUTION
 
 
@@ -1398,11 +1402,11 @@ print("right; t* =", found.t_star.tolist())
 #
 # The public code fuses clean estimates, $\hat x = m\,\hat x_{\rm rec} + (1-m)\,\hat x_{\rm in}$, and goes on
 # from $\hat x$ with the same $\hat\epsilon$. Which *state* at level $t$ has $\hat x$ as its clean estimate?
-# Write `fused_state(x_t, x_in, m, t, eps_hat)`; you may find that you do not need all of the arguments.
+# Write `fused_state(x_t, x_in, m, t, noise_hat)`; you may find that you do not need all of the arguments.
 
 
 # %% tags=["solution"]
-def fused_state(x_t, x_in, m, t, eps_hat):
+def fused_state(x_t, x_in, m, t, noise_hat):
     # BEGIN SOLUTION
     return m * x_t + (1 - m) * x_in
     # END SOLUTION

@@ -100,7 +100,9 @@ schedule = diffusion.schedule
 free = GaussianDiffusion(schedule, clip=None)  # clean estimates are not clipped
 # %% tags=["context"]
 print(f"{len(labels)} test images, {labels.sum()} of them anomalous")
-print(f"mask: one sample from level {c.mask_level}, the {c.mask_quantile:.0%} quantile")
+print(
+    f"mask: one sample from level {c.mask_noise_level}, the {c.mask_quantile:.0%} quantile"
+)
 print(f"map: {c.n_samples} samples from level {c.noise_level}; {c.steps} steps each")
 
 # %% [markdown]
@@ -230,7 +232,7 @@ tau, rho, y_seen = 0.5, 0.5, 1.0  # deviation of x_0, and of the observation's n
 
 def score_of_y(x_t, t, exact):
     """Gradient of log p(y | x_t), and the clean estimate."""
-    abar = schedule.level(t, x_t)
+    abar = schedule.alpha_bar(t, x_t)
     v = abar * tau**2 + 1 - abar
     slope = abar.sqrt() * tau**2 / v  # of the clean estimate
     unsure = tau**2 * (1 - abar) / v if exact else 0.0  # c_t
@@ -244,9 +246,9 @@ def posterior_samples(exact, steps, n=10_000):
     x_t = torch.randn(n, generator=generator)
     for t, t_next in zip(ts, [*ts[1:], -1], strict=True):
         likelihood, x0_hat = score_of_y(x_t, t, exact)
-        sigma = (1 - schedule.level(t, x_t)).sqrt()
-        eps_hat = free.predict_noise(x_t, t, x0_hat) - sigma * likelihood
-        x_t, _ = free.ddpm_step(x_t, t, t_next, eps_hat, randn(x_t, generator))
+        sigma = (1 - schedule.alpha_bar(t, x_t)).sqrt()
+        noise_hat = free.predict_noise(x_t, t, x0_hat) - sigma * likelihood
+        x_t, _ = free.ddpm_step(x_t, t, t_next, noise_hat, randn(x_t, generator))
     return x_t
 
 
@@ -309,9 +311,9 @@ def sample(method, y, mask, start, w, generators):
     x_t = d.add_noise(y, ts[0], randn(y, generators))
     for t, t_next in zip(ts, [*ts[1:], -1], strict=True):
         guided = method.guided_noise(x_t, t, y, w)
-        eps_hat = mask * guided + (1 - mask) * d.predict_noise(x_t, t, y)  # eq. 10
+        noise_hat = mask * guided + (1 - mask) * d.predict_noise(x_t, t, y)  # eq. 10
         fresh = randn(y, generators) if t_next >= 0 else torch.zeros_like(y)
-        x_t, _ = d.ddpm_step(x_t, t, t_next, eps_hat, fresh)
+        x_t, _ = d.ddpm_step(x_t, t, t_next, noise_hat, fresh)
     return x_t
 
 
@@ -367,7 +369,7 @@ y2, m2 = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])  # the second is sus
 
 def best_noise(x_t, t):
     """What the best denoiser says of x_t (n, 2)."""
-    abar = schedule.level(t, x_t)
+    abar = schedule.alpha_bar(t, x_t)
     gain = abar.sqrt() * Sigma @ (abar * Sigma + (1 - abar) * torch.eye(2)).inverse()
     return free.predict_noise(x_t, t, x_t @ gain.T)
 
@@ -380,10 +382,10 @@ def second_pixel(form, n=10_000):
     for t in ts:
         if form == "code":
             x_t = m2 * x_t + (1 - m2) * free.add_noise(y2, t, noise)
-        eps_hat = best_noise(x_t, t)
+        noise_hat = best_noise(x_t, t)
         if form == "paper":
-            eps_hat = m2 * eps_hat + (1 - m2) * free.predict_noise(x_t, t, y2)
-        x_t, _ = free.ddpm_step(x_t, t, t - 1, eps_hat, randn(x_t, generator))
+            noise_hat = m2 * noise_hat + (1 - m2) * free.predict_noise(x_t, t, y2)
+        x_t, _ = free.ddpm_step(x_t, t, t - 1, noise_hat, randn(x_t, generator))
     return x_t[:, 1]
 
 
@@ -422,12 +424,12 @@ def guided_noise(method, x_t, t, y, w):
     d, denoiser = method.diffusion, method.network["denoiser"]
     with torch.enable_grad():
         x_t = x_t.detach().requires_grad_()
-        eps_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
-        residual = y - d.predict_x0(x_t, t, eps_hat)
+        noise_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        residual = y - d.predict_x0(x_t, t, noise_hat)
         norms = residual.square().flatten(1).sum(1).sqrt()  # each image's own
         (gradient,) = torch.autograd.grad(norms.sum(), x_t)
-    sigma = (1 - d.schedule.level(t, x_t)).sqrt()
-    return (eps_hat + sigma * w * gradient).detach()
+    sigma = (1 - d.schedule.alpha_bar(t, x_t)).sqrt()
+    return (noise_hat + sigma * w * gradient).detach()
 
 
 # %% [markdown]
@@ -444,13 +446,13 @@ u, h = randn(one, rng(2)), 1e-5
 
 def norm(x_t):
     with torch.no_grad():
-        eps_hat = doubled.network["denoiser"](x_t, torch.full((1,), t, device=device))
-        return (one - diffusion.predict_x0(x_t, t, eps_hat)).norm()
+        noise_hat = doubled.network["denoiser"](x_t, torch.full((1,), t, device=device))
+        return (one - diffusion.predict_x0(x_t, t, noise_hat)).norm()
 
 
 # %%
 guided, plain = (guided_noise(doubled, x_t, t, one, w) for w in (1.0, 0.0))
-gradient = (guided - plain) / (1 - schedule.level(t, x_t)).sqrt()
+gradient = (guided - plain) / (1 - schedule.alpha_bar(t, x_t)).sqrt()
 slope = (norm(x_t + h * u) - norm(x_t - h * u)) / (2 * h)
 print(f"finite difference {slope:.6f}, gradient {(gradient * u).sum():.6f}")
 torch.testing.assert_close((gradient * u).sum(), slope, rtol=1e-4, atol=1e-7)
@@ -529,7 +531,7 @@ for w, *point in zip(weights, wrong["no mask"], left["no mask"], strict=True):
 # ### Where it comes from
 #
 # It cannot come from the truth. MDPS finds it in a first pass: one sample with all pixels suspect, from level
-# `mask_level`; the map of its differences (below), blurred; and a threshold $\theta$:
+# `mask_noise_level`; the map of its differences (below), blurred; and a threshold $\theta$:
 # $m = 1$ where the map exceeds $\theta$. In the public code
 #
 # $$\theta = \min + \text{fraction} \cdot (\max - \min) , \quad \text{minimum and maximum over the maps of the whole test set,}$$
@@ -709,10 +711,10 @@ def started_from(t, variance=STANDARD_DEVIATION**2, n=10_000):
     generator = rng(seed)
     x_t = free.add_noise(torch.ones(n), t, torch.randn(n, generator=generator))
     for s in range(t, -1, -1):
-        level = schedule.level(s, x_t)
+        level = schedule.alpha_bar(s, x_t)
         x0_hat = level.sqrt() * variance / (level * variance + 1 - level) * x_t
-        eps_hat = free.predict_noise(x_t, s, x0_hat)
-        x_t, _ = free.ddpm_step(x_t, s, s - 1, eps_hat, randn(x_t, generator))
+        noise_hat = free.predict_noise(x_t, s, x0_hat)
+        x_t, _ = free.ddpm_step(x_t, s, s - 1, noise_hat, randn(x_t, generator))
     return x_t.mean().item()
 
 
@@ -1290,8 +1292,8 @@ def own_weights(w, residuals):
 few, t = defect[:3], 100
 x_t = diffusion.add_noise(few, t, randn(few, rng(5)))
 with torch.no_grad():
-    eps_hat = denoiser(x_t, torch.full((3,), t, device=device))
-residuals = few - diffusion.predict_x0(x_t, t, eps_hat)
+    noise_hat = denoiser(x_t, torch.full((3,), t, device=device))
+residuals = few - diffusion.predict_x0(x_t, t, noise_hat)
 wanted = method.with_settings(mode="code").guided_noise(x_t, t, few, 50.0)
 own_w = own_weights(50.0, residuals)
 assert own_w.shape == (3,), "one weight for each image"
@@ -1357,11 +1359,11 @@ for share in (0.1, 0.01):
 @torch.no_grad()
 def cheap_noise(x_t, t, y, w):
     # BEGIN SOLUTION
-    abar = schedule.level(t, x_t)
-    eps_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
-    residual = y - diffusion.predict_x0(x_t, t, eps_hat)
+    abar = schedule.alpha_bar(t, x_t)
+    noise_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
+    residual = y - diffusion.predict_x0(x_t, t, noise_hat)
     norms = residual.flatten(1).norm(dim=1)[:, None, None, None]
-    return eps_hat - (1 - abar).sqrt() * w * residual / (norms * abar.sqrt())
+    return noise_hat - (1 - abar).sqrt() * w * residual / (norms * abar.sqrt())
     # END SOLUTION
 
 
@@ -1369,17 +1371,17 @@ def cheap_noise(x_t, t, y, w):
 def constant_noise(x_t, t, y, w):
     """By autograd: the noise is found first, and held constant."""
     with torch.no_grad():
-        eps_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        noise_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
     x_t = x_t.detach().requires_grad_()
-    norms = (y - diffusion.predict_x0(x_t, t, eps_hat)).flatten(1).norm(dim=1)
+    norms = (y - diffusion.predict_x0(x_t, t, noise_hat)).flatten(1).norm(dim=1)
     (gradient,) = torch.autograd.grad(norms.sum(), x_t)
-    return eps_hat + (1 - schedule.level(t, x_t)).sqrt().detach() * w * gradient
+    return noise_hat + (1 - schedule.alpha_bar(t, x_t)).sqrt().detach() * w * gradient
 
 
 # %% tags=["check"]
 for t in (25, 100, 200):
     x_t = diffusion.add_noise(defect, t, randn(defect, rng(6)))
-    sigma = (1 - schedule.level(t, x_t)).sqrt()
+    sigma = (1 - schedule.alpha_bar(t, x_t)).sqrt()
     for w in (1.0, 3.0):
         cheap, wanted = (f(x_t, t, defect, w) for f in (cheap_noise, constant_noise))
         assert torch.allclose(cheap, wanted, atol=1e-4), f"differs at t = {t}, w = {w}"

@@ -449,7 +449,7 @@ assert not checked or worse[3] < 4 * worse[0] < worse[-1]
 # %% tags=["teaches:diffad_lite.diffusion.bernoulli:BernoulliDiffusion.posterior"]
 def posterior(diffusion, z_t, z0, t, s):
     """P(z_s = 1) for bits z_t, and a bit or a probability z0."""
-    abar_t, abar_s = (diffusion.schedule.level(i, z_t) for i in (t, s))
+    abar_t, abar_s = (diffusion.schedule.alpha_bar(i, z_t) for i in (t, s))
 
     def kernel(a, z):
         return a * z + (1 - a) / 2
@@ -1327,7 +1327,7 @@ for t_a, t_b in ((99, 199), (199, 199), (50, 500)):
 # %% tags=["solution"]
 def kept_step(z_t, z0, t, s):
     # BEGIN SOLUTION
-    abar_t, abar_s = schedule.level(t, z_t), schedule.level(s, z_t)
+    abar_t, abar_s = schedule.alpha_bar(t, z_t), schedule.alpha_bar(s, z_t)
     a = (1 - abar_s) / (1 - abar_t)  # so that the constants agree
     return a * z_t + (abar_s - a * abar_t) * z0
     # END SOLUTION
@@ -1365,7 +1365,7 @@ assert abs(right - 0.1) < 1e-9
 # %% tags=["solution"]
 def erasure_posterior(z_t, z0, t, s):
     # BEGIN SOLUTION
-    abar_t, abar_s = schedule.level(t, z_t), schedule.level(s, z_t)
+    abar_t, abar_s = schedule.alpha_bar(t, z_t), schedule.alpha_bar(s, z_t)
     erased_later = (abar_s - abar_t) / (1 - abar_t)
     return z0 * (z_t + (1 - z_t) * erased_later)
     # END SOLUTION
@@ -1373,7 +1373,7 @@ def erasure_posterior(z_t, z0, t, s):
 
 # %% tags=["check"]
 for t, s in ((199, 150), (199, 198), (999, 10), (50, -1)):
-    abar_t, abar_s = (schedule.level(i, torch.zeros(1).double()) for i in (t, s))
+    abar_t, abar_s = (schedule.alpha_bar(i, torch.zeros(1).double()) for i in (t, s))
     alpha, zeros, ones = abar_t / abar_s, *torch.tensor([[0.0], [1.0]]).double()
     zero_left = erasure_posterior(zeros, ones, t, s)
     assert erasure_posterior(ones, ones, t, s) == 1, "a one was never erased"

@@ -273,12 +273,12 @@ def patches(x, r):
 
 # %%
 def best_denoiser(r):
-    """eps_hat (B, 1, H, W) from x_t by the best clean estimate of field r."""
+    """noise_hat (B, 1, H, W) from x_t by the best clean estimate of field r."""
     known = patches(one, r)[0]  # (400, r r)
     centre = known[:, (r // 2) * r + r // 2]
 
     def denoise(x_t, t):
-        abar = diffusion.schedule.level(int(t[0]), x_t)
+        abar = diffusion.schedule.alpha_bar(int(t[0]), x_t)
         far = torch.cdist(patches(x_t, r).flatten(0, 1), abar.sqrt() * known).square()
         share = torch.softmax(-far / (2 * (1 - abar)), 1)
         return diffusion.predict_noise(x_t, int(t[0]), (share @ centre).view_as(x_t))
@@ -467,8 +467,8 @@ def redraw(method, network, x0, window, timesteps, noise):
     d = method.diffusion
     x_t = d.add_noise(x0, timesteps[0], noise)
     for t, s in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        eps_hat = network(x_t, torch.full((len(x0),), t, device=x0.device))
-        inside, _ = d.ddim_step(x_t, t, s, eps_hat)
+        noise_hat = network(x_t, torch.full((len(x0),), t, device=x0.device))
+        inside, _ = d.ddim_step(x_t, t, s, noise_hat)
         x_t = window * inside + (1 - window) * d.add_noise(x0, s, noise)
     return x_t.clamp(-1, 1)
 
@@ -527,7 +527,7 @@ assert not checked or found > 0.7
 levels, by_level = (0.1, 0.3, 0.5, 0.7, 1.0), {}
 for r, network in fields.items():
     for level in levels:
-        at = drawing(levels=(level, level))
+        at = drawing(noise_levels=(level, level))
         part, mask = parts_of_pool(at.draw_patterns(network, held_out, 8, rng(2)))
         found = places(usual, logits_of(part)[mask])
         by_level.setdefault(f"field {r}", []).append(found)

@@ -416,8 +416,8 @@ limit_watcher = limit_of(watcher.with_settings())
 
 @cache
 def watched(top, delta):
-    lowest = min(watcher.config.min_level, top)
-    at = watcher.with_settings(noise_level=top, min_level=lowest, delta=delta)
+    lowest = min(watcher.config.min_noise_level, top)
+    at = watcher.with_settings(noise_level=top, min_noise_level=lowest, delta=delta)
     seen = at.predict(three, seed=seed, keys=keys)
     return seen.reconstruction, seen.extras["t_star"].int().tolist(), seen.anomaly_map
 
@@ -465,7 +465,7 @@ assert max(held) < min(freely) if checked else max(held) <= max(freely)
 sampler, factors = methods["mdps"], (0.5, 2.0) if quick else (0.5, 1.0, 2.0)
 ws, ns = (0, 60) if quick else (0, 10, 60), (1, 2) if quick else (1, 2, 4)
 y = sampler.prepare(three).to(sampler.device)
-free = sampler.with_settings(noise_level=100, mask_level=100, n_samples=max(ns))
+free = sampler.with_settings(noise_level=100, mask_noise_level=100, n_samples=max(ns))
 theta = float(sampler.network["statistics"].mask_threshold)
 
 

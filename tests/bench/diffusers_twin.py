@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from diffad_lite.diffusion.gaussian import GaussianDiffusion, last, randn
+from diffad_lite.diffusion.gaussian import GaussianDiffusion, final_step, randn
 from diffad_lite.diffusion.schedules import NoiseSchedule
 from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
 from diffad_lite.networks.unet import UNet
@@ -97,7 +97,7 @@ def sample_ours(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
     schedule = NoiseSchedule.named(CONFIG.beta_schedule, CONFIG.num_timesteps)
     x = randn(torch.empty(shape, device=device), torch.Generator().manual_seed(0))
     timesteps = schedule.timesteps(CONFIG.num_timesteps - 1, STEPS)
-    return last(GaussianDiffusion(schedule).ddim_sample(network, x, timesteps)).x
+    return final_step(GaussianDiffusion(schedule).ddim_sample(network, x, timesteps)).x
 
 
 @torch.no_grad()

@@ -64,9 +64,9 @@ WATCH = """box => {
         return img && img.complete && img.naturalWidth ? img.src : null;
     };
     document.addEventListener('keydown', e => {
-        const before = shown();
+        const before = short_repr();
         const look = () => {
-            const now = shown();
+            const now = short_repr();
             if (now && now !== before) window.latencies.push(performance.now() - e.timeStamp);
             else requestAnimationFrame(look);
         };

@@ -124,7 +124,7 @@ def exact_denoiser(schedule: NoiseSchedule):
     """The posterior mean of the noise for data N(MU, SIGMA^2)."""
 
     def denoiser(x: Tensor, t: Tensor) -> Tensor:
-        abar = schedule.level(int(t[0]), x)
+        abar = schedule.alpha_bar(int(t[0]), x)
         return (1 - abar).sqrt() * (x - abar.sqrt() * MU) / (abar * SIGMA**2 + 1 - abar)
 
     return denoiser

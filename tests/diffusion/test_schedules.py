@@ -50,8 +50,8 @@ def test_snr_is_signal_over_noise_variance():
 
 def test_level_of_the_clean_image_is_one():
     schedule = NoiseSchedule.named("linear", 10)
-    assert schedule.level(-1, torch.zeros(2, 1, 3, 3)).item() == 1
-    mixed = schedule.level(torch.tensor([-1, 9, 0]), torch.zeros(3, 1, 3, 3))
+    assert schedule.alpha_bar(-1, torch.zeros(2, 1, 3, 3)).item() == 1
+    mixed = schedule.alpha_bar(torch.tensor([-1, 9, 0]), torch.zeros(3, 1, 3, 3))
     assert mixed.shape == (3, 1, 1, 1)
     expected = [1, schedule.alphas_cumprod[9].item(), schedule.alphas_cumprod[0].item()]
     assert mixed.flatten().tolist() == pytest.approx(expected, abs=1e-7)
@@ -60,7 +60,7 @@ def test_level_of_the_clean_image_is_one():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_level_has_the_type_of_what_it_multiplies(dtype):
     schedule = NoiseSchedule.named("cosine", 10)
-    level = schedule.level(torch.tensor([3]), torch.zeros(1, 2, dtype=dtype))
+    level = schedule.alpha_bar(torch.tensor([3]), torch.zeros(1, 2, dtype=dtype))
     assert level.dtype == dtype
     assert level.shape == (1, 1)
     assert level.item() == pytest.approx(schedule.alphas_cumprod[3].item(), rel=1e-7)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffad_lite.data.images import image_keys, undo_standardise
 from diffad_lite.data.readers import flip_axes
-from diffad_lite.diffusion.gaussian import last, noise_generators
+from diffad_lite.diffusion.gaussian import final_step, noise_generators
 from diffad_lite.methods import base as methods_base
 from diffad_lite.methods import checkpoints
 from diffad_lite.methods.anoddpm import AnoDDPM
@@ -513,7 +513,7 @@ def test_anoddpm_compares_with_the_average_reconstruction_of_its_noises():
     method, x = fit("anoddpm", config=config), pictures(2, seed=2)
     prediction = method.predict(x, seed=1)
     generators = noise_generators(image_keys(x), 1)
-    redrawn = torch.stack([last(method.trajectory(x, generators)).x for _ in range(3)])
+    redrawn = torch.stack([final_step(method.trajectory(x, generators)).x for _ in range(3)])
     assert (redrawn[0] - redrawn[1]).abs().max() > 1e-3
     average = redrawn.mean(0)
     torch.testing.assert_close(prediction.reconstruction, average, rtol=0, atol=1e-6)

@@ -125,7 +125,7 @@ def test_matched_fading_is_full_at_the_noise_level_and_falls_with_t():
 
 def test_an_infinite_delta_gives_plain_ddim_bit_for_bit():
     plain = method(adaptive=False)
-    watched = method(delta=1e9, min_level=0)
+    watched = method(delta=1e9, min_noise_level=0)
     x, noise = pictures(3), noises(3)
     a, b = plain.reconstruct(x, noise), watched.reconstruct(x, noise)
     assert torch.equal(a.x, b.x)
@@ -143,7 +143,7 @@ def test_estimates_differ_by_the_states_whatever_the_network_says():
     state, noise_hat = d.add_noise(pictures(2, 5).double(), 50, noise), noises(2, 9).double()
     x_input = d.add_noise(x, 50, noise)
     difference = d.predict_x0(x_input, 50, noise_hat) - d.predict_x0(state, 50, noise_hat)
-    expected = (x_input - state) / d.schedule.level(50, x).sqrt()
+    expected = (x_input - state) / d.schedule.alpha_bar(50, x).sqrt()
     torch.testing.assert_close(difference, expected, atol=1e-12, rtol=0)
 
 
@@ -175,7 +175,7 @@ def pixel_distance(self, a, b, noise, features):
 
 def test_a_perfect_denoiser_never_drifts_and_gives_the_input_back(monkeypatch):
     monkeypatch.setattr(GLAD, "distance", pixel_distance)
-    made = method(delta=1e-3, min_level=40, noise_level=100, steps=10)
+    made = method(delta=1e-3, min_noise_level=40, noise_level=100, steps=10)
     x, noise = 0.5 * pictures(3), noises(3)
     made.network["denoiser"] = Perfect(noise)
     found = made.reconstruct(x, noise)
@@ -192,7 +192,7 @@ class GaussianDenoiser(torch.nn.Module):
         self.diffusion, self.variance = diffusion, 0.01
 
     def forward(self, x_t, t):
-        abar = self.diffusion.schedule.level(t, x_t)
+        abar = self.diffusion.schedule.alpha_bar(t, x_t)
         return x_t * (1 - abar).sqrt() / (abar * self.variance + 1 - abar)
 
 
@@ -210,20 +210,20 @@ def offsets(made: GLAD, values: list[float]):
 def test_larger_anomalies_are_let_go_earlier(monkeypatch):
     monkeypatch.setattr(GLAD, "distance", pixel_distance)
     values = [0.0, 0.25, 0.5, 1.0, 2.0]
-    made = method(delta=0.3, min_level=50, noise_level=500, steps=25, fusion="off")
+    made = method(delta=0.3, min_noise_level=50, noise_level=500, steps=25, fusion="off")
     found = made.reconstruct(*offsets(made, values))
     t_star = found.t_star.tolist()
     assert t_star == sorted(t_star)
     assert t_star[0] < 50 <= t_star[-1]
     assert len(set(t_star)) >= 4
-    higher = method(delta=0.6, min_level=50, noise_level=500, steps=25, fusion="off")
+    higher = method(delta=0.6, min_noise_level=50, noise_level=500, steps=25, fusion="off")
     later = higher.reconstruct(*offsets(higher, values)).t_star
     assert (later <= found.t_star).all()
 
 
 def test_drift_on_the_gaussian_is_linear_in_the_offset(monkeypatch):
     monkeypatch.setattr(GLAD, "distance", pixel_distance)
-    made = method(delta=1e9, min_level=0, noise_level=500, steps=25)
+    made = method(delta=1e9, min_noise_level=0, noise_level=500, steps=25)
     found = made.reconstruct(*offsets(made, [0.0, 0.5, 1.0, 2.0]))
     for drift in found.drifts[5:]:
         mean = drift.mean((1, 2))
@@ -243,7 +243,7 @@ class Constant(torch.nn.Module):
 
 def test_images_do_not_see_each_other(monkeypatch):
     """Decisions are discrete: tested in float64, each image alone and in a batch."""
-    made = method(delta=0.02, min_level=10)
+    made = method(delta=0.02, min_noise_level=10)
     made.network.double()
     x, noise = pictures(5).double(), noises(5).double()
     together = made.reconstruct(x, noise)
@@ -283,7 +283,7 @@ def test_an_accepted_image_keeps_what_drifted_and_takes_the_rest_from_the_input(
 ):
     """A denoiser that predicts the drawn noise, but for a corner, where the state moves away."""
     monkeypatch.setattr(GLAD, "distance", pixel_distance)
-    made = method(delta=0.05, min_level=5, fusion=fusion, noise_level=100)
+    made = method(delta=0.05, min_noise_level=5, fusion=fusion, noise_level=100)
     made.network["statistics"].spread.fill_(0.01)
     x, noise = torch.zeros(1, 1, SIZE, SIZE), noises(1)
     wrong = noise.clone()
@@ -347,22 +347,22 @@ def test_delta_is_taken_from_normal_images_and_saved(tmp_path):
     loaded = GLAD.from_pretrained(tmp_path / "model")
     assert float(loaded.network["statistics"].delta) == delta
     t_star = made.predict(pictures(20, 1)).extras["t_star"]
-    drifted = (t_star >= made.config.min_level).float().mean()
+    drifted = (t_star >= made.config.min_noise_level).float().mean()
     assert drifted <= 0.1  # of the images that set it, one in twenty
 
 
 def test_nobody_looks_where_nothing_can_have_drifted():
-    made = method(delta=1e9, min_level=0)
+    made = method(delta=1e9, min_noise_level=0)
     found = made.reconstruct(pictures(2), noises(2))
     watched = [not drift.isnan().any() for drift in found.drifts]
     assert watched == [False] + [True] * (len(watched) - 1)
 
 
 def test_a_delta_needs_a_level_to_be_seen_at():
-    made = method(noise_level=100, steps=2, min_level=80)
+    made = method(noise_level=100, steps=2, min_noise_level=80)
     with pytest.raises(ValueError, match="2 steps from noise_level=100 visit no level"):
         made.calibrate(pictures(20, 1))
-    method(noise_level=100, steps=2, min_level=80, adaptive=False).calibrate(pictures(20, 1))
+    method(noise_level=100, steps=2, min_noise_level=80, adaptive=False).calibrate(pictures(20, 1))
 
 
 def test_explain_shows_the_path():
@@ -384,9 +384,9 @@ def test_lite_begins_with_the_lite_anoddpm():
 
 def test_the_paper_profile_takes_the_settings_of_its_category():
     c = GLADConfig.for_profile("paper", channels=3, image_size=256, category="capsule")
-    assert (c.noise_level, c.steps, c.min_level, c.pixel_weight) == (600, 25, 350, 0)
+    assert (c.noise_level, c.steps, c.min_noise_level, c.pixel_weight) == (600, 25, 350, 0)
     c = GLADConfig.for_profile("paper", channels=3, image_size=256, category="pcb1")
-    assert (c.noise_level, c.steps, c.min_level, c.pixel_weight) == (450, 15, 200, 1)
+    assert (c.noise_level, c.steps, c.min_noise_level, c.pixel_weight) == (450, 15, 200, 1)
     assert c.prior.beta_schedule == "scaled_linear"
     assert (c.standardise, c.synthesis.foreground) == (False, "all")
     assert c.delta is None  # the table's deltas are distances of DINO's features
@@ -401,7 +401,7 @@ def test_the_paper_profile_takes_the_settings_of_its_category():
     [
         ("noise_level", 1000),
         ("steps", 0),
-        ("min_level", 101),
+        ("min_noise_level", 101),
         ("radius", -1),
         ("pixel_weight", -1.0),
     ],

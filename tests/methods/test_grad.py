@@ -224,7 +224,7 @@ def test_loss_counts_drawn_locations_only():
 
 
 def test_twins_are_normal_images_that_every_generator_has_touched():
-    made, normal = GRAD(config(twin_level=30)), pictures(5)
+    made, normal = GRAD(config(twin_noise_level=30)), pictures(5)
     twins = made.twins(normal, 0)
     assert twins.shape == (2 * 5, 1, SIZE, SIZE)
     assert torch.equal(twins, made.twins(normal, 0))
@@ -305,9 +305,9 @@ def test_the_paper_profile_can_be_built():
     [
         ({"blocks": ()}, "blocks are different numbers from 1 on"),
         ({"blocks": (2, 2)}, "blocks are different numbers from 1 on"),
-        ({"levels": (0.8, 0.4)}, r"GRADConfig.levels must be \(low, high\) within 0..1"),
+        ({"noise_levels": (0.8, 0.4)}, r"GRADConfig.noise_levels must be \(low, high\) within 0..1"),
         ({"windows": (0.5,)}, r"GRADConfig.windows must be \(low, high\) within 0..1"),
-        ({"twin_level": 1000}, "GRADConfig.twin_level must be"),
+        ({"twin_noise_level": 1000}, "GRADConfig.twin_noise_level must be"),
         ({"image_size": 30}, "image_size must be a multiple of 4"),
         ({"n_patterns": 0}, "GRADConfig.n_patterns must be"),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffad_lite.data.images import image_keys
-from diffad_lite.diffusion.gaussian import last, noise_generators
+from diffad_lite.diffusion.gaussian import final_step, noise_generators
 from diffad_lite.methods.bernoulli import Bernoulli, BernoulliConfig
 from diffad_lite.training.state import TrainConfig
 
@@ -51,10 +51,10 @@ def test_below_zero_the_code_is_forgotten():
     codes = (torch.rand(2, 8, 4, 4, generator=rng) < 0.5).float()
     z_t = (torch.rand(1, 8, 4, 4, generator=rng) < 0.5).float()
     made.diffusion.add_noise = lambda z, t, generators: z_t
-    ends = [last(made.chain(z[None], noise_generators(["a"], 0))).z for z in codes]
+    ends = [final_step(made.chain(z[None], noise_generators(["a"], 0))).z for z in codes]
     assert torch.equal(*ends)
     made.config = replace(made.config, threshold=0.5)
-    ends = [last(made.chain(z[None], noise_generators(["a"], 0))).z for z in codes]
+    ends = [final_step(made.chain(z[None], noise_generators(["a"], 0))).z for z in codes]
     assert not torch.equal(*ends)
 
 
@@ -72,7 +72,7 @@ def test_the_map_is_the_mean_over_chains():
                     for g, p in zip(generators, made.encode(x), strict=True)
                 ]
             )
-            decoded = made.decode(last(made.chain(z, generators)).z)
+            decoded = made.decode(final_step(made.chain(z, generators)).z)
             each.append((x - decoded).abs().mean(1))
     torch.testing.assert_close(maps, torch.stack(each).mean(0))
     assert reconstruction.shape == x.shape

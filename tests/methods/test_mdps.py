@@ -123,7 +123,7 @@ def test_guidance_is_the_gradient_of_the_norm(mode):
     y, x_t = pictures(2).double(), pictures(2, 7).double()
     d, denoiser = made.diffusion, made.network["denoiser"]
     plain = made.guided_noise(x_t, t, y, 0.0)
-    sigma = (1 - d.schedule.level(t, x_t)).sqrt()
+    sigma = (1 - d.schedule.alpha_bar(t, x_t)).sqrt()
     gradient = (made.guided_noise(x_t, t, y, 2.0) - plain) / (2.0 * sigma)
 
     def norm(x: Tensor) -> float:
@@ -147,7 +147,7 @@ class GaussianDenoiser(nn.Module):
         self.diffusion, self.variance = diffusion, variance
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        abar = self.diffusion.schedule.level(t, x_t)
+        abar = self.diffusion.schedule.alpha_bar(t, x_t)
         return x_t * (1 - abar).sqrt() / (abar * self.variance + 1 - abar)
 
 
@@ -177,7 +177,7 @@ def test_guidance_and_the_posterior_of_a_gaussian(exact, mean, deviation, monkey
     d = made.diffusion
 
     def guided(self, x_t, t, y, w):
-        abar = d.schedule.level(t, x_t)
+        abar = d.schedule.alpha_bar(t, x_t)
         total = abar * variance + 1 - abar
         gain = abar.sqrt() * variance / total
         spread = variance * (1 - abar) / total if exact else 0.0
@@ -186,7 +186,7 @@ def test_guidance_and_the_posterior_of_a_gaussian(exact, mean, deviation, monkey
         return noise_hat - (1 - abar).sqrt() * likelihood
 
     monkeypatch.setattr(MDPS, "guided_noise", guided)
-    made.config = replace(made.config, steps=1000, noise_level=999, mask_level=999)
+    made.config = replace(made.config, steps=1000, noise_level=999, mask_noise_level=999)
     y = torch.ones(40_000, 1, 1, 1)
     found = made.sample(y, ones(y), 999, 1.0, torch.Generator().manual_seed(0))
     assert float(found.mean()) == pytest.approx(mean, rel=0.02)
@@ -196,7 +196,7 @@ def test_guidance_and_the_posterior_of_a_gaussian(exact, mean, deviation, monkey
 def test_starting_from_the_noised_picture_is_an_observation_too():
     """Unguided: E[sample] = abar s^2 / (abar s^2 + 1 - abar) y."""
     made = gaussian(0.25)
-    made.config = replace(made.config, steps=241, noise_level=240, mask_level=240)
+    made.config = replace(made.config, steps=241, noise_level=240, mask_noise_level=240)
     y = torch.ones(40_000, 1, 1, 1)
     found = made.sample(y, ones(y), 240, 0.0, torch.Generator().manual_seed(0))
     abar = float(made.diffusion.schedule.alphas_cumprod[240])
@@ -316,7 +316,7 @@ def test_lite_is_the_lite_anoddpm_and_features_that_need_no_download():
 def test_the_paper_profile_is_the_official_network_and_table():
     shape = {"channels": 3, "image_size": 256}
     c = MDPSConfig.for_profile("paper", category="hazelnut", **shape)
-    assert (c.mask_level, c.noise_level, c.guidance, c.pixel_weight) == (250, 200, 0, 7)
+    assert (c.mask_noise_level, c.noise_level, c.guidance, c.pixel_weight) == (250, 200, 0, 7)
     assert c.mask_guidance == pytest.approx(50 / 8**0.5)
     texture = MDPSConfig.for_profile("paper", category="carpet", **shape)
     assert (texture.mask, texture.noise_level) == ("none", 250)

@@ -35,7 +35,7 @@ PNG = b"\x89PNG"
 
 
 @pytest.fixture
-def shown(monkeypatch):
+def short_repr(monkeypatch):
     displayed = []
     monkeypatch.setattr(module, "display", displayed.append)
     return displayed

@@ -453,7 +453,7 @@ def test_teaching_cells_equal_the_package(master):
 
 RIGHT = """\
 def add_noise(schedule, x0, t, eps):
-    abar = schedule.level(t, x0)
+    abar = schedule.alpha_bar(t, x0)
     return abar.sqrt() * x0 + (1 - abar).sqrt() * eps
 """
 ADD_NOISE = "diffad_lite.diffusion.gaussian:GaussianDiffusion.add_noise"
