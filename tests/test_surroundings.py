@@ -52,7 +52,7 @@ def place(tmp_path: Path) -> Path:
 
 
 SHAPES = ("evaluate", "--method", "anoddpm", "--dataset", "shapes", "--image-size", "16")
-SMALL = ("--profile", "ci", "--set", "train.steps=5", "--maps")
+SMALL = ("--profile", "ci", "--set", "denoiser.train.steps=5", "--maps")
 
 
 def test_the_same_seed_gives_the_same_bits_anywhere(place):

@@ -1,22 +1,60 @@
-"""Configurations are frozen dataclasses; here is their JSON form, overrides and fingerprints."""
+"""Configurations: frozen dataclasses, validated by pydantic; JSON, overrides, fingerprints."""
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
-import math
 import reprlib
 import typing
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
 Profile = typing.Literal["ci", "lite", "paper"]
+
+# Types of fields. Bounds that depend on another field stand in ``__post_init__``.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Timestep = Annotated[int, Field(ge=0)]  # 0 .. T-1
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Widths = Annotated[tuple[Count, ...], Field(min_length=1)]  # of U-Net levels, in base widths
+WORDS = {  # of pydantic, in messages
+    "an object": "a mapping",
+    "a valid array": "a list",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
+RULES = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 3, 120, 120, 60
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def configuration(cls: type[Config]) -> type[Config]:
+    """Make a class a frozen dataclass whose fields are validated, strictly, by their types.
+
+    Building one raises ValueError: the field, the expected and the actual value.
+    """
+    made: Any = pydantic.dataclasses.dataclass(frozen=True, config=RULES)(cls)
+    build: Callable[..., None] = made.__init__
+
+    @functools.wraps(build)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            build(self, *args, **kwargs)
+        except ValidationError as error:
+            raise _explained(error, cls.__qualname__, cls) from None
+
+    made.__init__ = __init__
+    return made
 
 
 def short_repr(value: Any) -> str:
@@ -29,7 +67,7 @@ def short_repr(value: Any) -> str:
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that does not exist, with the nearest one that does."""
+    """Return the error for a name that does not exist, with the nearest one that does."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -42,91 +80,77 @@ def check_profile(profile: str) -> None:
         raise unknown_name("profile", str(profile), typing.get_args(Profile))
 
 
+def check_at_most(config: Any, **limits: float) -> None:
+    """Check fields against limits that depend on other fields.
+
+    Raises:
+        ValueError: a field exceeds its limit.
+    """
+    for name, limit in limits.items():
+        if (value := getattr(config, name)) > limit:
+            where = f"{type(config).__qualname__}.{name}"
+            raise ValueError(f"{where} must be at most {limit}, got {short_repr(value)}")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as nested dictionaries of JSON types (tuples become lists)."""
+    """Return a dataclass as nested dictionaries of JSON types (tuples become lists)."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:
-    """The inverse of :func:`to_dict`.
+    """Build a configuration from nested dictionaries: the inverse of :func:`to_dict`.
 
     Raises:
         ValueError: a key that ``cls`` does not have, or a value that does not fit its field.
     """
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{cls.__qualname__} must be a mapping, got {short_repr(values)}")
-    types = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
-    kwargs = {}
-    for key, value in values.items():
-        if key not in known:
-            raise unknown_name(f"{cls.__qualname__} field", key, known)
-        kwargs[key] = convert(value, types[key], f"{cls.__qualname__}.{key}")
-    return cls(**kwargs)
+    return convert(values, cls, cls.__qualname__)
 
 
 def convert(value: Any, kind: Any, where: str) -> Any:
-    """Fit a JSON value to a type: dataclass, tuple, mapping, literal, optional, scalar, any.
+    """Fit a JSON value to a type: a configuration, or anything that pydantic knows.
 
     Raises:
         ValueError: it does not fit; the message begins with ``where``.
     """
-    if kind is Any:
-        return value
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{where} has fields of its own, got {short_repr(value)}")
-        return from_dict(kind, value)
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where} must be a list, got {short_repr(value)}")
-        return tuple(convert(v, args[0], where) for v in value)
-    if origin in (dict, Mapping):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} must be a mapping, got {short_repr(value)}")
-        for name, inner in value.items():
-            convert(name, args[0], f"a name in {where}")
-            convert(inner, args[1], f"{where}.{name:.100}")
-        return value
-    if origin is typing.Literal:
-        if value in args:
-            return value
-        known = ", ".join(map(repr, args))
-        raise ValueError(f"{where} must be one of {known}, got {short_repr(value)}")
-    if type(None) in args:
-        if value is None:
-            return None
-        kind = next(a for a in args if a is not type(None))
-        return convert(value, kind, where)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value) if abs(value) < 2**1000 else math.inf
-    if isinstance(kind, type) and type(value) is not kind:
-        raise ValueError(f"{where} must be of type {kind.__name__}, got {short_repr(value)}")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{where} must be a finite number, got {value}")
-    return value
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # a date, thousands of digits
+        raise ValueError(f"{where} must be a JSON value, got {short_repr(value)}") from None
+    try:
+        return _adapter(kind).validate_json(text)
+    except ValidationError as error:
+        raise _explained(error, where, kind) from None
 
 
-def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
-    """Check that the named fields of a dataclass lie in their ranges, both ends included.
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    is_configuration = dataclasses.is_dataclass(kind)  # which has its rules with it
+    return TypeAdapter(kind, config=None if is_configuration else RULES)
 
-    Raises:
-        ValueError: one does not.
-    """
-    for name, (low, high) in ranges.items():
-        value = getattr(config, name)
-        if not low <= value <= high:
-            wanted = f"at least {low}" if high == math.inf else f"in {low}..{high}"
-            where = f"{type(config).__qualname__}.{name}"
-            raise ValueError(f"{where} must be {wanted}, got {short_repr(value)}")
+
+def _explained(error: ValidationError, where: str, kind: Any) -> ValueError:
+    """Return the first fault as "<where> must be <expected>, got <actual>"."""
+    fault = error.errors(include_url=False)[0]
+    *path, name = ["", *fault["loc"]]
+    if fault["type"] == "value_error":
+        return fault["ctx"]["error"]  # raised by a ``__post_init__``
+    if fault["type"] == "unexpected_keyword_argument":
+        for part in path[1:]:
+            kind = typing.get_type_hints(kind)[part]
+        known = [field.name for field in dataclasses.fields(kind)]
+        return unknown_name(f"{kind.__qualname__} field", str(name), known)
+    place = ".".join([where, *(short_repr(part).strip("'") for part in fault["loc"])])
+    expected = fault["msg"].removeprefix("Input should be ")
+    for theirs, ours in WORDS.items():
+        expected = expected.replace(theirs, ours)
+    return ValueError(f"{place} must be {expected}, got {short_repr(fault['input'])}")
 
 
 def override(config: Config, assignments: Mapping[str, str]) -> Config:
-    """A copy with some fields replaced, as by ``--set train.steps=100``.
+    """Return a copy with some fields replaced, as by ``--set denoiser.train.steps=100``.
 
     Args:
-        config: any dataclass.
+        config: any configuration.
         assignments: dotted field name -> value as JSON; a bare word is taken as a string.
 
     Raises:
@@ -134,23 +158,23 @@ def override(config: Config, assignments: Mapping[str, str]) -> Config:
     """
     values = to_dict(config)
     for dotted, text in assignments.items():
-        *path, last = dotted.split(".")
+        *groups, name = dotted.split(".")
         node = values
-        for name in path:
-            if not isinstance(node.get(name), dict):
-                raise unknown_name("field", dotted, _dotted_names(values))
-            node = node[name]
-        if last not in node or isinstance(node[last], dict):
-            raise unknown_name("field", dotted, _dotted_names(values))
+        for group in groups:
+            if not isinstance(node.get(group), dict):
+                raise unknown_name("field", dotted, _flatten(values))
+            node = node[group]
+        if name not in node or isinstance(node[name], dict):
+            raise unknown_name("field", dotted, _flatten(values))
         try:
-            node[last] = json.loads(text)
+            node[name] = json.loads(text)
         except (ValueError, RecursionError):
-            node[last] = text
+            node[name] = text
     return from_dict(type(config), values)
 
 
 def changed_fields(a: Any, b: Any) -> set[str]:
-    """Dotted names of the fields in which two configurations differ."""
+    """Return the dotted names of the fields in which two configurations differ."""
     flat_a, flat_b = _flatten(to_dict(a)), _flatten(to_dict(b))
     return {name for name in flat_a.keys() | flat_b.keys() if flat_a.get(name) != flat_b.get(name)}
 
@@ -163,11 +187,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _dotted_names(values: Mapping[str, Any]) -> list[str]:
-    return list(_flatten(values))
-
-
 def config_hash(values: Mapping[str, Any]) -> str:
-    """Twelve hex digits that identify nested JSON values, whatever their order."""
+    """Return twelve hex digits that identify nested JSON values, whatever their order."""
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]

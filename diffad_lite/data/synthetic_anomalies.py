@@ -8,15 +8,15 @@ patches, though some kinds are related (ridges and cracks, dark tiles and dark a
 """
 
 import math
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from diffad_lite.core.config import check_ranges
+from diffad_lite.core.config import Fraction, configuration
 from diffad_lite.data.textures import change, foreign_textures, rand, shuffle_strips, texture_files
 
 Foreground = Literal["all", "part", "object"]
@@ -25,7 +25,7 @@ RIDGE_WIDTHS = (0.03, 0.1)  # of |noise|
 RIDGE_FINEST = 2  # finer ridges would be dust
 
 
-@dataclass(frozen=True)
+@configuration
 class SynthesisConfig:
     """What anomalies look like.
 
@@ -41,19 +41,17 @@ class SynthesisConfig:
         texture_root: folder of texture images, such as DTD's; empty takes made textures.
     """
 
-    share: float = 0.5
-    ridges: float = 0.0
-    threshold: float = 0.5
-    finest: int = 4
-    own: float = 0.5
+    share: Fraction = 0.5
+    ridges: Fraction = 0.0
+    threshold: Fraction = 0.5
+    finest: Annotated[int, Field(ge=0, le=8)] = 4
+    own: Fraction = 0.5
     opacity: tuple[float, ...] = (0.2, 0.8)
     foreground: Foreground = "all"
     texture_root: str = ""
 
     def __post_init__(self) -> None:
-        """Validate field values."""
-        check_ranges(self, share=(0, 1), ridges=(0, 1), threshold=(0, 1))
-        check_ranges(self, finest=(0, 8), own=(0, 1))
+        """Validate the range of opacities."""
         low, high = self.opacity if len(self.opacity) == 2 else (1.0, 0.0)
         if not 0 <= low <= high <= 1:
             raise ValueError(

@@ -9,8 +9,7 @@ masked Bernoulli diffusion (Wolleb et al. 2024, arXiv 2403.11667).
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,7 @@ Posterior = Callable[[Tensor, Tensor, int, int], Tensor]
 Process = Literal["symmetric", "erasure"]
 
 
-@dataclass(frozen=True)
-class BitStep:
+class BitStep(NamedTuple):
     """One moment of a sampling chain.
 
     Attributes:
@@ -41,11 +39,6 @@ class BitStep:
     flip: Tensor | None
     z0_hat: Tensor | None
     mask: Tensor
-
-    def cpu(self) -> "BitStep":
-        """The same on the CPU."""
-        flip, z0_hat = (None if x is None else x.cpu() for x in (self.flip, self.z0_hat))
-        return BitStep(self.t, self.z.cpu(), flip, z0_hat, self.mask.cpu())
 
 
 class BernoulliDiffusion:

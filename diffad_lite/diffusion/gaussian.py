@@ -7,8 +7,7 @@ an int64 tensor (B,). Everything here is a few lines of arithmetic around it.
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +49,7 @@ def noise_generators(keys: Sequence[str], seed: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int.from_bytes(d, "big") >> 1) for d in digests]
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One moment of a sampling trajectory.
 
     Attributes:

@@ -109,7 +109,7 @@ def _checked(values: Any, path: Path, name: str, fix: str) -> Result:
     """Add what records of older versions lack; raise ValueError for what no record has."""
     if not isinstance(values, dict) or "image_auroc" not in values:
         raise ValueError(f"{path} is no record of a run; delete it, or run 'diffad evaluate'")
-    result: Result = {"training": ""} | values | {"name": name, "file": path}
+    result: Result = {"training": ""} | values | {"name": name}
     where = f"{fix}: its record"
     _check_forms(result, FORMS, where)
     _check_forms(result["config"], {"calibrate": bool}, f"{where}: config")
@@ -117,7 +117,7 @@ def _checked(values: Any, path: Path, name: str, fix: str) -> Result:
         _check_forms(quality, {"aupro": float | None}, f"{where}: per_defect.{kind:.100}")
     if len({result[key] is None for key in MASKED}) > 1:
         raise ValueError(f"{where} has some of {', '.join(MASKED)}, but not all")
-    return result
+    return result | {"file": path}
 
 
 def _check_forms(values: Any, forms: Mapping[str, Any], where: str) -> None:

@@ -41,9 +41,9 @@ from diffad_lite.data.readers import flip_axes
 from diffad_lite.experiments.evaluate import evaluate, train
 from diffad_lite.experiments.run import Run, run_hash
 from diffad_lite.methods import get_method
-from diffad_lite.methods.anoddpm import AnoDDPM
+from diffad_lite.methods.anoddpm import AnoDDPMConfig
 from diffad_lite.methods.base import MethodConfig
-from diffad_lite.methods.checkpoints import is_training
+from diffad_lite.methods.denoiser import STAGE, DenoisingConfig
 
 Grid = Mapping[str, Any]
 DATA_KEYS = ("dataset", "category", "root", "image_size", "resize")
@@ -209,21 +209,33 @@ def attempt(grid: Grid, run: Run, out: Path, *, progress: bool = True) -> list[s
         return [f"{folder}: {type(error).__name__}: {error}"]
 
 
-def take_over_prior(run: Run, first: MethodConfig | None, out: Path) -> None:
-    """Copy AnoDDPM's training of the same data and seed, if it is ``first`` of the run's stages."""
+def share_denoiser(run: Run, config: MethodConfig, out: Path) -> None:
+    """Copy the denoiser that AnoDDPM trained for the same data and seed in the same way.
+
+    Nothing happens where there is none, where the run trains no denoiser on normal images alone,
+    or where it has begun already.
+    """
+    needed = config.denoiser_training if isinstance(config, DenoisingConfig) else None
     anoddpm = folder_of(replace(run, method="anoddpm", training=""), out)
     target = folder_of(run, out) / "state"
-    if first is None or target.exists():
+    if needed is None or target.exists():
         return
-    seed = anoddpm.name
-    for source in sorted(anoddpm.parent.glob(f"**/{seed}/state/diffusion.state.safetensors")):
+    for source in sorted(anoddpm.parent.glob(f"**/{anoddpm.name}/state/{STAGE}.state.safetensors")):
         record = source.parent / "training.json"
-        if not record.exists():
-            continue
-        training = read_json(record, "record of a training")
-        if is_training(training, AnoDDPM, first, run.seed, None):
+        if record.exists() and trained_denoiser(record, run.seed) == needed:
             write_atomically(target / source.name, partial(shutil.copyfile, source))
             return
+
+
+def trained_denoiser(record: Path, seed: int) -> dict[str, Any] | None:
+    """Return the ``denoiser_training`` of a finished ``training.json`` of AnoDDPM, else None."""
+    training = read_json(record, "record of a training")
+    try:
+        if (training["method"], training["seed"], training["budget"]) == ("anoddpm", seed, None):
+            return from_dict(AnoDDPMConfig, training["config"]).denoiser_training
+    except (ValueError, KeyError, TypeError):  # of another version
+        pass
+    return None
 
 
 def _run_one(grid: Grid, run: Run, out: Path, progress: bool) -> None:
@@ -233,7 +245,7 @@ def _run_one(grid: Grid, run: Run, out: Path, progress: bool) -> None:
     for scoring in planned:  # a misspelt setting fails before the training, not after it
         override(run.configure(data), scoring.settings)
         check_arguments(run.dataset, scoring.plant, run.resize, run.side)
-    take_over_prior(run, run.configure(data).first_stage, out)
+    share_denoiser(run, run.configure(data), out)
     trained = train(run, data, folder, progress=progress).config
     del data  # each scoring loads its own
     for scoring in planned:

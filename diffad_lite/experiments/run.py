@@ -1,13 +1,15 @@
 """What is run: the fields of one run, its data, its configuration, and their hash."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from diffad_lite.core.config import (
     Profile,
-    check_ranges,
     config_hash,
+    configuration,
     override,
     short_repr,
     to_dict,
@@ -20,7 +22,7 @@ from diffad_lite.methods.base import MethodConfig, get_method
 CI_TEST_IMAGES = 32
 
 
-@dataclass(frozen=True)
+@configuration
 class Run:
     """What is run. Two runs with equal fields and code give the same numbers.
 
@@ -48,7 +50,7 @@ class Run:
     resize: Resize = "squash"
     plant: str | None = None
     profile: Profile = "lite"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0  # what scikit-learn takes
     variant: str = "default"
     training: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -59,7 +61,6 @@ class Run:
         Folders are called after them, and must not leave the folder of all runs.
         """
         object.__setattr__(self, "image_size", self.side)
-        check_ranges(self, seed=(0, 2**32 - 1))  # what scikit-learn takes
         for name in ("method", "dataset", "resize", "variant", "training"):
             value = getattr(self, name)
             empty = not value and name != "training"

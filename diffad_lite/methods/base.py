@@ -6,19 +6,26 @@ once for all. A new method is a file beside this one, imported in ``methods/__in
 for tables in ``evaluation/records.py``.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Unpack
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from diffad_lite.core.config import Profile, check_profile, check_ranges, unknown_name
+from diffad_lite.core.config import (
+    Count,
+    NonNegative,
+    Profile,
+    check_profile,
+    configuration,
+    unknown_name,
+)
 from diffad_lite.core.files import read_yaml
 from diffad_lite.data.images import check_values, image_keys, standardise, undo_standardise
 from diffad_lite.diffusion.gaussian import noise_generators
@@ -33,35 +40,35 @@ def inference(default: Any) -> Any:
     return field(default=default, metadata={"inference": True})
 
 
-@dataclass(frozen=True)
+Channels = Literal[1, 3, 4]
+TopFraction = Annotated[float, Field(ge=1e-6, le=1)]
+Quantile = Annotated[float, Field(ge=0.001, le=0.999)]
+InputSize = Annotated[int, Field(ge=32)]  # side in pixels of an ImageNet network's input
+
+
+@configuration
 class MethodConfig:
     """What every method is configured by.
 
     Attributes:
         channels: of the images, 1, 3 or 4.
         image_size: side in pixels that the networks were designed for; other sizes also run.
-        standardise: bring each image to mean 0 and one deviation first; what an image's
-            brightness and contrast could tell is then lost.
+        standardise: bring each image to mean 0 and a common standard deviation first; the
+            image's brightness and contrast are then no longer visible.
         smooth_sigma: standard deviation, in pixels, of the Gaussian blur of the raw map; 0 = none.
-        calibrate: whether maps are standardised by position (mean and deviation over normals).
+        calibrate: whether maps are standardised by position (mean and standard deviation over
+            normal images).
         top_fraction: the image score is the mean of this fraction of the largest map values.
-        quantile: of the calibration scores, where the threshold of "anomalous" is put.
+        quantile: of the calibration scores, at which the threshold is set.
     """
 
-    channels: int = 1
-    image_size: int = 64
+    channels: Channels = 1
+    image_size: Count = 64
     standardise: bool = False
-    smooth_sigma: float = inference(1.0)
+    smooth_sigma: NonNegative = inference(1.0)
     calibrate: bool = inference(True)
-    top_fraction: float = inference(0.01)
-    quantile: float = inference(0.95)
-
-    def __post_init__(self) -> None:
-        """Validate field values."""
-        if self.channels not in (1, 3, 4):
-            raise ValueError(f"expected images of 1, 3 or 4 channels, got {self.channels}")
-        ranges = {"smooth_sigma": (0, math.inf), "top_fraction": (1e-6, 1)}
-        check_ranges(self, **ranges, quantile=(0.001, 0.999), image_size=(1, math.inf))
+    top_fraction: TopFraction = inference(0.01)
+    quantile: Quantile = inference(0.95)
 
     @classmethod
     def inference_fields(cls) -> frozenset[str]:
@@ -72,17 +79,12 @@ class MethodConfig:
         known = [f for base in cls.__mro__ if is_dataclass(base) for f in fields(base)]
         return frozenset(f.name for f in known if f.metadata.get("inference"))
 
-    @property
-    def first_stage(self) -> "MethodConfig | None":
-        """Configuration of AnoDDPM, if its whole training is the first stage of this method's."""
-        return None
-
     @classmethod
     def for_profile(
         cls,
         profile: Profile,
         *,
-        channels: int,
+        channels: Channels,
         image_size: int,
         dataset: str | None = None,
         category: str | None = None,
@@ -132,6 +134,21 @@ class Prediction:
             torch.cat(reconstructions) if reconstructions else None,
             {name: torch.cat([p.extras[name] for p in parts]) for name in first.extras},
         )
+
+
+Inferred = tuple[Tensor, Tensor | None, dict[str, Tensor]]  # map, reconstruction, extras
+Trace = dict[str, Any]
+
+
+def on_cpu(value: Any) -> Any:
+    """Move the tensors of nested lists, dictionaries and named tuples to the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: on_cpu(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [on_cpu(part) for part in value]
+    return type(value)(*map(on_cpu, value)) if isinstance(value, tuple) else value
 
 
 class Buffers(nn.Module):
@@ -219,16 +236,15 @@ class Method(Checkpointed, ABC):
 
     @abstractmethod
     def _infer(
-        self, images: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """Raw map (B, H, W), reconstruction or None, extras; for images on ``self.device``."""
+        self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
+    ) -> Inferred:
+        """Return raw map (B, H, W), reconstruction or None, and extras of one batch.
 
-    def explain(
-        self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
-    ) -> dict[str, Any]:
-        """Documented intermediates for figures, on the CPU; every method adds its own."""
-        prediction = self.predict(images, seed=seed, keys=keys)
-        return {"anomaly_map": prediction.anomaly_map, "reconstruction": prediction.reconstruction}
+        Args:
+            images: as the networks see them, on ``self.device``.
+            generators: one for each image.
+            trace: where to note intermediates for figures; the method documents them here.
+        """
 
     # ----------------------------------------------------------------- what users call
 
@@ -294,7 +310,6 @@ class Method(Checkpointed, ABC):
         self.threshold_ = conformal_threshold(self.calibration_scores_, self.config.quantile)
         return self
 
-    @exact()
     def predict(
         self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
     ) -> Prediction:
@@ -309,27 +324,43 @@ class Method(Checkpointed, ABC):
         Raises:
             ValueError: images of wrong shape, channels or range, NaN; wrong number of keys.
         """
-        self._check(images, "images")
-        keys = image_keys(images) if keys is None else keys
-        if len(keys) != len(images):
-            raise ValueError(f"{len(keys)} keys for {len(images)} images; give one for each")
-        parts = []
-        for start in range(0, len(images), BATCH_SIZE):
-            batch = images[start : start + BATCH_SIZE]
-            seen = self.network_inputs(batch, seed, keys[start : start + BATCH_SIZE])
-            maps, reconstruction, extras = self._infer(*seen)
-            if self.config.smooth_sigma > 0:
-                maps = blur(maps, self.config.smooth_sigma)
-            maps = maps.cpu()
-            if self.map_calibration_ is not None:
-                maps = torch.from_numpy(self.map_calibration_.apply(maps.numpy()))
-            extras = {name: value.cpu() for name, value in extras.items()}
-            if reconstruction is not None:
-                reconstruction = reconstruction.cpu()
-                if self.config.standardise:
-                    reconstruction = undo_standardise(reconstruction, batch)
-            parts.append(Prediction(self._score(batch, maps), maps, reconstruction, extras))
-        return Prediction.cat(parts)
+        keys = self._check_keys(images, keys)
+        starts = range(0, len(images), BATCH_SIZE)
+        batches = [slice(start, start + BATCH_SIZE) for start in starts]
+        return Prediction.cat([self._predict(images[b], seed, keys[b]) for b in batches])
+
+    def explain(
+        self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """Score a few images and return what was computed on the way, on the CPU, for figures.
+
+        Arguments and errors are those of :meth:`predict`.
+
+        Returns:
+            ``anomaly_map``, ``reconstruction``, and what ``_infer`` of the method documents.
+        """
+        trace: Trace = {}
+        prediction = self._predict(images, seed, self._check_keys(images, keys), trace)
+        shown = {"anomaly_map": prediction.anomaly_map, "reconstruction": prediction.reconstruction}
+        return shown | {name: on_cpu(value) for name, value in trace.items()}
+
+    @exact()
+    def _predict(
+        self, images: Tensor, seed: int, keys: Sequence[str], trace: Trace | None = None
+    ) -> Prediction:
+        """Predict one batch; ``trace`` collects intermediates."""
+        inputs = self.network_inputs(images, seed, keys)
+        maps, reconstruction, extras = self._infer(*inputs, trace)
+        if self.config.smooth_sigma > 0:
+            maps = blur(maps, self.config.smooth_sigma)
+        maps = maps.cpu()
+        if self.map_calibration_ is not None:
+            maps = torch.from_numpy(self.map_calibration_.apply(maps.numpy()))
+        if reconstruction is not None:
+            reconstruction = reconstruction.cpu()
+            if self.config.standardise:
+                reconstruction = undo_standardise(reconstruction, images)
+        return Prediction(self._score(images, maps), maps, reconstruction, on_cpu(extras))
 
     def network_inputs(
         self, images: Tensor, seed: int, keys: Sequence[str] | None = None
@@ -360,6 +391,14 @@ class Method(Checkpointed, ABC):
                 f"is for {(side, side)} (Config.image_size); resize the images"
             )
         check_values(images, what)
+
+    def _check_keys(self, images: Tensor, keys: Sequence[str] | None) -> Sequence[str]:
+        """Check images to score and return their keys, by default hashes of their pixels."""
+        self._check(images, "images")
+        keys = image_keys(images) if keys is None else keys
+        if len(keys) != len(images):
+            raise ValueError(f"{len(keys)} keys for {len(images)} images; give one for each")
+        return keys
 
     def _check_calibration(self, images: Tensor) -> None:
         self._check(images, "calibration")

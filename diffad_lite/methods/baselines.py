@@ -1,30 +1,29 @@
 """Baselines without diffusion, which every method is measured against.
 
 ``brightness`` is a control: it shows how much of a data set is solved by mean brightness alone.
-``mean_image`` compares with the average normal image, ``pca`` with the nearest image that the
-first principal components of the normal images can draw.
+``mean_image`` compares with the average normal image, ``pca`` with the projection of the image on
+the first principal components of the normal images.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, Self, Unpack
 
 import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from diffad_lite.core.config import Profile, check_ranges
-from diffad_lite.methods.base import Buffers, Method, MethodConfig, inference
+from diffad_lite.core.config import Count, Profile, configuration
+from diffad_lite.methods.base import Buffers, Inferred, Method, MethodConfig, Trace, inference
 from diffad_lite.training.loop import FitOptions, TrainReport
 
 
-@dataclass(frozen=True)
+@configuration
 class BrightnessConfig(MethodConfig):
     """Configuration of :class:`Brightness`.
 
     Attributes:
-        side: which deviations count: ``"both"``, or ``"darker"`` where physics says that a defect
-            can only take light away.
+        side: which deviations count: ``"both"``, or ``"darker"`` where a defect can only remove
+            light.
     """
 
     side: Literal["both", "darker"] = inference("both")
@@ -36,25 +35,20 @@ class BrightnessConfig(MethodConfig):
         return replace(base, side="darker" if dataset == "elpv" else "both")
 
 
-@dataclass(frozen=True)
+@configuration
 class PCAConfig(MethodConfig):
     """Configuration of :class:`PCAResidual`.
 
     Attributes:
-        n_components: at most, as few normal images allow fewer.
+        n_components: at most; few normal images allow fewer.
     """
 
     standardise: bool = True
-    n_components: int = 80
-
-    def __post_init__(self) -> None:
-        """Validate field values."""
-        super().__post_init__()
-        check_ranges(self, n_components=(1, math.inf))
+    n_components: Count = 80
 
 
 class Brightness(Method):
-    """Mean brightness of the image against that of normal images, in their deviations."""
+    """Mean brightness of the image, in standard deviations of that of normal images."""
 
     name = "brightness"
     trained = False
@@ -72,8 +66,8 @@ class Brightness(Method):
         return {}
 
     def _infer(
-        self, images: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
+    ) -> Inferred:
         return self._deviation(images.mean(1)), None, {}
 
     def _score(self, images: Tensor, maps: Tensor) -> Tensor:
@@ -85,7 +79,7 @@ class Brightness(Method):
 
 
 class MeanImage(Method):
-    """The distance to the average normal image, pixel by pixel."""
+    """Distance to the average normal image, pixel by pixel."""
 
     name = "mean_image"
     trained = False
@@ -101,14 +95,14 @@ class MeanImage(Method):
         return {}
 
     def _infer(
-        self, images: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
+    ) -> Inferred:
         reconstruction = self.network.mean.expand_as(images)
         return (images - reconstruction).abs().mean(1), reconstruction, {}
 
 
 class PCAResidual(Method):
-    """The distance to the nearest image in the span of the first principal components."""
+    """Distance to the nearest image in the span of the first principal components."""
 
     name = "pca"
     trained = False
@@ -132,8 +126,8 @@ class PCAResidual(Method):
         return {}
 
     def _infer(
-        self, images: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
+    ) -> Inferred:
         centred = images.flatten(1) - self.network.mean
         weights = centred @ self.network.components.T  # (B, n_components)
         projected = (self.network.mean + weights @ self.network.components).view_as(images)

@@ -1,27 +1,44 @@
 """Masked Bernoulli diffusion (Wolleb et al. 2024): flip the bits that do not belong.
 
-An autoencoder turns a picture into bits. A Bernoulli diffusion model, which has seen the codes of
-normal pictures only, is asked which bits of a noised code are wrong. Bits that it suspects may
-change from then on; all others are held at the picture's own. The difference to the decoded result
-is the anomaly map. Read top to bottom: configuration, two trainings, the masked chain, map.
+An autoencoder turns an image into bits. A Bernoulli diffusion model, trained on the codes of normal
+images only, predicts which bits of a noised code are flipped. Bits whose flip probability exceeds a
+threshold may change from then on; all others keep the image's value. The anomaly map is the
+difference to the decoded result. Read top to bottom: configuration, two trainings, the masked
+chain, map.
 
 After arXiv 2403.11667 and the official code (JuliaWolleb/Anomaly_berdiff). That code's forward
 process lacks a term (``process="erasure"``); the paper's is the default here.
 """
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, Unpack
+from collections.abc import Iterable, Iterator
+from dataclasses import field, replace
+from typing import Annotated, Any, Literal, Self, Unpack
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from diffad_lite.core.config import Profile, check_ranges
+from diffad_lite.core.config import (
+    Count,
+    NonNegative,
+    Profile,
+    Timestep,
+    Widths,
+    check_at_most,
+    configuration,
+)
 from diffad_lite.diffusion.bernoulli import BernoulliDiffusion, BitStep, Process, sample_bits
 from diffad_lite.diffusion.gaussian import final_step
 from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
-from diffad_lite.methods.base import Method, MethodConfig, Networks, exact, inference
+from diffad_lite.methods.base import (
+    Inferred,
+    Method,
+    MethodConfig,
+    Networks,
+    TopFraction,
+    Trace,
+    inference,
+)
 from diffad_lite.networks.autoencoder import AutoencoderConfig, BinaryAutoencoder
 from diffad_lite.networks.unet import UNet
 from diffad_lite.training.loop import FitOptions, TrainReport, remaining_budget, train_network
@@ -30,16 +47,16 @@ from diffad_lite.training.state import TrainConfig
 AUTOENCODER_SHARE = 0.5  # of a time budget
 
 
-@dataclass(frozen=True)
+@configuration
 class BernoulliConfig(MethodConfig):
     """Configuration of :class:`Bernoulli`; defaults are the lite profile at 64 pixels.
 
     Attributes:
         autoencoder: sizes of the autoencoder.
         edges: weight, in its loss, of the differences between neighbouring pixels.
-        code_weight: likewise of ``4 y (1 - y)``, y = P(bit = 1): a bit that is drawn anew each
-            time cannot be predicted. (The official code's term is another, and has weight 0.)
-        train_autoencoder: how it is trained.
+        code_weight: likewise of ``4 y (1 - y)``, y = P(bit = 1): a bit that changes from draw to
+            draw cannot be predicted. (The official code has another term, of weight 0.)
+        train_autoencoder: training of the autoencoder.
         beta_schedule: of the forward process.
         num_timesteps: T.
         process: ``symmetric``, or the official code's ``erasure``.
@@ -48,51 +65,49 @@ class BernoulliConfig(MethodConfig):
         channel_mults: widths of the levels.
         blocks_per_level: residual blocks.
         attention_levels: levels with self-attention.
-        train: how the flips are learnt.
-        noise_level: t that the code is noised to, 0 .. T-1; L - 1 in the paper.
+        train: training of the flip predictor.
+        noise_level: start timestep, 0 .. T-1; L - 1 in the paper.
         steps: network evaluations from there to a clean code.
-        threshold: P, of the probability of a flip, above which a bit is suspected; below 0 all
-            bits are free, at 1 none, and the map is the autoencoder's own residual.
-        suspect: a flip of the noisy ``state``, as published, or of the ``input`` bit.
+        threshold: P, of the flip probability; a bit above it may change. Below 0 all bits may
+            change; at 1 none may, and the map is the residual of the autoencoder.
+        suspect: whether the flip is that of the noisy ``state``, as published, or of the
+            ``input`` bit.
         n_chains: chains whose maps are averaged.
     """
 
     standardise: bool = True  # chosen on development defects and uncertain cells, as what follows
-    top_fraction: float = 0.03
+    top_fraction: TopFraction = 0.03
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    edges: float = 0.2
-    code_weight: float = 0.01
+    edges: NonNegative = 0.2
+    code_weight: NonNegative = 0.01
     train_autoencoder: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=4000, learning_rate=1e-3)
     )
     beta_schedule: BetaSchedule = "linear"
-    num_timesteps: int = 1000
+    num_timesteps: Count = 1000
     process: Process = "symmetric"
-    base_channels: int = 32
-    channel_mults: tuple[int, ...] = (1, 2)
-    blocks_per_level: int = 1
+    base_channels: Count = 32
+    channel_mults: Widths = (1, 2)
+    blocks_per_level: Count = 1
     attention_levels: tuple[int, ...] = (1,)
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=8000, batch_size=32, learning_rate=5e-4)
     )
-    noise_level: int = inference(99)
-    steps: int = inference(10)
-    threshold: float = inference(0.5)
+    noise_level: Timestep = inference(99)
+    steps: Count = inference(10)
+    threshold: Annotated[float, Field(ge=-1, le=1)] = inference(0.5)
     suspect: Literal["state", "input"] = inference("state")
-    n_chains: int = inference(4)
+    n_chains: Count = inference(4)
 
     def __post_init__(self) -> None:
-        """Validate field values."""
-        super().__post_init__()
-        check_ranges(self, num_timesteps=(1, math.inf), n_chains=(1, math.inf))
-        check_ranges(self, noise_level=(0, self.num_timesteps - 1))
-        check_ranges(self, edges=(0, math.inf), code_weight=(0, math.inf))
-        check_ranges(self, steps=(1, self.noise_level + 1), threshold=(-1, 1))
+        """Validate fields against each other."""
+        check_at_most(self, noise_level=self.num_timesteps - 1)
+        check_at_most(self, steps=self.noise_level + 1)
         factor = self.autoencoder.factor
         if self.image_size % factor:
             raise ValueError(
-                f"{type(self).__qualname__}.image_size {self.image_size} is no multiple of "
-                f"{factor}, the side of a cell of the autoencoder; choose another one of the two"
+                f"{type(self).__qualname__}.image_size must be a multiple of {factor}, the side of "
+                f"an autoencoder cell in pixels, got {self.image_size}"
             )
 
     @classmethod
@@ -143,10 +158,10 @@ class BernoulliConfig(MethodConfig):
 
 
 class Bernoulli(Method):
-    """Diffusion of bits, held where nothing is suspected.
+    """Diffusion of bits that keeps the bits without suspected flips.
 
-    Its evaluations are counted of the flips' network; the autoencoder adds one to encode an image
-    and one a chain to decode it.
+    Network evaluations are those of the flip predictor; the autoencoder adds one to encode an
+    image and one per chain to decode it.
     """
 
     name = "bernoulli"
@@ -168,19 +183,21 @@ class Bernoulli(Method):
         autoencoder = BinaryAutoencoder(c.channels, c.autoencoder)
         return Networks({"autoencoder": autoencoder, "flips": flips})
 
-    # Training: first the bits, then which of them are wrong.
+    # Training: first the bits, then which of them are flipped.
 
     def autoencoder_loss(self, network: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean absolute error of pixels and of differences between neighbours, and how unsure the
-        bits are; a scalar.
+        """Return the absolute error of pixels and of their differences, plus the code term.
+
+        A scalar; see ``edges`` and ``code_weight``.
         """
         decoded, y = network(x, generator)
-        error, unsure = decoded.float() - x, (4 * y * (1 - y)).mean()
+        error, uncertainty = decoded.float() - x, (4 * y * (1 - y)).mean()
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        return error.abs().mean() + self.config.edges * edges + self.config.code_weight * unsure
+        c = self.config
+        return error.abs().mean() + c.edges * edges + c.code_weight * uncertainty
 
     def flip_loss(self, network: nn.Module, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Cross entropy of the flips of codes drawn with P(bit = 1) = ``y``, in bits a bit."""
+        """Return the cross entropy of flips, in bits per bit; codes have P(bit = 1) = ``y``."""
         t = torch.randint(self.config.num_timesteps, (len(y),), generator=generator)
         return self.diffusion.loss(network, sample_bits(y, generator), t.to(y.device), generator)
 
@@ -210,17 +227,17 @@ class Bernoulli(Method):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """P(bit = 1) of the codes of images as prepared."""
+        """Return P(bit = 1) of the codes (B, bits, h, w) of images as the networks see them."""
         return self.network["autoencoder"].bit_probability(images)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures (B, C, H, W) of codes, clipped to [-1, 1]."""
+        """Return the images (B, C, H, W) of codes, clipped to [-1, 1]."""
         return self.network["autoencoder"].decode(z).clamp(-1, 1)
 
     @torch.no_grad()
     def chain(self, z: Tensor, generators: list[torch.Generator]) -> Iterator[BitStep]:
-        """Noise codes (B, bits, h, w) and repair them, yielding every state, the last one clean."""
+        """Noise codes (B, bits, h, w) and repair them; yield every state, the clean one last."""
         c = self.config
         timesteps = self.diffusion.schedule.timesteps(c.noise_level, c.steps)
         yield from self.diffusion.masked_sample(
@@ -228,28 +245,24 @@ class Bernoulli(Method):
         )
 
     def _infer(
-        self, images: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        y, residuals, reconstructions, changed = self.encode(images), [], [], []
+        self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
+    ) -> Inferred:
+        """Traced, of the first chain: ``code`` (B, bits, h, w), ``chain``, a list of
+        :class:`~diffad_lite.diffusion.bernoulli.BitStep`, and ``decoded`` (B, C, H, W), the image
+        of the unchanged code.
+        """
+        y, changed = self.encode(images), []
+        residuals: list[Tensor] = []
+        reconstructions: list[Tensor] = []
         for _ in range(self.config.n_chains):
             z = sample_bits(y, generators)
-            repaired = final_step(self.chain(z, generators)).z
+            steps: Iterable[BitStep] = self.chain(z, generators)
+            if trace is not None and not residuals:
+                trace |= {"code": z, "chain": list(steps), "decoded": self.decode(z)}
+                steps = trace["chain"]
+            repaired = final_step(steps).z
             reconstructions.append(self.decode(repaired))
             residuals.append((images - reconstructions[-1]).abs().mean(1))
             changed.append((repaired != z).float().mean(1))
-        extras = {"changed": torch.stack(changed).mean(0)}  # share of bits, (B, h, w)
+        extras = {"changed": torch.stack(changed).mean(0)}  # fraction of bits, (B, h, w)
         return torch.stack(residuals).mean(0), torch.stack(reconstructions).mean(0), extras
-
-    @exact()
-    def explain(
-        self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
-    ) -> dict[str, Any]:
-        """Of the first chain: ``code`` (B, bits, h, w), ``chain``, a list of
-        :class:`~diffad_lite.diffusion.bernoulli.BitStep`; and ``decoded`` (B, C, H, W), the
-        picture of the code as it is, in the range of the networks.
-        """
-        common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
-        prepared, generators = self.network_inputs(images, seed, keys)
-        z = sample_bits(self.encode(prepared), generators)
-        chain = [step.cpu() for step in self.chain(z, generators)]
-        return common | {"code": z.cpu(), "chain": chain, "decoded": self.decode(z).cpu()}

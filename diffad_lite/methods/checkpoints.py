@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar, get_type_hints
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 import torch
@@ -91,11 +91,19 @@ def claim(folder: Path, method: "Checkpointed", seed: int, budget: float | None)
     Raises:
         ValueError: the folder belongs to another method, configuration, seed or time budget.
     """
-    training = type(method), method.config, seed, budget
     path, fix = folder / "training.json", f"delete {folder} to start anew"
+    record = training_record(method, method.config, seed, budget)
     if not path.exists():
-        write_json(path, training_record(*training))
-    elif not is_training(read_json(path, "record of a training", fix), *training):
+        write_json(path, record)
+        return
+    stored = read_json(path, "record of a training", fix)
+    try:  # fields that an older record lacks are defaults
+        config = from_dict(method.Config, stored["config"])
+        same = training_record(method, config, stored["seed"], stored["budget"]) == record
+        same = same and stored["method"] == method.name
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
         raise ValueError(
             f"{folder} holds a training of another method, configuration or seed, or with another "
             "time budget; choose another output folder, or delete that one to start anew"
@@ -103,24 +111,12 @@ def claim(folder: Path, method: "Checkpointed", seed: int, budget: float | None)
 
 
 def training_record(
-    method: type["Checkpointed"], config: Any, seed: int, budget: float | None
+    method: "Checkpointed", config: Any, seed: int, budget: float | None
 ) -> dict[str, Any]:
-    """What tells one training from another: settings of inference do not count."""
-    fixed = {k: v for k, v in to_dict(config).items() if k not in method.Config.inference_fields()}
+    """Return what identifies a training; inference settings do not count."""
+    inference = method.Config.inference_fields()
+    fixed = {name: value for name, value in to_dict(config).items() if name not in inference}
     return {"method": method.name, "seed": seed, "budget": budget, "config": fixed}
-
-
-def is_training(
-    record: Any, method: type["Checkpointed"], config: Any, seed: int, budget: float | None
-) -> bool:
-    """Whether a record is of this training; configuration fields that it lacks are defaults."""
-    try:
-        stored: Any = from_dict(method.Config, record["config"])
-        filled = training_record(method, stored, record["seed"], record["budget"])
-        same_method = record["method"] == method.name
-    except (ValueError, KeyError, TypeError):
-        return False
-    return same_method and filled == training_record(method, config, seed, budget)
 
 
 def save(
@@ -224,13 +220,9 @@ def load(cls: type[M], folder: Path) -> M:
 
 def with_settings(method: M, changes: Mapping[str, Any]) -> M:
     """See :meth:`Checkpointed.with_settings`."""
-    kinds = get_type_hints(type(method.config))
-    for name in changes.keys() - kinds.keys():
+    for name in changes.keys() - to_dict(method.config).keys():
         raise unknown_name("setting", name, method.Config.inference_fields())
     check_changeable(type(method), changes.keys())
-    for name, value in changes.items():
-        if value != math.inf:  # which JSON lacks; beyond it lies no drift
-            convert(value, kinds[name], name)
     other = type(method)(replace(method.config, **changes))
     other.network.to(method.device)
     weights = dict(method.network.named_parameters())

@@ -10,19 +10,32 @@ code is followed. Levels differ from both: the code's images lie in [0, 1], thes
 the same t hides half as much; nevertheless, at 64 pixels, lower levels serve better.
 """
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, Literal, NamedTuple, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from diffad_lite.core.config import Profile, check_ranges
+from diffad_lite.core.config import (
+    Count,
+    NonNegative,
+    Profile,
+    Timestep,
+    check_at_most,
+    configuration,
+)
 from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig
 from diffad_lite.diffusion.gaussian import NoisePredictor, final_step, randn
-from diffad_lite.methods.anoddpm import PRIOR_SHARE, AnoDDPMConfig, PriorConfig, prior_of
-from diffad_lite.methods.base import Method, Networks, exact, inference, paper_settings
+from diffad_lite.methods.base import (
+    Inferred,
+    Method,
+    Networks,
+    Trace,
+    inference,
+    paper_settings,
+)
+from diffad_lite.methods.denoiser import DENOISER_SHARE, Denoiser, DenoisingConfig
 from diffad_lite.networks.segmentation import SegmentationConfig, SegmentationNet, segmentation_loss
 from diffad_lite.training.loop import FitOptions, TrainReport, remaining_budget, train_network
 from diffad_lite.training.state import TrainConfig
@@ -30,23 +43,22 @@ from diffad_lite.training.state import TrainConfig
 TRAINING_GUIDANCE = 1.0  # w
 
 
-@dataclass(frozen=True)
-class DiffusionADConfig(PriorConfig):
+@configuration
+class DiffusionADConfig(DenoisingConfig):
     """Configuration of :class:`DiffusionAD`; defaults are the lite profile at 64 pixels.
 
     Attributes:
-        pretrain: train the denoiser alone first, as ``prior`` says.
-        residual_resampling: of the denoiser, see :class:`~diffad_lite.networks.unet.UNet`.
+        pretrain: train the denoiser alone first, as ``denoiser.train`` says.
         unit_range: diffuse images in [0, 1], as the official code does, not in [-1, 1].
         scales: 2, or 1 for the method's first version, which has no norm guidance.
-        noise_level: t of the small scale at inference, 0 .. T-1.
-        noise_level_big: t of the big scale.
-        boundary: training draws the small t from 0 .. boundary-1,
-        highest: and the big t from boundary .. highest-1.
+        noise_level: timestep t of the small scale at inference, 0 .. T-1.
+        noise_level_big: timestep of the big scale.
+        boundary: training draws the small t from 0 .. boundary-1.
+        highest: training draws the big t from boundary .. highest-1.
         guidance: weight w of norm guidance at inference; 1 in training.
-        steps: network evaluations of a scale; more than 1 is DDIM, for comparison only.
-        reconstruction: what stands beside the image for the segmentation network: the
-            ``guided`` reconstruction, or the ``input`` again, a control without diffusion.
+        steps: network evaluations per scale; more than 1 is DDIM, for comparison only.
+        reconstruction: second input of the segmentation network: the ``guided``
+            reconstruction, or the ``input`` image again, a control without diffusion.
         detach: keep the segmentation loss from training the denoiser.
         segmentation: sizes of the segmentation network.
         synthesis: the anomalies of training.
@@ -55,17 +67,16 @@ class DiffusionADConfig(PriorConfig):
     """
 
     calibrate: bool = False  # chosen on development defects, as all that follows
-    smooth_sigma: float = 0.0
+    smooth_sigma: NonNegative = 0.0
     pretrain: bool = True
-    residual_resampling: bool = False
     unit_range: bool = False
-    scales: int = 2
-    noise_level: int = inference(25)
-    noise_level_big: int = inference(250)
-    boundary: int = 200
-    highest: int = 500
-    guidance: float = inference(1.0)
-    steps: int = inference(1)
+    scales: Literal[1, 2] = 2
+    noise_level: Timestep = inference(25)
+    noise_level_big: Timestep = inference(250)
+    boundary: Count = 200
+    highest: Count = 500
+    guidance: NonNegative = inference(1.0)
+    steps: Count = inference(1)
     reconstruction: Literal["guided", "input"] = "guided"
     detach: bool = False
     segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
@@ -75,38 +86,37 @@ class DiffusionADConfig(PriorConfig):
             steps=1400, batch_size=8, learning_rate=1e-3, ema_decay=0.995
         )
     )
-    denoiser_rate: float = 1.0
+    denoiser_rate: NonNegative = 1.0
 
     def __post_init__(self) -> None:
-        """Validate field values."""
-        super().__post_init__()
-        T = self.prior.num_timesteps
-        check_ranges(self, noise_level=(0, T - 1), noise_level_big=(0, T - 1))
-        check_ranges(self, boundary=(1, T - 1), highest=(self.boundary + 1, T))
-        check_ranges(self, scales=(1, 2), guidance=(0, math.inf), denoiser_rate=(0, math.inf))
-        check_ranges(self, steps=(1, 1 + min(self.noise_level, self.noise_level_big)))
+        """Validate fields against each other."""
+        T = self.denoiser.num_timesteps
+        check_at_most(self, noise_level=T - 1, noise_level_big=T - 1, highest=T)
+        check_at_most(self, boundary=self.highest - 1)
+        check_at_most(self, steps=1 + min(self.noise_level, self.noise_level_big))
 
     @property
-    def first_stage(self) -> AnoDDPMConfig | None:
-        """The denoiser's training alone, where there is one and the denoiser is AnoDDPM's."""
-        return super().first_stage if self.pretrains and not self.residual_resampling else None
+    def denoiser_training(self) -> dict[str, Any] | None:
+        """The denoiser's training alone, where there is one."""
+        return super().denoiser_training if self.pretrains else None
 
     @property
     def pretrains(self) -> bool:
-        """Whether there is a denoiser that is trained alone first."""
+        """Whether the denoiser is trained alone first."""
         return self.pretrain and self.reconstruction == "guided"
 
     @classmethod
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
         """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
         base = super().for_profile(profile, category=category, **shape)
-        prior = base.prior
+        denoiser = base.denoiser
         synthesis = replace(base.synthesis, **paper_settings("diffusionad", category))
         base = replace(base, synthesis=synthesis)
         if profile == "ci":
-            return replace(base, segmentation=SegmentationConfig(8), train=prior.train)
+            return replace(base, segmentation=SegmentationConfig(8), train=denoiser.train)
         if profile == "lite":
-            return replace(base, train=replace(base.train, flip_axes=prior.train.flip_axes))
+            train = replace(base.train, flip_axes=denoiser.train.flip_axes)
+            return replace(base, train=train)
         # Official code, args1.json, train.py, models/: 256 px, images in [0, 1], T = 1000, base
         # 128, (1, 1, 2, 2, 4, 4), two blocks, attention at 32, 16 and 8 px, no pre-training; Adam
         # 1e-4 (denoiser) and 1e-5 (segmentation), batch 16, 3000 epochs, which is about 60,000
@@ -114,9 +124,8 @@ class DiffusionADConfig(PriorConfig):
         # differs: one decay of both learning rates, where the code's second one oscillates.
         return replace(
             base,
-            prior=replace(prior, attention_levels=(3, 4, 5)),
+            denoiser=replace(denoiser, attention_levels=(3, 4, 5), residual_resampling=True),
             pretrain=False,
-            residual_resampling=True,
             unit_range=True,
             noise_level=200,
             noise_level_big=400,
@@ -133,14 +142,14 @@ class DiffusionADConfig(PriorConfig):
 
 
 class Estimates(NamedTuple):
-    """What one pass of the denoiser says of images; everything (B, C, H, W).
+    """Estimates from one pass of the denoiser; all tensors are (B, C, H, W).
 
     Attributes:
         noised: the images at each scale, the small one first.
-        noise_hat: the noise in each, estimated.
-        x0_hat: the clean image that this implies: with details and what is left of defects at the
-            small scale, blurred and more normal at the big one.
-        guided: the small one led towards the big one; the reconstruction.
+        noise_hat: the estimated noise at each scale.
+        x0_hat: the clean image that this noise implies. The small scale keeps details and a part
+            of the defect; the big scale is blurred and more normal.
+        guided: the small scale's estimate guided towards the big one's; the reconstruction.
     """
 
     noised: list[Tensor]
@@ -162,8 +171,8 @@ class DiffusionAD(Method):
         self.synthesis = Synthesis(c.synthesis)
         networks: dict[str, nn.Module] = {}
         if c.reconstruction == "guided":
-            self.prior = prior_of(c.prior, residual_resampling=c.residual_resampling)
-            networks["denoiser"], self.diffusion = self.prior.network, self.prior.diffusion
+            self.denoiser = Denoiser(c.denoiser, c.channels)
+            networks["denoiser"], self.diffusion = self.denoiser.network, self.denoiser.diffusion
         networks["segmentation"] = SegmentationNet(2 * c.channels, c.segmentation)
         return Networks(networks)
 
@@ -173,25 +182,26 @@ class DiffusionAD(Method):
         self,
         denoiser: NoisePredictor,
         images: Tensor,
-        levels: Sequence[Tensor],
+        timesteps: Sequence[Tensor],
         noises: Sequence[Tensor],
         guidance: float,
     ) -> Estimates:
-        """Noise images to one or two levels, each (B,), and estimate the clean image."""
+        """Noise images to one or two timesteps, each (B,), and estimate the clean image."""
         d = self.diffusion
-        noised = [d.add_noise(images, t, noise) for t, noise in zip(levels, noises, strict=True)]
-        both = denoiser(torch.cat(noised), torch.cat(list(levels))).float()
-        noise_hat = list(both.chunk(len(levels)))  # both scales were one batch
-        x0_hat = [d.clean_estimate(*args) for args in zip(noised, levels, noise_hat, strict=True)]
+        noised = [d.add_noise(images, t, noise) for t, noise in zip(timesteps, noises, strict=True)]
+        both = denoiser(torch.cat(noised), torch.cat(list(timesteps))).float()
+        noise_hat = list(both.chunk(len(timesteps)))  # both scales were one batch
+        estimated = zip(noised, timesteps, noise_hat, strict=True)
+        x0_hat = [d.clean_estimate(*arguments) for arguments in estimated]
         guided = x0_hat[0]
-        if len(levels) == 2:
-            guided = self.norm_guidance(noised[0], levels[0], noise_hat[0], x0_hat[1], guidance)
+        if len(timesteps) == 2:
+            guided = self.norm_guidance(noised[0], timesteps[0], noise_hat[0], x0_hat[1], guidance)
         return Estimates(noised, noise_hat, x0_hat, guided)
 
     def norm_guidance(
         self, x_t: Tensor, t: Tensor, noise_hat: Tensor, norm: Tensor, w: float
     ) -> Tensor:
-        """Lead the estimate from ``x_t`` towards the reference ``norm``.
+        """Guide the estimate from ``x_t`` towards the reference ``norm``.
 
         The noise is corrected by the gradient of -1/2 ||x_t - norm_t||^2, as in classifier
         guidance. Before clipping this is ``(1 - m) x0_hat + m norm`` with ``m = w (1 - abar_t)``.
@@ -201,33 +211,33 @@ class DiffusionAD(Method):
         return self.diffusion.clean_estimate(x_t, t, noise_hat - w * sigma * (norm_t - x_t))
 
     def sampled_noise(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise that ``steps`` steps of DDIM imply, in the place of one evaluation's."""
-        noise_hat, n = [], self.config.scales
-        for own, level in zip(x_t.chunk(n), t.chunk(n), strict=True):
-            timesteps = self.diffusion.schedule.timesteps(int(level[0]), self.config.steps)
-            clean = final_step(
-                self.diffusion.ddim_sample(self.network["denoiser"], own, timesteps)
-            ).x
-            noise_hat.append(self.diffusion.predict_noise(own, level, clean))
+        """Return the noise that ``steps`` steps of DDIM imply, instead of one evaluation's."""
+        noise_hat, n, d = [], self.config.scales, self.diffusion
+        for noised, start in zip(x_t.chunk(n), t.chunk(n), strict=True):
+            timesteps = d.schedule.timesteps(int(start[0]), self.config.steps)
+            clean = final_step(d.ddim_sample(self.network["denoiser"], noised, timesteps)).x
+            noise_hat.append(d.predict_noise(noised, start, clean))
         return torch.cat(noise_hat)
 
     # Training: the noise of normal images, the masks of all.
 
     def loss(self, networks: nn.ModuleDict, normal: Tensor, generator: torch.Generator) -> Tensor:
-        """Loss of a batch: noise of the images left normal, and segmentation of all."""
+        """Return the loss: noise of the normal images, plus segmentation of all images."""
         c = self.config
         images, masks, anomalous = self.synthesis(normal, generator)
         images = self._in_range(images)
         reconstruction, noise_loss = images, images.new_zeros(())
         if c.reconstruction == "guided":
             ranges = [(0, c.boundary), (c.boundary, c.highest)][: c.scales]
-            levels = [torch.randint(*r, (len(images),), generator=generator) for r in ranges]
-            levels = [t.to(images.device) for t in levels]
+            timesteps = [torch.randint(*r, (len(images),), generator=generator) for r in ranges]
+            timesteps = [t.to(images.device) for t in timesteps]
             noises = [randn(images, generator) for _ in ranges]
-            found = self.estimates(networks["denoiser"], images, levels, noises, TRAINING_GUIDANCE)
-            noise_loss = masked_noise_loss(found.noise_hat, noises, anomalous)
-            # Not detached: the denoiser also learns to be compared with, on anomalous images too.
-            reconstruction = found.guided.detach() if c.detach else found.guided
+            estimates = self.estimates(
+                networks["denoiser"], images, timesteps, noises, TRAINING_GUIDANCE
+            )
+            noise_loss = masked_noise_loss(estimates.noise_hat, noises, anomalous)
+            # Not detached: the segmentation loss also trains the denoiser, on anomalous images too.
+            reconstruction = estimates.guided.detach() if c.detach else estimates.guided
         logits = networks["segmentation"](torch.cat([images, reconstruction], 1)).float()
         return noise_loss + segmentation_loss(logits, masks)
 
@@ -236,8 +246,8 @@ class DiffusionAD(Method):
         reports: dict[str, TrainReport] = {}
         _ = self.synthesis.files  # missing textures are an error now, not after the first stage
         if c.pretrains:
-            options["budget"] = remaining_budget(budget, {}, PRIOR_SHARE)
-            reports |= self.prior._fit(train, **options)
+            options["budget"] = remaining_budget(budget, {}, DENOISER_SHARE)
+            reports |= self.denoiser.fit(train, **options)
         options["budget"] = remaining_budget(budget, reports)
         rates = {"denoiser": c.denoiser_rate}
         reports["joint"] = train_network(
@@ -248,12 +258,16 @@ class DiffusionAD(Method):
     # Inference: noise, estimate, compare.
 
     def _infer(
-        self, images: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
+    ) -> Inferred:
+        """Traced: ``estimates``, in the denoiser's range; None for the control without one."""
         images = self._in_range(images)
-        reconstruction = images
+        reconstruction, estimates = images, None
         if self.config.reconstruction == "guided":
-            reconstruction = self.reconstruct(images, generators).guided
+            estimates = self.reconstruct(images, generators)
+            reconstruction = estimates.guided
+        if trace is not None:
+            trace["estimates"] = estimates
         both = torch.cat([images, reconstruction], 1)
         with torch.no_grad():
             maps = self.network["segmentation"](both).sigmoid()[:, 0]
@@ -261,13 +275,13 @@ class DiffusionAD(Method):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, generators: list[torch.Generator]) -> Estimates:
-        """The estimates at the configured levels, for images in the denoiser's range."""
+        """Return the estimates at the configured noise levels, for images in its range."""
         c = self.config
-        starts = [c.noise_level, c.noise_level_big][: c.scales]
-        noises = [randn(images, generators) for _ in starts]
-        levels = [torch.full((len(images),), t, device=images.device) for t in starts]
+        noise_levels = [c.noise_level, c.noise_level_big][: c.scales]
+        noises = [randn(images, generators) for _ in noise_levels]
+        timesteps = [torch.full((len(images),), t, device=images.device) for t in noise_levels]
         denoiser = self.network["denoiser"] if c.steps == 1 else self.sampled_noise
-        return self.estimates(denoiser, images, levels, noises, c.guidance)
+        return self.estimates(denoiser, images, timesteps, noises, c.guidance)
 
     def _in_range(self, images: Tensor, back: bool = False) -> Tensor:
         """From [-1, 1] to the denoiser's range, or back."""
@@ -275,25 +289,14 @@ class DiffusionAD(Method):
             return images
         return 2 * images - 1 if back else (images + 1) / 2
 
-    @exact()
-    def explain(
-        self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
-    ) -> dict[str, Any]:
-        """Also ``estimates``, in the denoiser's range; None for the control without one."""
-        common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
-        found = None
-        if self.config.reconstruction == "guided":
-            prepared, generators = self.network_inputs(images, seed, keys)
-            found = self.reconstruct(self._in_range(prepared), generators)
-            noised, noise_hat, x0_hat = ([x.cpu() for x in part] for part in found[:3])
-            found = Estimates(noised, noise_hat, x0_hat, found.guided.cpu())
-        return common | {"estimates": found}
-
 
 def masked_noise_loss(
     noise_hat: Sequence[Tensor], noises: Sequence[Tensor], anomalous: Tensor
 ) -> Tensor:
-    """Mean over the normal images of the squared errors, summed over scales; 0 without any."""
+    """Return the squared errors, summed over scales, as a mean over the normal images.
+
+    It is 0 where all images are anomalous (bool (B,)).
+    """
     pairs = zip(noise_hat, noises, strict=True)
     errors = sum((a - b).square().flatten(1).mean(1) for a, b in pairs)  # (B,)
     return (errors * ~anomalous).sum() / (~anomalous).sum().clamp_min(1)

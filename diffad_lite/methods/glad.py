@@ -1,42 +1,54 @@
 """GLAD (Yao et al. 2024): as many denoising steps as an image needs, and a denoiser that removes.
 
-Three parts. *Adaptive denoising steps* (global): start from a high level, watch how far the
-trajectory drifts from the noised input, and stop removing where it has drifted by ``delta``; an
-image that never drifts is taken back to its own noised self at a low level. *Anomaly-oriented
+Three parts. *Adaptive denoising steps* (global): start from a high noise level and measure how far
+the trajectory drifts from the noised input. An image is accepted when its drift exceeds ``delta``;
+an image that never drifts restarts from its noised input at a low noise level. *Anomaly-oriented
 training* (local): the denoiser learns to predict the noise as seen from the normal image, so that
-an anomaly counts as noise. *Spatial-adaptive fusion* (local): where nothing has drifted the input
-is kept. Read top to bottom: configuration, training, reconstruction, map.
+an anomaly counts as noise. *Spatial-adaptive fusion* (local): pixels without drift keep the input.
+Read top to bottom: configuration, training, reconstruction, map.
 
 After arXiv 2406.07487 and the official code (hyao1/GLAD). That code works in the latent space of
-Stable Diffusion with features of DINO, which is not here; this is GLAD in pixel space.
+Stable Diffusion and compares features of DINO; this is GLAD in pixel space.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self, Unpack
+from typing import Annotated, Any, Literal, NamedTuple, Self, Unpack
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from diffad_lite.core.config import Profile, check_ranges
+from diffad_lite.core.config import (
+    Count,
+    NonNegative,
+    Profile,
+    Timestep,
+    check_at_most,
+    configuration,
+)
 from diffad_lite.core.numbers import top_count
 from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig
 from diffad_lite.diffusion.gaussian import randn
-from diffad_lite.methods.anoddpm import PRIOR_SHARE, PriorConfig, prior_of
 from diffad_lite.methods.base import (
     BATCH_SIZE,
     Buffers,
+    Inferred,
+    InputSize,
     Method,
     Networks,
+    Quantile,
+    TopFraction,
+    Trace,
     exact,
     inference,
     paper_settings,
 )
 from diffad_lite.methods.calibration import conformal_threshold
+from diffad_lite.methods.denoiser import DENOISER_SHARE, Denoiser, DenoisingConfig
 from diffad_lite.spaces.features import (
     DENOISER,
     LITE0,
@@ -49,84 +61,82 @@ from diffad_lite.training.loop import FitOptions, TrainReport, remaining_budget,
 from diffad_lite.training.state import TrainConfig
 
 
-@dataclass(frozen=True)
-class GLADConfig(PriorConfig):
+@configuration
+class GLADConfig(DenoisingConfig):
     """Configuration of :class:`GLAD`; defaults are the lite profile at 64 pixels.
 
     Attributes:
         anomaly_oriented: whether a second training teaches it to remove synthetic anomalies.
         kappa: sign of the anomaly in the target: 1 removes it, 0 keeps it, -1 doubles it.
-        fade: strength of the anomaly in training at t: ``linear`` t / T, or ``matched``, as much
-            of it as sampling from ``fade_noise_level`` would have left.
-        fade_noise_level: the noise level that is meant to be sampled from.
+        fade: strength of the anomaly in training at timestep t: ``linear`` is t / T; ``matched``
+            is the part of the anomaly that remains at t when sampling from ``fade_noise_level``.
+        fade_noise_level: the noise level from which sampling is expected to start.
         synthesis: the anomalies of training.
         train: the second training.
-        noise_level: t that images are noised to, 0 .. T-1; T' in the code.
+        noise_level: start timestep, 0 .. T-1; T' in the code.
         steps: network evaluations from there to the clean image.
-        adaptive: whether the drift is watched; else plain DDIM.
-        min_noise_level: below this t an image that has not drifted becomes its own noised input.
-        delta: drift at which an image is accepted; None takes the ``delta_quantile`` of what
-            normal images reach above ``min_noise_level``.
-        delta_quantile: see there.
-        fusion: which pixels keep the input then: ``off`` none, ``literal`` by the sigmoid of the
-            drift (never less than half), ``calibrated`` by how far it is beyond ``delta``.
+        adaptive: whether the number of steps is adaptive; else plain DDIM.
+        min_noise_level: below this timestep an image without drift restarts from its noised input.
+        delta: drift at which an image is accepted; None takes the ``delta_quantile`` of the drifts
+            of normal images above ``min_noise_level``.
+        delta_quantile: of these drifts.
+        fusion: weight of the denoised state in an accepted image, per pixel: ``off`` is 1,
+            ``literal`` the sigmoid of the drift (at least half), ``calibrated`` the sigmoid of the
+            drift beyond ``delta``. The rest comes from the noised input.
         drift_features: ``denoiser``, or a network as in PaDiM, for the drift.
         map_features: likewise, for the anomaly map.
-        layers: of a network for ImageNet.
-        input_size: that it sees.
-        radius: cells that a match of features may lie away; None is anywhere.
-        pixel_weight: of the pixels' distance in the map, the features' having 1.
+        layers: of an ImageNet network.
+        input_size: side in pixels of the input of an ImageNet network.
+        radius: largest distance of matching features, in feature cells; None is anywhere.
+        pixel_weight: weight of the pixel distance in the map; the feature distance has weight 1.
     """
 
     standardise: bool = True  # chosen on development defects, as what follows
-    top_fraction: float = 0.03
+    top_fraction: TopFraction = 0.03
     anomaly_oriented: bool = True
     kappa: Literal[-1, 0, 1] = 1
     fade: Literal["linear", "matched"] = "matched"
-    fade_noise_level: int = 100
+    fade_noise_level: Timestep = 100
     synthesis: SynthesisConfig = field(
         default_factory=lambda: SynthesisConfig(ridges=1 / 3, opacity=(0.0, 0.8))
     )
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=1800, learning_rate=2e-4, ema_decay=0.995)
     )
-    noise_level: int = inference(100)
-    steps: int = inference(10)
+    noise_level: Timestep = inference(100)
+    steps: Count = inference(10)
     adaptive: bool = inference(True)
-    min_noise_level: int = inference(30)
-    delta: float | None = inference(None)
-    delta_quantile: float = inference(0.95)
+    min_noise_level: Timestep = inference(30)
+    # Infinity accepts no image: each is denoised until it is reset.
+    delta: Annotated[float | None, Field(ge=0, allow_inf_nan=True)] = inference(None)
+    delta_quantile: Quantile = inference(0.95)
     fusion: Literal["off", "literal", "calibrated"] = inference("calibrated")
     drift_features: str = DENOISER
     map_features: str = LITE0
     layers: tuple[str, ...] = ("2", "4", "7")
-    input_size: int = inference(224)
-    radius: int | None = inference(1)
-    pixel_weight: float = inference(1.0)
+    input_size: InputSize = inference(224)
+    radius: Annotated[int, Field(ge=0, le=64)] | None = inference(1)
+    pixel_weight: NonNegative = inference(1.0)
 
     def __post_init__(self) -> None:
-        """Validate field values."""
-        super().__post_init__()
-        top = self.prior.num_timesteps - 1
-        check_ranges(self, noise_level=(0, top), fade_noise_level=(0, top))
-        check_ranges(self, steps=(1, self.noise_level + 1), min_noise_level=(0, self.noise_level))
-        check_ranges(self, input_size=(32, math.inf), pixel_weight=(0, math.inf))
-        check_ranges(self, delta_quantile=(0.001, 0.999))
-        if self.radius is not None:
-            check_ranges(self, radius=(0, 64))
+        """Validate fields against each other."""
+        T = self.denoiser.num_timesteps
+        check_at_most(self, noise_level=T - 1, fade_noise_level=T - 1)
+        check_at_most(self, steps=self.noise_level + 1, min_noise_level=self.noise_level)
 
     @classmethod
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
         """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
         base = super().for_profile(profile, category=category, **shape)
-        prior, synthesis = base.prior, base.synthesis
+        denoiser, synthesis = base.denoiser, base.synthesis
         paper = paper_settings("glad", category)
         synthesis = replace(synthesis, foreground=paper["foreground"])
         base = replace(base, synthesis=synthesis)
         if profile == "ci":
-            return replace(base, train=prior.train, steps=4, map_features=DENOISER)
+            return replace(base, train=denoiser.train, steps=4, map_features=DENOISER)
         if profile == "lite":
-            return replace(base, train=replace(base.train, flip_axes=prior.train.flip_axes))
+            train = replace(base.train, flip_axes=denoiser.train.flip_axes)
+            return replace(base, train=train)
         # Official code, main.py, dataset/, *.sh: AdamW 5e-6, weight decay .01, batch 32, 4000 steps
         # each, fade t / T, masks and textures as below, opacity in 0..0.8; the map is blurred
         # by 6 pixels, the score is the mean of 250 of 512 x 512. Ours differs: that code tunes the
@@ -136,7 +146,7 @@ class GLADConfig(PriorConfig):
         return replace(
             base,
             standardise=False,
-            prior=replace(prior, beta_schedule="scaled_linear"),
+            denoiser=replace(denoiser, beta_schedule="scaled_linear"),
             fade="linear",
             synthesis=replace(synthesis, ridges=0.0, finest=5, threshold=0.3, texture_root="dtd"),
             train=TrainConfig(
@@ -163,19 +173,19 @@ class GLADConfig(PriorConfig):
         )
 
 
-FEATURE_NOISE_LEVEL = 25  # t at which the denoiser's own features are taken
+FEATURE_NOISE_LEVEL = 25  # timestep at which the denoiser's features are taken
 TOP_DRIFT = 0.01  # the drift of an image is the mean of this fraction of its largest values
 
 
 class Reconstruction(NamedTuple):
-    """How images were reconstructed.
+    """Path of a reconstruction.
 
     Attributes:
         x: the reconstruction (B, C, H, W).
-        t_star: timestep at which each image was accepted or reset (B,); -1 where it never was.
+        t_star: timestep at which each image was accepted or reset (B,); -1 for neither.
         timesteps: of the noise levels.
-        drifts: at each but the first the drift (B, H, W) of the images still undecided, else NaN.
-        states: at each the state (B, C, H, W), after the decision.
+        drifts: drift (B, H, W) at each but the first timestep; NaN for images already decided.
+        states: state (B, C, H, W) at each timestep, after the decision.
     """
 
     x: Tensor
@@ -196,9 +206,9 @@ class GLAD(Method):
     def _build(self) -> Networks:
         c = self.config
         self.synthesis = Synthesis(c.synthesis)
-        self.prior = prior_of(c.prior)
-        self.diffusion = self.prior.diffusion
-        networks: dict[str, nn.Module] = {"denoiser": self.prior.network}
+        self.denoiser = Denoiser(c.denoiser, c.channels)
+        self.diffusion = self.denoiser.diffusion
+        networks: dict[str, nn.Module] = {"denoiser": self.denoiser.network}
         for name in sorted({c.drift_features, c.map_features} - {DENOISER}):
             networks[name] = ImageNetFeatures(name, c.layers, c.input_size)
         networks["statistics"] = Buffers(
@@ -211,14 +221,14 @@ class GLAD(Method):
     def anomaly_oriented_loss(
         self, network: nn.Module, normal: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """The noise that leads from a faded anomaly back to the normal image; a scalar.
+        """Return the loss of the noise between a faded anomaly and the normal image; a scalar.
 
-        ``eps + kappa r_t (x~ - x)`` with ``r_t = sqrt(abar_t / (1 - abar_t))``, for the normal
-        image x and the faded anomaly x~. With kappa = 1 that is the noise as seen from x.
+        Target: ``eps + kappa r_t (x~ - x)`` with ``r_t = sqrt(abar_t / (1 - abar_t))``, for the
+        normal image x and the faded anomaly x~. With kappa = 1 that is the noise as seen from x.
         """
         c, d = self.config, self.diffusion
         anomalous, _, _ = self.synthesis(normal, generator)
-        t = torch.randint(c.prior.num_timesteps, (len(normal),), generator=generator)
+        t = torch.randint(c.denoiser.num_timesteps, (len(normal),), generator=generator)
         offset = self.fade(t).to(normal)[:, None, None, None] * (anomalous - normal)
         noise, t = randn(normal, generator), t.to(normal.device)
         x_t = d.add_noise(normal + offset, t, noise)
@@ -227,9 +237,9 @@ class GLAD(Method):
         return F.mse_loss(network(x_t, t).float(), target)
 
     def fade(self, t: Tensor) -> Tensor:
-        """Strength of the anomaly in training at timesteps (B,), in [0, 1]."""
+        """Return the strength of the anomaly in training at timesteps (B,), in [0, 1]."""
         if self.config.fade == "linear":
-            return t / self.config.prior.num_timesteps
+            return t / self.config.denoiser.num_timesteps
         # DDIM with a perfect denoiser shrinks what is not normal by the ratio of these.
         ratio = self.diffusion.schedule.snr.sqrt()
         return (ratio[self.config.fade_noise_level] / ratio[t]).clamp(max=1)
@@ -240,8 +250,9 @@ class GLAD(Method):
         for network in self.network.values():
             if isinstance(network, ImageNetFeatures):
                 network.load_weights()
-        options["budget"] = remaining_budget(budget, {}, PRIOR_SHARE if c.anomaly_oriented else 1.0)
-        reports = self.prior._fit(train, **options)
+        share = DENOISER_SHARE if c.anomaly_oriented else 1.0
+        options["budget"] = remaining_budget(budget, {}, share)
+        reports = self.denoiser.fit(train, **options)
         if c.anomaly_oriented:
             options["budget"] = remaining_budget(budget, reports)
             reports["anomaly_oriented"] = train_network(
@@ -254,18 +265,18 @@ class GLAD(Method):
             )
         return reports
 
-    # Inference: denoise while nothing drifts.
+    # Inference: denoise until an image has drifted.
 
     def distance(self, a: Tensor, b: Tensor, noise: Tensor, features: str) -> Tensor:
-        """Distance of the features of two images (B, C, H, W), (B, H, W); see the features."""
+        """Return the distance (B, H, W) between the features of two images (B, C, H, W)."""
         extract = self.network[features]
-        if features == DENOISER:  # it sees both through the same noise
+        if features == DENOISER:  # both images get the same noise
             extract = DenoiserFeatures(extract, self.diffusion, FEATURE_NOISE_LEVEL)
             extract = partial(extract, noise=torch.cat([noise, noise]))
         return perceptual_distance(extract, a, b, self.config.radius)
 
     def differences(self, images: Tensor, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The parts of the map: of features, and of pixels; each (B, H, W)."""
+        """Return the feature part and the pixel part of the map; each (B, H, W)."""
         features = self.distance(images, x, noise, self.config.map_features)
         return features, (images - x).abs().mean(1)
 
@@ -273,7 +284,7 @@ class GLAD(Method):
     def reconstruct(
         self, images: Tensor, noise: Tensor, delta: float | None = None
     ) -> Reconstruction:
-        """DDIM from the noise level, by as many adaptive steps as each image needs.
+        """Denoise by DDIM, by as many adaptive steps as each image needs.
 
         At each noise level t, with one noise estimate for the state x_t and the noised input:
 
@@ -317,7 +328,7 @@ class GLAD(Method):
         return Reconstruction(x_t, t_star, timesteps, drifts, states)
 
     def _delta(self, delta: float | None) -> Tensor:
-        """The given delta, else the configured, else the one estimated on normal images."""
+        """Return the given delta, else the configured, else the one estimated on normal images."""
         delta = self.config.delta if delta is None else delta
         estimated: Tensor = self.network["statistics"].delta
         return estimated if delta is None else torch.full_like(estimated, delta)
@@ -325,13 +336,13 @@ class GLAD(Method):
     def fusion_weights(
         self, drift: Tensor, accepted: Tensor, reset: Tensor, delta: Tensor
     ) -> Tensor:
-        """Share of each pixel's state that is kept; the rest is the noised input's.
+        """Return the weight of the denoised state per pixel; the rest is the noised input.
 
         Args:
             drift: of the undecided images (B, H, W).
-            accepted: images that drifted, bool (B,).
-            reset: images that came down without drifting, bool (B,).
-            delta: of the decision, a scalar.
+            accepted: images whose drift exceeds delta, bool (B,).
+            reset: images without drift below ``min_noise_level``, bool (B,).
+            delta: drift at which an image is accepted, a scalar.
 
         Returns:
             (B, 1, H, W) in [0, 1]: 1 for images without a decision, 0 for those that are reset.
@@ -346,54 +357,43 @@ class GLAD(Method):
         return keep
 
     def _infer(
-        self, images: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
+    ) -> Inferred:
+        """Traced: ``path``, the :class:`Reconstruction`."""
         noise = randn(images, generators)
-        found = self.reconstruct(images, noise)
-        features, pixels = self.differences(images, found.x, noise)
+        path = self.reconstruct(images, noise)
+        if trace is not None:
+            trace["path"] = path
+        features, pixels = self.differences(images, path.x, noise)
         scale = self.network["statistics"].pixel_scale
         maps = features + self.config.pixel_weight * scale * pixels
-        return maps, found.x, {"t_star": found.t_star.float()}
-
-    @exact()
-    def explain(
-        self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None
-    ) -> dict[str, Any]:
-        """Also ``path``, the :class:`Reconstruction`, of images as prepared."""
-        common = super().explain(images, seed=seed, keys=keys)  # checks the images, too
-        prepared, generators = self.network_inputs(images, seed, keys)
-        found = self.reconstruct(prepared, randn(prepared, generators))
-        drifts, states = ([x.cpu() for x in part] for part in (found.drifts, found.states))
-        path = found._replace(
-            x=found.x.cpu(), t_star=found.t_star.cpu(), drifts=drifts, states=states
-        )
-        return common | {"path": path}
+        return maps, path.x, {"t_star": path.t_star.float()}
 
     @exact()
     def calibrate(self, calibration: Tensor) -> Self:
-        """Set delta, the spread of drifts and the scale of pixels, then what every method sets."""
+        """Set delta, the spread of drifts and the pixel scale, then what every method sets."""
         self._check_calibration(calibration)
         s = self.network["statistics"]
         drifts, parts = [], []
         for batch in calibration.split(BATCH_SIZE):
             images, generators = self.network_inputs(batch, 0)
             noise = randn(images, generators)
-            found = self.reconstruct(images, noise, delta=math.inf)  # each is watched to the end
-            drifts.append(torch.stack(found.drifts).cpu())
-            parts.append(self.differences(images, found.x, noise))
+            path = self.reconstruct(images, noise, delta=math.inf)  # no image is accepted
+            drifts.append(torch.stack(path.drifts).cpu())
+            parts.append(self.differences(images, path.x, noise))
         if self.config.adaptive:
-            self._learn_drifts(found.timesteps, torch.cat(drifts, dim=1))
+            self._estimate_delta(path.timesteps, torch.cat(drifts, dim=1))
         features, pixels = (torch.cat(part) for part in zip(*parts, strict=True))
         s.pixel_scale.fill_(peak_ratio(features, pixels))
         return super().calibrate(calibration)
 
-    def _learn_drifts(self, timesteps: list[int], drifts: Tensor) -> None:
-        """Set delta and spread from drifts (levels, N, H, W) of normal images at all levels."""
+    def _estimate_delta(self, timesteps: list[int], drifts: Tensor) -> None:
+        """Set delta and spread from the drifts of normal images (timesteps, N, H, W)."""
         c, s = self.config, self.network["statistics"]
         above = [i for i, t in enumerate(timesteps) if i > 0 and t >= c.min_noise_level]
         if not above:
             raise ValueError(
-                f"{c.steps} steps from noise_level={c.noise_level} visit no level at or above "
+                f"{c.steps} steps from noise_level={c.noise_level} visit no timestep at or above "
                 f"min_noise_level={c.min_noise_level} where drift could be measured; use more "
                 "steps, a lower min_noise_level, or adaptive=False"
             )
@@ -404,6 +404,6 @@ class GLAD(Method):
 
 
 def drift_score(drift: Tensor) -> Tensor:
-    """The mean of the largest values of drifts (B, H, W), NaN where they are NaN; (B,)."""
+    """Return the mean of the largest values (B,) of drifts (B, H, W); NaN where they are NaN."""
     k = top_count(TOP_DRIFT, drift[0].numel())
     return drift.flatten(1).topk(k).values.mean(1)

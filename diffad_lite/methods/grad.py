@@ -1,29 +1,31 @@
-"""GRAD-style detection (after Dai et al. 2023): negatives from a model that sees too little.
+"""GRAD-style detection (after Dai et al. 2023): negatives from models of small receptive field.
 
-A diffusion model whose receptive field is a small patch draws what is right in every patch and
-wrong as a whole. A small convolutional network learns to tell such patterns from normal images; at
-test time it is alone. Read top to bottom: windows, PatchDiffs, pool, detector, map.
+A diffusion model whose receptive field is a small patch draws images that are right in every patch
+and wrong as a whole. A small convolutional network learns to separate such patterns from normal
+images; only this network runs at test time. Read top to bottom: weights, configuration, PatchDiffs,
+pool, detector, map.
 
 Re-implemented from the abstract of arXiv 2312.15911: its method section could not be read and no
-code was found. Architectures, sizes, the weights of patterns, and that they are drawn into windows
-of normal images, are ours.
+code was found. Ours are the architectures, the sizes, the weights of patterns, and the choice to
+draw patterns into windows of normal images.
 """
 
 import copy
 import math
 import time
-from dataclasses import dataclass, field, replace
-from typing import Any, Self, Unpack
+from dataclasses import field, replace
+from typing import Annotated, Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
-from diffad_lite.core.config import Profile, check_ranges
+from diffad_lite.core.config import Count, Profile, Timestep, check_at_most, configuration
 from diffad_lite.diffusion.gaussian import GaussianDiffusion, randn
 from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
-from diffad_lite.methods.base import BATCH_SIZE, Method, MethodConfig, Networks
+from diffad_lite.methods.base import BATCH_SIZE, Inferred, Method, MethodConfig, Networks, Trace
 from diffad_lite.networks.patchnet import PatchDetector, PatchDiff
 from diffad_lite.training.loop import (
     FitOptions,
@@ -36,56 +38,52 @@ from diffad_lite.training.state import TrainConfig
 
 # ------------------------------------------------------------------------ weights of patterns
 #
-# Without labels: rare patterns count more, those that normal images have, less. What a crippled
-# diffusion model draws is long-tailed (a few patterns make most of it) and unlabelled (much of it
-# is normal). Locations are clustered by their features; a cluster's weight follows from its share
-# among contrastive and among normal locations. The rule is ours: GRAD's own could not be read.
+# Drawn patterns are long-tailed (a few patterns are most of them) and unlabelled (many are normal).
+# Without labels, rare patterns get more weight, and patterns that normal images have get less.
+# Locations are clustered by their features; the weight of a cluster depends on its fractions of the
+# contrastive and of the normal locations. The rule is ours: GRAD's could not be read.
 
-SAMPLED = 20_000  # locations that the clusters are found from
+SAMPLED = 20_000  # locations that are clustered
 CLIP = 10.0  # weights lie within 1 / CLIP and CLIP
+Exponent = Annotated[float, Field(ge=0, le=10)]
 
 
-@dataclass(frozen=True)
+@configuration
 class WeightConfig:
     """Configuration of :class:`Reweighting`.
 
     Attributes:
         n_clusters: K.
-        flatten_contrastive: exponent that makes rare contrastive patterns count more.
-        flatten_normal: likewise for normal ones.
-        filter_normal: exponent that takes weight from patterns which normal images have.
+        flatten_contrastive: exponent a; larger values give rare contrastive patterns more weight.
+        flatten_normal: exponent b; likewise for normal patterns.
+        filter_normal: exponent eta; larger values reduce the weight of patterns that normal images
+            have.
     """
 
-    n_clusters: int = 32
-    flatten_contrastive: float = 0.5
-    flatten_normal: float = 0.5
-    filter_normal: float = 2.0
-
-    def __post_init__(self) -> None:
-        """Validate field values."""
-        check_ranges(self, n_clusters=(1, 10**6))
-        for name in ("flatten_contrastive", "flatten_normal", "filter_normal"):
-            check_ranges(self, **{name: (0, 10)})
+    n_clusters: Count = 32
+    flatten_contrastive: Exponent = 0.5
+    flatten_normal: Exponent = 0.5
+    filter_normal: Exponent = 2.0
 
 
 def pattern_weights(
     contrastive: Tensor, normal: Tensor, config: WeightConfig
 ) -> tuple[Tensor, Tensor]:
-    """Weights of clusters from their shares.
+    """Return the weights of clusters.
 
     ``w ~ c^-a (1 - n / (n + c))^eta`` and ``v ~ n^-b``, each of mean 1 over its locations, then
     clipped.
 
     Args:
-        contrastive: share c of each cluster among contrastive locations (K,), positive.
-        normal: likewise n among normal ones.
+        contrastive: fraction c of contrastive locations in each cluster (K,), positive.
+        normal: fraction n of normal locations, likewise.
         config: the exponents a, b and eta.
 
     Returns:
         ``w`` for contrastive and ``v`` for normal locations, (K,) each.
     """
-    foreign = contrastive / (contrastive + normal)
-    w = contrastive**-config.flatten_contrastive * foreign**config.filter_normal
+    abnormal = contrastive / (contrastive + normal)
+    w = contrastive**-config.flatten_contrastive * abnormal**config.filter_normal
     v = normal**-config.flatten_normal
     w, v = w / (w * contrastive).sum(), v / (v * normal).sum()
     return w.clamp(1 / CLIP, CLIP), v.clamp(1 / CLIP, CLIP)
@@ -95,9 +93,9 @@ class Reweighting(nn.Module):
     """Clusters of a frozen detector's features, and their weights.
 
     Args:
-        detector: as large as the one whose features are clustered.
+        detector: of the same architecture as the one whose features are clustered.
         config: see :class:`WeightConfig`.
-        width: of its features.
+        width: number of its features.
     """
 
     contrastive: Tensor
@@ -125,12 +123,12 @@ class Reweighting(nn.Module):
     ) -> None:
         """Freeze a copy of the detector, cluster its features, and set the weights.
 
-        A detector that goes on learning would move the features under the clusters; hence the copy.
+        A copy, because the features of a detector that is trained further would leave the clusters.
 
         Args:
-            detector: trained for a while.
+            detector: after its warm-up.
             contrastive: images (N, C, H, W).
-            drawn: which of their locations count, bool (N, h, w).
+            drawn: locations that a PatchDiff has drawn, bool (N, h, w).
             normal: images (M, C, H, W).
             seed: of the clusters.
         """
@@ -139,18 +137,18 @@ class Reweighting(nn.Module):
         rng = torch.Generator().manual_seed(seed)
         sample = torch.cat([p[torch.randperm(len(p), generator=rng)[:SAMPLED]] for p in points])
         k = min(self.config.n_clusters, len(sample))
-        found = MiniBatchKMeans(k, random_state=seed, n_init=3).fit(sample.numpy())
-        self.centres[:k] = torch.from_numpy(found.cluster_centers_).to(self.centres)
-        self.centres[k:] = 10.0  # far from everything
-        for name, own in zip(("contrastive", "normal"), points, strict=True):
-            counts = torch.bincount(self._nearest(own.to(self.centres)), minlength=len(self.w))
+        clustering = MiniBatchKMeans(k, random_state=seed, n_init=3).fit(sample.numpy())
+        self.centres[:k] = torch.from_numpy(clustering.cluster_centers_).to(self.centres)
+        self.centres[k:] = 10.0  # far from all features
+        for name, features in zip(("contrastive", "normal"), points, strict=True):
+            counts = torch.bincount(self._nearest(features.to(self.centres)), minlength=len(self.w))
             getattr(self, name).copy_((counts + 1) / (counts + 1).sum())  # none is 0
         w, v = pattern_weights(self.contrastive, self.normal, self.config)
         self.w.copy_(w)
         self.v.copy_(v)
 
     def _points(self, images: Tensor) -> Tensor:
-        """Features of every location (n, width), on the CPU."""
+        """Return the features of every location (n, width), on the CPU."""
         device = self.centres.device
         parts = [self.snapshot.features(part.to(device)).cpu() for part in images.split(32)]
         return torch.cat(parts).permute(0, 2, 3, 1).flatten(0, 2)
@@ -160,7 +158,7 @@ class Reweighting(nn.Module):
 
     @torch.no_grad()
     def clusters(self, images: Tensor) -> Tensor:
-        """Cluster of each location, (B, h, w)."""
+        """Return the cluster of each location, (B, h, w)."""
         features = self.snapshot.features(images).float()
         nearest = self._nearest(features.permute(0, 2, 3, 1).flatten(0, 2))
         return nearest.view(len(images), *features.shape[-2:])
@@ -169,47 +167,49 @@ class Reweighting(nn.Module):
 # -------------------------------------------------------------------------- configuration
 
 
-@dataclass(frozen=True)
+@configuration
 class GRADConfig(MethodConfig):
     """Configuration of GRAD; defaults are the lite profile at 64 pixels.
 
     Attributes:
         beta_schedule: of the forward process.
         num_timesteps: T.
-        blocks: one PatchDiff an entry; its receptive field has ``unshuffle (2 blocks + 1)`` pixels.
-        width: of the PatchDiffs.
-        unshuffle: side of their cells.
-        train_patchdiff: how each is trained.
-        n_patterns: pictures in the pool, of all PatchDiffs together: normal images of which each
-            PatchDiff has drawn a window anew.
-        steps: network evaluations for each of them.
-        windows: range of the sides of these windows, as fractions of the image's.
-        noise_levels: range of the noise levels that they begin at, as fractions of T.
-        twin_noise_level: t that normal images are noised to and denoised from by each PatchDiff, to
-            stand among the normal ones: so its touch alone is not what the detector learns.
-        extra: convolutions that widen the detector's receptive field, 22 + 8 extra pixels.
-        train: the detector, weights being 1 in the first third.
-        reweight: give patterns their weights after it; on development defects it does harm.
-        weights: how.
+        blocks: residual blocks of each PatchDiff; its receptive field has
+            ``unshuffle (2 blocks + 1)`` pixels.
+        width: channels of the PatchDiffs.
+        unshuffle: side in pixels of their cells.
+        train_patchdiff: training of each PatchDiff.
+        n_patterns: images in the pool, from all PatchDiffs together: normal images in which a
+            PatchDiff has redrawn a window.
+        steps: network evaluations per image of the pool.
+        windows: smallest and largest side of the windows, as fractions of the image's.
+        noise_levels: smallest and largest start timestep, as fractions of T.
+        twin_noise_level: timestep to which normal images are noised, then denoised by each
+            PatchDiff. These twins count as normal, so that the detector does not learn the mere
+            touch of a PatchDiff.
+        extra: convolutions that widen the detector's receptive field to 22 + 8 extra pixels.
+        train: training of the detector; all weights are 1 in its first third.
+        reweight: use the weights of patterns afterwards; harmful on development defects.
+        weights: the rule of the weights.
     """
 
-    # Chosen on development defects and uncertain cells, as are windows, twins and no weights:
+    # Chosen on development defects and uncertain cells, like windows, twins and no weights:
     standardise: bool = True
     calibrate: bool = False
     beta_schedule: BetaSchedule = "linear"
-    num_timesteps: int = 1000
-    blocks: tuple[int, ...] = (2, 4)
-    width: int = 48
-    unshuffle: int = 2
+    num_timesteps: Count = 1000
+    blocks: tuple[Count, ...] = (2, 4)
+    width: Count = 48
+    unshuffle: Count = 2
     train_patchdiff: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=1500, learning_rate=2e-3, ema_decay=0.995)
     )
-    n_patterns: int = 256
-    steps: int = 40
+    n_patterns: Count = 256
+    steps: Count = 40
     windows: tuple[float, ...] = (0.0625, 0.75)
     noise_levels: tuple[float, ...] = (0.2, 1.0)
-    twin_noise_level: int = 30
-    extra: int = 2
+    twin_noise_level: Timestep = 30
+    extra: Annotated[int, Field(ge=0, le=100)] = 2
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             steps=1500, batch_size=24, learning_rate=1e-3, ema_decay=0.995
@@ -219,23 +219,19 @@ class GRADConfig(MethodConfig):
     weights: WeightConfig = field(default_factory=WeightConfig)
 
     def __post_init__(self) -> None:
-        """Validate field values."""
-        super().__post_init__()
-        check_ranges(self, num_timesteps=(1, math.inf), n_patterns=(1, math.inf))
-        check_ranges(self, steps=(1, self.num_timesteps), extra=(0, 100))
-        check_ranges(self, twin_noise_level=(0, self.num_timesteps - 1))
+        """Validate fields against each other."""
+        check_at_most(self, steps=self.num_timesteps, twin_noise_level=self.num_timesteps - 1)
         for name in ("windows", "noise_levels"):
             ends = getattr(self, name)
             if len(ends) != 2 or not 0 < ends[0] <= ends[1] <= 1:
                 raise ValueError(f"GRADConfig.{name} must be (low, high) within 0..1, got {ends}")
-        if not self.blocks or min(self.blocks) < 1 or len(set(self.blocks)) < len(self.blocks):
+        if not self.blocks or len(set(self.blocks)) < len(self.blocks):
+            raise ValueError(f"GRADConfig.blocks must be different numbers, got {self.blocks}")
+        cell = math.lcm(DETECTOR_CELL, self.unshuffle)
+        if self.image_size % cell:
             raise ValueError(
-                f"GRADConfig.blocks are different numbers from 1 on, got {self.blocks}"
-            )
-        if self.image_size % math.lcm(4, self.unshuffle):
-            raise ValueError(
-                f"GRADConfig.image_size must be a multiple of {math.lcm(4, self.unshuffle)}, the "
-                f"detector's and the PatchDiffs' cells, got {self.image_size}"
+                f"GRADConfig.image_size must be a multiple of {cell}, the cells of detector and "
+                f"PatchDiffs in pixels, got {self.image_size}"
             )
 
     @classmethod
@@ -283,16 +279,16 @@ class GRADConfig(MethodConfig):
 DETECTOR_WIDTH = 64
 DETECTOR_CELL = 4  # pixels to the side for each of its logits
 TWIN_STEPS = 3
-PATTERN_BATCH = 8  # pictures that begin at the same level
+PATTERN_BATCH = 8  # images of the pool with the same start timestep
 GENERATORS_SHARE = 0.6  # of a time budget
-WARMUP_SHARE = 1 / 3  # of what is left of it, when the pool is drawn
+WARMUP_SHARE = 1 / 3  # of the time budget that remains after the pool
 
 
 def draw_windows(images: Tensor, sides: tuple[float, ...], generator: torch.Generator) -> Tensor:
-    """A random rectangle for each image (B, C, H, W): (B, 1, H, W), 1 inside, else 0.
+    """Draw a random rectangle per image (B, C, H, W): (B, 1, H, W), 1 inside, else 0.
 
-    ``sides`` are its smallest and largest sides as fractions of the image's; half of it may lie
-    outside.
+    ``sides`` are its smallest and largest side as fractions of the image's. Its centre lies in the
+    image.
     """
     low, high = sides
     inside = torch.ones_like(images[:, :1])
@@ -300,19 +296,19 @@ def draw_windows(images: Tensor, sides: tuple[float, ...], generator: torch.Gene
         length = images.shape[axis]
         size, centre = torch.rand(2, len(images), generator=generator).to(images)
         half = length * (low + (high - low) * size) / 2
-        place = torch.arange(length, device=images.device) + 0.5
-        near = (place - length * centre[:, None]).abs() <= half[:, None]  # (B, length)
-        inside = inside * (near[:, None, :, None] if axis == -2 else near[:, None, None, :])
+        pixels = torch.arange(length, device=images.device) + 0.5
+        within = (pixels - length * centre[:, None]).abs() <= half[:, None]  # (B, length)
+        inside = inside * (within[:, None, :, None] if axis == -2 else within[:, None, None, :])
     return inside
 
 
 def parts_of_pool(pool: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (n, C, H, W), and which of the detector's cells were drawn, bool (n, h, w)."""
+    """Return images (n, C, H, W), and which detector cells were drawn, bool (n, h, w)."""
     return pool[:, :-1], F.avg_pool2d(pool[:, -1:], DETECTOR_CELL)[:, 0] > 0.5
 
 
 class GRAD(Method):
-    """A patch detector trained against pictures that are right only locally."""
+    """A patch detector trained against images that are right only locally."""
 
     name = "grad"
     Config = GRADConfig
@@ -339,10 +335,10 @@ class GRAD(Method):
         """The PatchDiffs by name, ``patchdiff<receptive field>``."""
         return {k: v for k, v in self.network.items() if k.startswith("patchdiff")}
 
-    # Before the detector: generators, and what they draw.
+    # Before the detector: PatchDiffs and their pool.
 
     def noise_loss(self, network: nn.Module, x0: Tensor, generator: torch.Generator) -> Tensor:
-        """The noise-prediction loss of a batch; a scalar."""
+        """Return the noise-prediction loss of a batch; a scalar (Ho et al. 2020, algorithm 1)."""
         t = torch.randint(self.config.num_timesteps, (len(x0),), generator=generator)
         return self.diffusion.loss(network, x0, t.to(x0.device), randn(x0, generator))
 
@@ -350,13 +346,14 @@ class GRAD(Method):
     def redraw(
         self, network: nn.Module, x0: Tensor, window: Tensor, timesteps: list[int], noise: Tensor
     ) -> Tensor:
-        """Draw windows of normal images anew along ``timesteps``; (B, C, H, W), clipped.
+        """Redraw windows of normal images along ``timesteps``; (B, C, H, W), clipped.
 
-        Around the window the image is at hand at every level, so the window fits its rim.
+        Outside of the window the image, noised to each timestep, is given, so that the window fits
+        its surroundings.
 
         Args:
             network: a PatchDiff.
-            x0: the images as prepared (B, C, H, W).
+            x0: the images as the networks see them (B, C, H, W).
             window: 1 where to draw, else 0, (B, 1, H, W).
             timesteps: decreasing.
             noise: like ``x0``.
@@ -372,25 +369,25 @@ class GRAD(Method):
     def draw_patterns(
         self, network: nn.Module, normal: Tensor, n: int, generator: torch.Generator
     ) -> Tensor:
-        """``n`` normal images with windows from one PatchDiff; (n, C + 1, H, W), on the CPU.
+        """Redraw windows of ``n`` normal images by one PatchDiff; (n, C + 1, H, W), on the CPU.
 
-        The last channel is 1 where it has drawn.
+        The last channel is 1 inside the window.
         """
         c, parts = self.config, []
         index = torch.randint(len(normal), (n,), generator=generator).split(PATTERN_BATCH)
         for i, chosen in enumerate(index):
             x0 = normal[chosen].to(self.device)
             window = draw_windows(x0, c.windows, generator)
-            low, high = c.noise_levels  # gone through evenly, one a batch
-            level = low + (high - low) * (i + 0.5) / len(index)
-            start = max(0, round(level * c.num_timesteps) - 1)
+            low, high = c.noise_levels  # evenly spaced, one per batch
+            noise_level = low + (high - low) * (i + 0.5) / len(index)
+            start = max(0, round(noise_level * c.num_timesteps) - 1)
             timesteps = self.diffusion.schedule.timesteps(start, min(c.steps, start + 1))
             drawn = self.redraw(network, x0, window, timesteps, randn(x0, generator))
             parts.append(torch.cat([drawn, window], 1).cpu())
         return torch.cat(parts)
 
     def draw_pool(self, normal: Tensor, seed: int) -> Tensor:
-        """The contrastive pictures (n, C + 1, H, W), in equal parts from all PatchDiffs."""
+        """Draw the contrastive images (n, C + 1, H, W), in equal parts from all PatchDiffs."""
         generator = torch.Generator().manual_seed(seed)
         each = math.ceil(self.config.n_patterns / len(self.patchdiffs))
         drawn = [
@@ -400,7 +397,7 @@ class GRAD(Method):
         return torch.cat(drawn)[: self.config.n_patterns]
 
     def twins(self, normal: Tensor, seed: int) -> Tensor:
-        """Normal images as each PatchDiff leaves them when it has hardly changed anything."""
+        """Return normal images after a few steps of each PatchDiff from a low noise level."""
         generator, level, parts = (
             torch.Generator().manual_seed(seed),
             self.config.twin_noise_level,
@@ -424,7 +421,7 @@ class GRAD(Method):
         weights: Reweighting | None,
         generator: torch.Generator,
     ) -> Tensor:
-        """Weighted logistic loss of normal and of drawn locations; a scalar."""
+        """Return the weighted logistic loss of normal and of drawn locations; a scalar."""
         index = torch.randint(len(pool), (len(normal),), generator=generator)
         chosen = random_flips(pool[index], self.config.train.flip_axes, generator).to(normal)
         contrastive, drawn = parts_of_pool(chosen)
@@ -438,8 +435,8 @@ class GRAD(Method):
         normal_part = (v * F.softplus(g_normal)).mean()
         return normal_part + (w * drawn * F.softplus(-g_contrastive)).sum() / drawn.sum().clamp(1)
 
-    # Training: four stages, all of them inside the time budget. The pool and the weights are made
-    # anew when a training goes on; their seconds are those of the last time.
+    # Training: four stages, all of them inside the time budget. A resumed training makes pool and
+    # weights again; only that time is reported.
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         budget, seed = options["budget"], options["seed"]
@@ -457,7 +454,7 @@ class GRAD(Method):
     def train_patchdiffs(
         self, train: Tensor, **options: Unpack[FitOptions]
     ) -> dict[str, TrainReport]:
-        """Train each PatchDiff to predict noise; equal shares of the time."""
+        """Train each PatchDiff to predict noise; all get the same time."""
         share = GENERATORS_SHARE / len(self.patchdiffs)
         options["budget"] = remaining_budget(options["budget"], {}, share)
         config = self.config.train_patchdiff
@@ -505,8 +502,8 @@ class GRAD(Method):
 
     @torch.no_grad()
     def _infer(
-        self, images: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
+    ) -> Inferred:
         logits = self.network["detector"](images)
         maps = F.interpolate(logits[:, None], images.shape[-2:], mode="bilinear")[:, 0]
         return maps, None, {}

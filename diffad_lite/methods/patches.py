@@ -9,54 +9,62 @@ Maps are not calibrated by position: on development defects that did not help ei
 neither did PatchCore's mean over neighbouring patches, which is left out.
 """
 
-import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffad_lite.core.config import Profile, check_ranges
+from diffad_lite.core.config import Count, Profile, Timestep, check_at_most, configuration
 from diffad_lite.data.images import image_keys
-from diffad_lite.diffusion.gaussian import noise_generators
-from diffad_lite.methods.anoddpm import AnoDDPMConfig, PriorConfig, prior_of
-from diffad_lite.methods.base import BATCH_SIZE, Buffers, Method, Networks, exact
+from diffad_lite.diffusion.gaussian import noise_generators, randn
+from diffad_lite.methods.base import (
+    BATCH_SIZE,
+    Buffers,
+    Inferred,
+    InputSize,
+    Method,
+    Networks,
+    Trace,
+    exact,
+)
+from diffad_lite.methods.denoiser import Denoiser, DenoisingConfig
 from diffad_lite.spaces.features import DENOISER, LITE0, DenoiserFeatures, ImageNetFeatures, on_grid
 from diffad_lite.training.loop import FitOptions, TrainReport
 
 COVARIANCE_FLOOR = 0.01  # added to the diagonal, as in PaDiM, section III-B
 
 
-@dataclass(frozen=True)
-class PatchConfig(PriorConfig):
-    """What :class:`PaDiM` and :class:`Bank` share.
+@configuration
+class PatchConfig(DenoisingConfig):
+    """Configuration that :class:`PaDiM` and :class:`Bank` share.
 
     Attributes:
         backbone: ``efficientnet_lite0`` (weights in a package), a classifier of torchvision
             (downloads its weights once), or ``denoiser``.
-        layers: of an ImageNet network, whose maps are put side by side.
-        input_size: side that an ImageNet network sees; images are resized to it.
+        layers: of an ImageNet network; their maps are concatenated.
+        input_size: side in pixels of an ImageNet network's input; images are resized to it.
         grid: side of the grid of patches.
-        prior: the noise predictor behind ``denoiser``; features are taken at its noise level.
+        noise_level: timestep at which features of the ``denoiser`` are taken.
     """
 
     calibrate: bool = False
     backbone: str = LITE0
     layers: tuple[str, ...] = ("2", "4", "7")
-    input_size: int = 224
-    grid: int = 28
+    input_size: InputSize = 224
+    grid: Count = 28
+    noise_level: Timestep = 25
 
     def __post_init__(self) -> None:
-        """Validate field values."""
-        super().__post_init__()
-        check_ranges(self, input_size=(32, math.inf), grid=(1, math.inf))
+        """Validate fields against each other."""
+        check_at_most(self, noise_level=self.denoiser.num_timesteps - 1)
 
     @property
-    def first_stage(self) -> AnoDDPMConfig | None:
-        """The noise predictor behind ``denoiser``."""
-        return super().first_stage if self.backbone == DENOISER else None
+    def denoiser_training(self) -> dict[str, Any] | None:
+        """The training of the backbone ``denoiser``."""
+        return super().denoiser_training if self.backbone == DENOISER else None
 
     @classmethod
     def for_profile(cls, profile: Profile, **shape: Any) -> Self:
@@ -67,7 +75,7 @@ class PatchConfig(PriorConfig):
 
 
 class PatchMethod(Method):
-    """A map of distances between the features of an image's patches and those of normal images."""
+    """Map of distances between the features of an image's patches and those of normal images."""
 
     trained = False
     Config = PatchConfig
@@ -79,9 +87,8 @@ class PatchMethod(Method):
         image = torch.zeros(1, c.channels, c.image_size, c.image_size)
         features: DenoiserFeatures | ImageNetFeatures
         if c.backbone == DENOISER:
-            self.prior = prior_of(c.prior)
-            level = c.prior.noise_level
-            features = DenoiserFeatures(self.prior.network, self.prior.diffusion, level)
+            self.denoiser = d = Denoiser(c.denoiser, c.channels)
+            features = DenoiserFeatures(d.network, d.diffusion, c.noise_level)
             maps = features(image, image)
         else:
             features = ImageNetFeatures(c.backbone, c.layers, c.input_size)
@@ -90,21 +97,21 @@ class PatchMethod(Method):
         return Networks({"features": features, "statistics": statistics})
 
     def _statistics(self, dims: int) -> Buffers:
-        """Untrained statistics of features with that many dimensions."""
+        """Return untrained statistics of features with ``dims`` dimensions."""
         raise NotImplementedError
 
     def _summarise(self, patches: Tensor, generator: torch.Generator) -> Buffers:
-        """Statistics of normal patches (N, grid * grid, D)."""
+        """Return statistics of normal patches (N, grid * grid, D)."""
         raise NotImplementedError
 
     def _distance(self, patches: Tensor) -> Tensor:
-        """How far patches (B, grid * grid, D) are from normal, (B, grid * grid)."""
+        """Return distances (B, grid * grid) of patches (B, grid * grid, D) from normal ones."""
         raise NotImplementedError
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         features, reports = self.network["features"], {}
         if self.config.backbone == DENOISER:
-            reports = self.prior._fit(train, **options)
+            reports = self.denoiser.fit(train, **options)
         else:
             features.load_weights()
         self.network.eval()
@@ -120,36 +127,31 @@ class PatchMethod(Method):
         return reports | {"statistics": TrainReport(0, seconds, torch.zeros(0))}
 
     def _patches(self, images: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Features (B, grid * grid, D) of images (B, C, H, W)."""
+        """Return features (B, grid * grid, D) of images (B, C, H, W)."""
         if self.config.backbone == DENOISER:
-            maps = self.network["features"](images, self.prior.draw_noise(images, generators))
+            maps = self.network["features"](images, randn(images, generators))
         else:
             maps = self.network["features"](images)
         return on_grid(maps, self.config.grid).flatten(2).transpose(1, 2)
 
     def _infer(
-        self, images: Tensor, generators: list[torch.Generator]
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
+    ) -> Inferred:
         patches = self._patches(images, generators)
         maps = self._distance(patches).view(-1, 1, self.config.grid, self.config.grid)
         maps = F.interpolate(maps, images.shape[-2:], mode="bilinear")
         return maps[:, 0], None, {}
 
 
-@dataclass(frozen=True)
+@configuration
 class PaDiMConfig(PatchConfig):
     """Configuration of :class:`PaDiM`.
 
     Attributes:
-        n_dims: if there are more features, so many are picked at random and kept.
+        n_dims: number of features, drawn at random where there are more.
     """
 
-    n_dims: int = 550
-
-    def __post_init__(self) -> None:
-        """Validate field values."""
-        super().__post_init__()
-        check_ranges(self, n_dims=(1, math.inf))
+    n_dims: Count = 550
 
     @classmethod
     def for_profile(cls, profile: Profile, **shape: Any) -> Self:
@@ -165,7 +167,7 @@ class PaDiMConfig(PatchConfig):
 
 
 class PaDiM(PatchMethod):
-    """The Mahalanobis distance to the normal patches at the same position."""
+    """Mahalanobis distance to the normal patches at the same position."""
 
     name = "padim"
     Config = PaDiMConfig
@@ -196,26 +198,21 @@ class PaDiM(PatchMethod):
         return torch.einsum("pde,bpe->bpd", s.whitening, centred).norm(dim=-1)
 
 
-@dataclass(frozen=True)
+@configuration
 class BankConfig(PatchConfig):
     """Configuration of :class:`Bank`.
 
     Attributes:
         bank_size: patches that are kept.
-        pool_size: patches, picked at random, among which the bank is chosen.
+        pool_size: patches, drawn at random, among which the bank is chosen.
     """
 
-    bank_size: int = 4000
-    pool_size: int = 40_000
-
-    def __post_init__(self) -> None:
-        """Validate field values."""
-        super().__post_init__()
-        check_ranges(self, bank_size=(1, math.inf), pool_size=(1, math.inf))
+    bank_size: Count = 4000
+    pool_size: Count = 40_000
 
 
 class Bank(PatchMethod):
-    """The distance to the nearest of a bank of normal patches, whatever their position."""
+    """Distance to the nearest patch in a bank of normal patches, at any position."""
 
     name = "bank"
     Config = BankConfig
@@ -234,22 +231,22 @@ class Bank(PatchMethod):
 
     def _distance(self, patches: Tensor) -> Tensor:
         bank: Tensor = self.network["statistics"].bank
-        return torch.stack([torch.cdist(own, bank).amin(1) for own in patches])
+        return torch.stack([torch.cdist(image, bank).amin(1) for image in patches])
 
 
 def farthest_points(points: Tensor, n: int) -> Tensor:
-    """Indices of ``n`` of the points (N, D), each the farthest from those before it.
+    """Return indices of ``n`` of the points (N, D), each the farthest from those before it.
 
-    The greedy cover of PatchCore (Roth et al. 2022, algorithm 1): rare normal patches are kept,
-    of common ones few.
+    This is the greedy cover of PatchCore (Roth et al. 2022, algorithm 1): it keeps rare normal
+    patches, and few of the common ones.
     """
     squares = points.square().sum(1)
     distance = torch.full((len(points),), torch.inf)
     chosen = [0]
     while len(chosen) < min(n, len(points)):
-        last = chosen[-1]
-        to_last = squares - 2 * (points @ points[last]) + squares[last]
-        distance = torch.minimum(distance, to_last)
-        distance[last] = -1  # never again, even among equal points
+        newest = chosen[-1]
+        to_newest = squares - 2 * (points @ points[newest]) + squares[newest]
+        distance = torch.minimum(distance, to_newest)
+        distance[newest] = -1  # never again, even among equal points
         chosen.append(int(distance.argmax()))
     return torch.tensor(chosen)

@@ -5,18 +5,16 @@ After Binary Latent Diffusion (Wang et al. 2023) and the official code of masked
 bits that is 1.
 """
 
-from dataclasses import dataclass
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffad_lite.core.config import check_ranges
+from diffad_lite.core.config import Count, Widths, configuration
 from diffad_lite.diffusion.bernoulli import sample_bits
 from diffad_lite.diffusion.gaussian import Generators
 from diffad_lite.networks.unet import Attention, Upsample, group_norm
 
 
-@dataclass(frozen=True)
+@configuration
 class AutoencoderConfig:
     """Configuration of :class:`BinaryAutoencoder`; defaults are for 64 pixels.
 
@@ -29,21 +27,12 @@ class AutoencoderConfig:
         codeword: length of a codeword.
     """
 
-    base_channels: int = 32
-    channel_mults: tuple[int, ...] = (1, 2)
-    blocks_per_level: int = 1
-    unshuffle: int = 2
-    bits: int = 8
-    codeword: int = 64
-
-    def __post_init__(self) -> None:
-        """Validate field values."""
-        for name in ("base_channels", "blocks_per_level", "unshuffle", "bits", "codeword"):
-            check_ranges(self, **{name: (1, 10**6)})
-        if min(self.channel_mults, default=0) < 1:
-            raise ValueError(
-                f"AutoencoderConfig.channel_mults are numbers from 1 on, got {self.channel_mults}"
-            )
+    base_channels: Count = 32
+    channel_mults: Widths = (1, 2)
+    blocks_per_level: Count = 1
+    unshuffle: Count = 2
+    bits: Count = 8
+    codeword: Count = 64
 
     @property
     def factor(self) -> int:

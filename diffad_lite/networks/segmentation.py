@@ -6,19 +6,18 @@ as fast, and clearly worse on development defects.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffad_lite.core.config import check_ranges
+from diffad_lite.core.config import Count, Widths, configuration
 from diffad_lite.networks.unet import group_norm
 
 FOCAL_WEIGHT, FOCAL_EXPONENT, FOCAL_ALPHA = 5, 4, 0.5  # the official code of DiffusionAD
 
 
-@dataclass(frozen=True)
+@configuration
 class SegmentationConfig:
     """Configuration of :class:`SegmentationNet`.
 
@@ -28,17 +27,9 @@ class SegmentationConfig:
         batch_norm: BatchNorm as published; else GroupNorm, by which images do not see each other.
     """
 
-    base_channels: int = 24
-    channel_mults: tuple[int, ...] = (1, 2, 4, 4)
+    base_channels: Count = 24
+    channel_mults: Widths = (1, 2, 4, 4)
     batch_norm: bool = False
-
-    def __post_init__(self) -> None:
-        """Validate field values."""
-        check_ranges(self, base_channels=(1, 10**6))
-        if min(self.channel_mults, default=0) < 1:
-            raise ValueError(
-                f"SegmentationConfig.channel_mults are numbers from 1 on, got {self.channel_mults}"
-            )
 
 
 class DoubleConv(nn.Sequential):

@@ -4,24 +4,32 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from diffad_lite.core.config import check_ranges, config_hash, convert, to_dict
+from diffad_lite.core.config import (
+    Count,
+    Fraction,
+    NonNegative,
+    config_hash,
+    configuration,
+    convert,
+    to_dict,
+)
 from diffad_lite.core.files import write_atomically
 from diffad_lite.training import processes
 
 RANDOM = ("generator", "global_rng")  # states of random numbers, a row for each process
 
 
-@dataclass(frozen=True)
+@configuration
 class TrainConfig:
     """How one network is trained.
 
@@ -36,23 +44,14 @@ class TrainConfig:
         flip_axes: axes along which images are flipped at random (-1 left-right, -2 up-down).
     """
 
-    steps: int = 5000
-    batch_size: int = 16
-    learning_rate: float = 5e-4
-    weight_decay: float = 0.0
-    warmup_steps: int = 100
-    ema_decay: float = 0.999
-    grad_clip: float = 1.0
-    flip_axes: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Validate field values."""
-        check_ranges(self, steps=(1, 10**9), batch_size=(1, 10**6), ema_decay=(0, 1))
-        for name in ("weight_decay", "warmup_steps", "grad_clip"):
-            check_ranges(self, **{name: (0, math.inf)})
-        check_ranges(self, learning_rate=(0, 1e6))  # what float32 can compute with
-        if not set(self.flip_axes) <= {-1, -2}:
-            raise ValueError(f"TrainConfig.flip_axes holds -1 and -2 only, got {self.flip_axes}")
+    steps: Count = 5000
+    batch_size: Count = 16
+    learning_rate: Annotated[float, Field(ge=0, le=1e6)] = 5e-4  # what float32 can compute with
+    weight_decay: NonNegative = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    ema_decay: Fraction = 0.999
+    grad_clip: NonNegative = 1.0
+    flip_axes: tuple[Annotated[int, Field(ge=-2, le=-1)], ...] = ()
 
 
 def learning_rate_factor(step: int, total: int, warmup: int) -> float:

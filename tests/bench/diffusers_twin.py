@@ -6,6 +6,7 @@ images; what differs is whose modules, schedule, optimiser step and average they
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +16,15 @@ from torch import Tensor, nn
 
 from diffad_lite.diffusion.gaussian import GaussianDiffusion, final_step, randn
 from diffad_lite.diffusion.schedules import NoiseSchedule
-from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
+from diffad_lite.methods.denoiser import Denoiser, DenoiserConfig
 from diffad_lite.networks.unet import UNet
 from diffad_lite.training.loop import supports_bf16, train_network
 from diffad_lite.training.state import TrainConfig
 
-CONFIG = AnoDDPMConfig()
+CONFIG = DenoiserConfig()
+CHANNELS = 1
 STEPS = 10  # of DDIM, when images are sampled
-LOSS = AnoDDPM(CONFIG).loss
+LOSS = Denoiser(CONFIG, CHANNELS).loss
 
 
 class Unshuffled(nn.Module):
@@ -33,8 +35,8 @@ class Unshuffled(nn.Module):
         c, self.side = CONFIG, side
         self.inner = UNet2DModel(
             sample_size=image_size // side,
-            in_channels=c.channels * side**2,
-            out_channels=c.channels * side**2,
+            in_channels=CHANNELS * side**2,
+            out_channels=CHANNELS * side**2,
             block_out_channels=tuple(c.base_channels * m for m in c.channel_mults),
             layers_per_block=c.blocks_per_level,
             down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
@@ -51,15 +53,7 @@ class Unshuffled(nn.Module):
 
 def our_network(side: int) -> UNet:
     """The denoiser of the lite profile, with a pixel-unshuffle of ``side``."""
-    c = CONFIG
-    return UNet(
-        c.channels,
-        base_channels=c.base_channels,
-        channel_mults=c.channel_mults,
-        blocks_per_level=c.blocks_per_level,
-        attention_levels=c.attention_levels,
-        unshuffle=side,
-    )
+    return Denoiser(replace(CONFIG, unshuffle=side), CHANNELS).network
 
 
 def train_ours(network: nn.Module, images: Tensor, steps: int, batch_size: int) -> None:

@@ -95,7 +95,7 @@ def test_evaluate_writes_the_whole_record(tmp_path, capsys):
     assert main([*arguments, "--out", str(out)]) == 0
     assert json.loads((out / "result.json").read_text())["image_auroc"] == result["image_auroc"]
     # Another configuration does not silently take it over.
-    assert main([*arguments, "--set", "train.steps=21", "--out", str(out)]) == 2
+    assert main([*arguments, "--set", "denoiser.train.steps=21", "--out", str(out)]) == 2
     assert "another configuration" in capsys.readouterr().err
 
 
@@ -245,8 +245,9 @@ def test_an_entry_of_data_may_have_its_own_methods_seeds_and_plants(monkeypatch)
     assert [scoring.plant for scoring in scorings(runs[0][1], runs[0][0])] == ["cells"]
 
 
-SMALL = {"base_channels": 8, "channel_mults": [1, 2], "attention_levels": []}
-SHORT = {"train.steps": 3}
+NETWORK = {"base_channels": 8, "channel_mults": [1, 2], "attention_levels": []}
+SMALL = {f"denoiser.{name}": value for name, value in NETWORK.items()}
+SHORT = {"denoiser.train.steps": 3}
 
 
 def test_trainings_of_a_grid_are_made_and_tabled_apart(tmp_path):
@@ -279,9 +280,9 @@ def test_trainings_of_a_grid_are_made_and_tabled_apart(tmp_path):
 def test_a_method_goes_on_from_the_training_of_anoddpm(tmp_path, monkeypatch):
     """The first stage is copied, not made again, where it is the same training, and only there."""
     data = [{"dataset": "shapes", "image_size": 16}]
-    prior = SMALL | SHORT
+    denoiser = SMALL | SHORT
     base = {"profile": "ci", "data": data, "variants": {"default": {}}}
-    sweep(base | {"methods": ["anoddpm"], "settings": prior}, tmp_path)
+    sweep(base | {"methods": ["anoddpm"], "settings": denoiser}, tmp_path)
     made = []
 
     def spy(network, *args, stage, **options):
@@ -291,22 +292,22 @@ def test_a_method_goes_on_from_the_training_of_anoddpm(tmp_path, monkeypatch):
     def stage_of(folder, stage):
         return f"{stage} begun" if (folder / f"{stage}.state.safetensors").exists() else stage
 
-    for module in ("anoddpm", "diffusionad", "glad"):
+    for module in ("denoiser", "diffusionad", "glad"):
         monkeypatch.setattr(f"diffad_lite.methods.{module}.train_network", spy)
-    same = {f"prior.{key}": value for key, value in prior.items()} | SHORT
+    same = denoiser | {"train.steps": 3}
     assert sweep(base | {"methods": ["diffusionad"], "settings": same}, tmp_path) == []
     assert made == ["diffusion begun", "joint"]
     made.clear()
     made.clear()
     trained = {"": {}, "seen": {"standardise": True}}  # AnoDDPM's own training of that name, too
-    sweep(base | {"methods": ["anoddpm"], "settings": prior, "trainings": trained}, tmp_path)
+    sweep(base | {"methods": ["anoddpm"], "settings": denoiser, "trainings": trained}, tmp_path)
     assert made == ["diffusion"]
     made.clear()
     grid = base | {"methods": ["glad"], "settings": same, "trainings": {"seen": {}}}
     assert sweep(grid, tmp_path) == []
     assert made == ["diffusion begun", "anomaly_oriented"]
     made.clear()
-    other = {"other": {"prior.train.steps": 4}}
+    other = {"other": {"denoiser.train.steps": 4}}
     grid = base | {"methods": ["diffusionad"], "settings": same, "trainings": other}
     assert sweep(grid, tmp_path) == []
     assert made == ["diffusion", "joint"]

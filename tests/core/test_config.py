@@ -18,15 +18,18 @@ from diffad_lite.core.files import read_json, write_atomically, write_json
 from diffad_lite.methods.anoddpm import AnoDDPMConfig
 from diffad_lite.methods.base import METHODS
 from diffad_lite.methods.baselines import BrightnessConfig
+from diffad_lite.methods.denoiser import DenoiserConfig
 from diffad_lite.training.state import TrainConfig
 
 CONFIG = AnoDDPMConfig(
     channels=3,
-    channel_mults=(1, 2),
-    attention_levels=(),
-    beta_schedule="cosine",
     smooth_sigma=2.5,
-    train=TrainConfig(steps=7, flip_axes=(-1, -2)),
+    denoiser=DenoiserConfig(
+        channel_mults=(1, 2),
+        attention_levels=(),
+        beta_schedule="cosine",
+        train=TrainConfig(steps=7, flip_axes=(-1, -2)),
+    ),
 )
 
 # ------------------------------------------------------------------------ dictionaries
@@ -36,17 +39,18 @@ def test_round_trip_through_json_text_keeps_nested_values_and_types():
     values = json.loads(json.dumps(to_dict(CONFIG)))
     back = from_dict(AnoDDPMConfig, values)
     assert back == CONFIG
-    assert isinstance(back.train, TrainConfig)
-    assert isinstance(back.channel_mults, tuple)
-    assert isinstance(back.attention_levels, tuple)
-    assert isinstance(back.train.flip_axes, tuple)
+    assert isinstance(back.denoiser, DenoiserConfig)
+    assert isinstance(back.denoiser.train, TrainConfig)
+    assert isinstance(back.denoiser.channel_mults, tuple)
+    assert isinstance(back.denoiser.attention_levels, tuple)
+    assert isinstance(back.denoiser.train.flip_axes, tuple)
 
 
 def test_dictionary_holds_json_types_only():
     values = to_dict(CONFIG)
-    assert values["channel_mults"] == [1, 2]
-    assert values["train"]["flip_axes"] == [-1, -2]
-    assert values["train"]["steps"] == 7
+    assert values["denoiser"]["channel_mults"] == [1, 2]
+    assert values["denoiser"]["train"]["flip_axes"] == [-1, -2]
+    assert values["denoiser"]["train"]["steps"] == 7
     assert list(values)[:2] == ["channels", "image_size"]  # in the order of the fields
 
 
@@ -60,8 +64,8 @@ def test_every_profile_of_every_method_survives_the_round_trip(name, profile):
 
 
 def test_missing_keys_take_the_defaults_and_integers_fit_floats():
-    config = from_dict(AnoDDPMConfig, {"smooth_sigma": 2, "train": {"steps": 3}})
-    assert config == AnoDDPMConfig(smooth_sigma=2.0, train=TrainConfig(steps=3))
+    config = from_dict(AnoDDPMConfig, {"smooth_sigma": 2, "denoiser": {"unshuffle": 3}})
+    assert config == AnoDDPMConfig(smooth_sigma=2.0, denoiser=DenoiserConfig(unshuffle=3))
     assert isinstance(config.smooth_sigma, float)
 
 
@@ -70,22 +74,28 @@ def test_unknown_key_is_refused_with_the_nearest_one():
     with pytest.raises(ValueError, match=message):
         from_dict(AnoDDPMConfig, {"noise_levle": 3})
     with pytest.raises(ValueError, match="unknown TrainConfig field 'step'; did you mean 'steps'"):
-        from_dict(AnoDDPMConfig, {"train": {"step": 3}})
+        from_dict(AnoDDPMConfig, {"denoiser": {"train": {"step": 3}}})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"steps": "many"}, r"AnoDDPMConfig\.steps must be of type int, got 'many'"),
-        ({"steps": 2.0}, r"AnoDDPMConfig\.steps must be of type int, got 2\.0"),
-        ({"steps": True}, r"AnoDDPMConfig\.steps must be of type int, got True"),
-        ({"steps": None}, r"AnoDDPMConfig\.steps must be of type int, got None"),
-        ({"smooth_sigma": "1"}, r"AnoDDPMConfig\.smooth_sigma must be of type float, got '1'"),
-        ({"smooth_sigma": True}, r"AnoDDPMConfig\.smooth_sigma must be of type float, got True"),
-        ({"calibrate": 1}, r"AnoDDPMConfig\.calibrate must be of type bool, got 1"),
-        ({"channel_mults": [1, "2"]}, r"AnoDDPMConfig\.channel_mults must be of type int, got '2'"),
-        ({"beta_schedule": "line"}, r"beta_schedule must be one of 'linear', .* got 'line'"),
-        ({"train": {"steps": []}}, r"TrainConfig\.steps must be of type int, got \[\]"),
+        ({"steps": "many"}, r"AnoDDPMConfig\.steps must be a valid integer, got 'many'"),
+        ({"steps": 2.0}, r"AnoDDPMConfig\.steps must be a valid integer, got 2\.0"),
+        ({"steps": True}, r"AnoDDPMConfig\.steps must be a valid integer, got True"),
+        ({"steps": None}, r"AnoDDPMConfig\.steps must be a valid integer, got None"),
+        ({"smooth_sigma": "1"}, r"AnoDDPMConfig\.smooth_sigma must be a valid number, got '1'"),
+        ({"smooth_sigma": True}, r"AnoDDPMConfig\.smooth_sigma must be a valid number, got True"),
+        ({"calibrate": 1}, r"AnoDDPMConfig\.calibrate must be a valid boolean, got 1"),
+        (
+            {"denoiser": {"channel_mults": [1, "2"]}},
+            r"denoiser\.channel_mults\.1 must be a valid integer, got '2'",
+        ),
+        ({"denoiser": {"beta_schedule": "line"}}, r"beta_schedule must be 'linear', .* got 'line'"),
+        (
+            {"denoiser": {"train": {"steps": []}}},
+            r"denoiser\.train\.steps must be a valid integer, got \[\]",
+        ),
     ],
     ids=str,
 )
@@ -96,13 +106,13 @@ def test_a_value_of_another_type_is_refused(values, message):
 
 @pytest.mark.parametrize("value", [3, "abc", None])
 def test_a_scalar_where_a_list_belongs_is_refused(value):
-    with pytest.raises(ValueError, match=r"AnoDDPMConfig\.channel_mults"):
-        from_dict(AnoDDPMConfig, {"channel_mults": value})
+    with pytest.raises(ValueError, match=r"AnoDDPMConfig\.denoiser\.channel_mults"):
+        from_dict(AnoDDPMConfig, {"denoiser": {"channel_mults": value}})
 
 
 def test_a_scalar_where_a_nested_configuration_belongs_is_refused():
-    with pytest.raises(ValueError, match=r"AnoDDPMConfig\.train"):
-        from_dict(AnoDDPMConfig, {"train": 5})
+    with pytest.raises(ValueError, match=r"AnoDDPMConfig\.denoiser must be a mapping, got 5"):
+        from_dict(AnoDDPMConfig, {"denoiser": 5})
 
 
 # --------------------------------------------------------------------------- overrides
@@ -112,22 +122,18 @@ def test_override_replaces_only_what_is_named():
     changed = override(
         CONFIG,
         {
-            "train.steps": "100",
-            "train.learning_rate": "1e-4",
-            "train.flip_axes": "[-2]",
-            "beta_schedule": "linear",
+            "denoiser.train.steps": "100",
+            "denoiser.train.learning_rate": "1e-4",
+            "denoiser.train.flip_axes": "[-2]",
+            "denoiser.beta_schedule": "linear",
             "calibrate": "false",
             "top_fraction": "1",
         },
     )
-    assert changed == replace(
-        CONFIG,
-        beta_schedule="linear",
-        calibrate=False,
-        top_fraction=1.0,
-        train=replace(CONFIG.train, steps=100, learning_rate=1e-4, flip_axes=(-2,)),
-    )
-    assert CONFIG.train.steps == 7
+    train = replace(CONFIG.denoiser.train, steps=100, learning_rate=1e-4, flip_axes=(-2,))
+    denoiser = replace(CONFIG.denoiser, beta_schedule="linear", train=train)
+    assert changed == replace(CONFIG, calibrate=False, top_fraction=1.0, denoiser=denoiser)
+    assert CONFIG.denoiser.train.steps == 7
 
 
 def test_override_takes_quoted_and_bare_words_alike():
@@ -142,11 +148,12 @@ def test_override_with_nothing_changes_nothing():
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("train.step", r"train\.steps"),
+        ("denoiser.train.step", r"denoiser\.train\.steps"),
+        ("train.steps", r"denoiser\.train\.steps"),  # its place in an older version
         ("noise_levels", "noise_level"),
-        ("trian.steps", r"train\.steps"),
+        ("denoiser.trian.steps", r"denoiser\.train\.steps"),
         ("steps.x", "steps"),
-        ("train.steps.x", r"train\.steps"),
+        ("denoiser.train.steps.x", r"denoiser\.train\.steps"),
     ],
 )
 def test_override_of_an_unknown_field_names_the_nearest(name, near):
@@ -155,16 +162,20 @@ def test_override_of_an_unknown_field_names_the_nearest(name, near):
 
 
 def test_override_of_a_whole_group_is_refused():
-    with pytest.raises(ValueError, match="unknown field 'train'"):
-        override(CONFIG, {"train": "{}"})
+    with pytest.raises(ValueError, match="unknown field 'denoiser'"):
+        override(CONFIG, {"denoiser": "{}"})
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("train.steps", "ten", r"TrainConfig\.steps must be of type int, got 'ten'"),
-        ("steps", "1.5", r"AnoDDPMConfig\.steps must be of type int, got 1\.5"),
-        ("beta_schedule", "sigmoid", "must be one of 'linear', 'cosine', 'scaled_linear'"),
+        (
+            "denoiser.train.steps",
+            "ten",
+            r"denoiser\.train\.steps must be a valid integer, got 'ten'",
+        ),
+        ("steps", "1.5", r"AnoDDPMConfig\.steps must be a valid integer, got 1\.5"),
+        ("denoiser.beta_schedule", "sigmoid", "must be 'linear', 'cosine' or 'scaled_linear'"),
     ],
 )
 def test_override_by_a_value_that_does_not_fit_is_refused(name, text, message):
@@ -180,10 +191,12 @@ def test_unknown_name_lists_what_is_known_and_guesses_only_when_near():
 
 
 def test_changed_fields_are_dotted():
-    other = replace(CONFIG, n_noises=9, train=replace(CONFIG.train, steps=8, flip_axes=()))
-    assert changed_fields(CONFIG, other) == {"n_noises", "train.steps", "train.flip_axes"}
+    train = replace(CONFIG.denoiser.train, steps=8, flip_axes=())
+    other = replace(CONFIG, n_noises=9, denoiser=replace(CONFIG.denoiser, train=train))
+    changed = {"n_noises", "denoiser.train.steps", "denoiser.train.flip_axes"}
+    assert changed_fields(CONFIG, other) == changed
     assert changed_fields(CONFIG, replace(CONFIG)) == set()
-    assert changed_fields(BrightnessConfig(), AnoDDPMConfig()) >= {"side", "train.steps"}
+    assert changed_fields(BrightnessConfig(), AnoDDPMConfig()) >= {"side", "denoiser.train.steps"}
 
 
 # ---------------------------------------------------------------------------- hashes

@@ -57,12 +57,15 @@ def test_a_sweep_on_dask_makes_what_a_sweep_makes(tmp_path, capsys):
     assert [made[name] for name in names] == [alone[name] for name in names]
 
 
+SLOW = {"train.steps": 200, "base_channels": 8, "attention_levels": []}
+
+
 def test_a_run_goes_on_when_its_worker_dies(tmp_path, local):
     grid = {
         "profile": "ci",
         "methods": ["anoddpm"],
         "data": [{"dataset": "shapes", "image_size": 16}],
-        "settings": {"train.steps": 200, "base_channels": 8, "attention_levels": []},
+        "settings": {f"denoiser.{name}": value for name, value in SLOW.items()},
     }
     folder = tmp_path / "runs/anoddpm/shapes-16px/s0"
     killed = []

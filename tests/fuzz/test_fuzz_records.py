@@ -282,7 +282,7 @@ def odd_grid(rng: np.random.Generator) -> dict[str, Any]:
         "seeds": [0, 1],
         "plants": [None, "cells"],
         "variants": {"raw": {"calibrate": False}, "default": None},
-        "trainings": {"few": {"train.steps": 3}},
+        "trainings": {"few": {"denoiser.train.steps": 3}},
         "settings": {"smooth_sigma": 0.5},
     }
     grid = {k: v for k, v in right.items() if k == "methods" or rng.random() < 0.5}

@@ -66,7 +66,8 @@ for line in sys.stdin:
 """
 INTERRUPTED = "diffad: interrupted; the same command goes on from here\n"
 SHAPES = ("--dataset", "shapes", "--profile", "ci", "--image-size", "16", "--quiet")
-SETTINGS = ("train.steps=12", "base_channels=8", "channel_mults=[1,2]", "attention_levels=[]")
+DENOISER = ("train.steps=12", "base_channels=8", "channel_mults=[1,2]", "attention_levels=[]")
+SETTINGS = tuple(f"denoiser.{field}" for field in DENOISER)
 TRAIN = ["train", "--method", "anoddpm", *SHAPES]
 TRAIN += [word for setting in SETTINGS for word in ("--set", setting)]
 STATE = Path("state") / "diffusion.state.safetensors"

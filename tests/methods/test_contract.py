@@ -28,6 +28,7 @@ from diffad_lite.methods.base import (
     load_pretrained,
 )
 from diffad_lite.methods.calibration import MapCalibration, conformal_threshold, top_k_mean
+from diffad_lite.methods.denoiser import Denoiser, DenoiserConfig
 
 NAMES = sorted(METHODS)
 BASELINES = ("brightness", "mean_image", "pca")
@@ -47,7 +48,7 @@ class Stub(Method):
         self.network = Buffers(mean=train.mean())
         return {}
 
-    def _infer(self, images, generators):
+    def _infer(self, images, generators, trace=None):
         return (images - self.network.mean).abs().mean(1), None, {}
 
 
@@ -70,9 +71,9 @@ def tiny_config(name: str, channels: int = 1, size: int = SIZE):
     config = KINDS[name].Config.for_profile("ci", channels=channels, image_size=size)
     if hasattr(config, "train"):
         config = replace(config, train=replace(config.train, steps=2, batch_size=2))
-    if hasattr(config, "prior"):
-        short = replace(config.prior.train, steps=2, batch_size=2)
-        config = replace(config, prior=replace(config.prior, train=short))
+    if hasattr(config, "denoiser"):
+        short = replace(config.denoiser.train, steps=2, batch_size=2)
+        config = replace(config, denoiser=replace(config.denoiser, train=short))
     return replace(config, calibrate=True)
 
 
@@ -472,10 +473,10 @@ def test_wrong_number_of_keys_is_refused(name, keys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"noise_level": 1000}, r"noise_level must be in 0\.\.999, got 1000"),
-        ({"noise_level": 10, "steps": 12}, r"steps must be in 1\.\.11, got 12"),
-        ({"channels": 2}, "expected images of 1, 3 or 4 channels, got 2"),
-        ({"attention_levels": (3,)}, "do not all exist among the 3 levels"),
+        ({"noise_level": 1000}, r"noise_level must be at most 999, got 1000"),
+        ({"noise_level": 10, "steps": 12}, r"steps must be at most 11, got 12"),
+        ({"channels": 2}, "channels must be 1, 3 or 4, got 2"),
+        ({"denoiser": DenoiserConfig(attention_levels=(3,))}, "do not all exist among the 3"),
     ],
     ids=str,
 )
@@ -553,7 +554,7 @@ def test_training_is_reported_and_kept_in_the_working_folder(tmp_path, monkeypat
     def no_step(*_):
         raise AssertionError("a finished training must not be repeated")
 
-    monkeypatch.setattr(AnoDDPM, "loss", no_step)
+    monkeypatch.setattr(Denoiser, "loss", no_step)
     again = fit("anoddpm", workdir=tmp_path)
     assert_same(again.predict(pictures(3)), method.predict(pictures(3)))
 
@@ -561,7 +562,8 @@ def test_training_is_reported_and_kept_in_the_working_folder(tmp_path, monkeypat
 def test_training_state_of_another_configuration_is_refused(tmp_path):
     fit("anoddpm", workdir=tmp_path)
     config = tiny_config("anoddpm")
-    config = replace(config, train=replace(config.train, learning_rate=1e-5))
+    train = replace(config.denoiser.train, learning_rate=1e-5)
+    config = replace(config, denoiser=replace(config.denoiser, train=train))
     with pytest.raises(ValueError, match="another method, configuration or seed"):
         fit("anoddpm", workdir=tmp_path, config=config)
     with pytest.raises(ValueError, match="another method, configuration or seed"):
@@ -571,21 +573,23 @@ def test_training_state_of_another_configuration_is_refused(tmp_path):
 @pytest.mark.parametrize("changes", [{"beta_schedule": "cosine"}, {"num_timesteps": 500}], ids=str)
 def test_training_state_of_another_noise_schedule_is_refused(tmp_path, changes):
     fit("anoddpm", workdir=tmp_path)
+    config = tiny_config("anoddpm")
+    config = replace(config, denoiser=replace(config.denoiser, **changes))
     with pytest.raises(ValueError, match="another method, configuration or seed"):
-        fit("anoddpm", workdir=tmp_path, config=replace(tiny_config("anoddpm"), **changes))
+        fit("anoddpm", workdir=tmp_path, config=config)
 
 
-def test_timesteps_of_the_loss_cover_the_schedule(monkeypatch):
-    method, seen = METHODS["anoddpm"](replace(tiny_config("anoddpm"), num_timesteps=101)), []
+def test_timesteps_of_the_loss_cover_the_schedule():
+    denoiser, timesteps = Denoiser(DenoiserConfig(num_timesteps=101), channels=1), []
 
     def network(x, t):
-        seen.extend(t.tolist())
+        timesteps.extend(t.tolist())
         return x
 
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        method.loss(network, pictures(100, size=(2, 2)), generator)
-    assert set(seen) == set(range(101))
+        denoiser.loss(network, pictures(100, size=(2, 2)), generator)
+    assert set(timesteps) == set(range(101))
 
 
 # -------------------------------------------------------------------------------------- files
@@ -693,7 +697,7 @@ def test_incomplete_folders_are_refused_by_name(saved):
 def test_weights_that_do_not_fit_their_configuration_are_refused(saved):
     folder = saved("anoddpm")
     values = json.loads((folder / "config.json").read_text())
-    values["config"]["base_channels"] = 8
+    values["config"]["denoiser"]["base_channels"] = 8
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"anoddpm\S* does not fit its configuration: "):
         load_pretrained(folder)
@@ -747,14 +751,14 @@ def test_other_settings_share_weights_and_nothing_else(name, saved):
 
 def test_settings_that_would_need_training_or_do_not_exist():
     method = fitted("anoddpm")
-    with pytest.raises(ValueError, match=r"^base_channels cannot be changed on a trained model"):
-        method.with_settings(base_channels=64)
+    with pytest.raises(ValueError, match=r"^denoiser cannot be changed on a trained model"):
+        method.with_settings(denoiser=None)
     with pytest.raises(ValueError, match=r"unknown setting 'n_noise'; did you mean 'n_noises'\?"):
         method.with_settings(n_noise=2)
     for value in (0, 2.5, "2", True):
         with pytest.raises(ValueError, match="n_noises"):
             method.with_settings(n_noises=value)
-    with pytest.raises(ValueError, match="calibrate must be of type bool, got 'no'"):
+    with pytest.raises(ValueError, match="calibrate must be a valid boolean, got 'no'"):
         method.with_settings(calibrate="no")
 
 
@@ -859,7 +863,8 @@ def test_an_interrupt_between_old_and_new_keeps_a_checkpoint(saved, monkeypatch)
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_checkpoint_loads_with_its_schedule(schedule, tmp_path):
-    config = replace(tiny_config("anoddpm"), beta_schedule=schedule)
+    config = tiny_config("anoddpm")
+    config = replace(config, denoiser=replace(config.denoiser, beta_schedule=schedule))
     method = fit("anoddpm", config=config)
     method.save_pretrained(tmp_path / "saved")
     x = pictures(3, seed=4)

@@ -20,9 +20,11 @@ SIZE = 16
 def config(**changes) -> DiffusionADConfig:
     tiny = DiffusionADConfig.for_profile("ci", channels=1, image_size=SIZE)
     small = TrainConfig(steps=3, batch_size=4)
-    prior = replace(tiny.prior, base_channels=8, channel_mults=(1, 2), attention_levels=())
+    denoiser = replace(
+        tiny.denoiser, base_channels=8, channel_mults=(1, 2), attention_levels=(), train=small
+    )
     segmentation = SegmentationConfig(4, (1, 2))
-    parts = {"prior": replace(prior, train=small), "segmentation": segmentation, "train": small}
+    parts = {"denoiser": denoiser, "segmentation": segmentation, "train": small}
     return replace(tiny, **(parts | changes))
 
 
@@ -253,16 +255,14 @@ def test_training_has_a_stage_of_the_denoiser_alone_and_one_of_both(tmp_path):
     assert list(made.reports_) == ["diffusion", "joint"]
     assert [r["steps"] for r in made.reports_.values()] == [3, 3]
     assert list(fit(pretrain=False).reports_) == ["joint"]
-    other = fit(residual_resampling=True)  # a denoiser of its own, so nobody else's training
-    assert list(other.reports_) == ["diffusion", "joint"]
-    assert other.config.first_stage is None
 
 
 def test_the_first_stage_is_anoddpms_training_itself(tmp_path):
     """The same weights to the bit, so that one training can serve both."""
     c = config()
-    assert c.first_stage == c.prior
-    AnoDDPM(c.prior).fit(
+    anoddpm = AnoDDPMConfig(image_size=c.image_size, denoiser=c.denoiser)
+    assert c.denoiser_training == anoddpm.denoiser_training
+    AnoDDPM(anoddpm).fit(
         pictures(12), pictures(20, 1), seed=0, workdir=tmp_path / "a", progress=False
     )
     fit(tmp_path / "b")
@@ -294,7 +294,7 @@ def test_a_training_that_broke_in_the_second_stage_goes_on_from_there(tmp_path, 
 def test_the_control_has_no_diffusion_at_all():
     made = fit(reconstruction="input")
     assert list(made.network) == ["segmentation"]
-    assert made.config.first_stage is None
+    assert made.config.denoiser_training is None
     images = pictures(2)
     prediction = made.predict(images)
     assert torch.equal(prediction.reconstruction, images)
@@ -309,7 +309,7 @@ def test_a_time_budget_is_shared_by_the_stages(monkeypatch):
         given[stage] = budget
         return TrainReport(3, 5.0, torch.zeros(3))
 
-    for module in ("anoddpm", "diffusionad"):
+    for module in ("denoiser", "diffusionad"):
         monkeypatch.setattr(f"diffad_lite.methods.{module}.train_network", quick)
     DiffusionAD(config()).fit(pictures(12), pictures(20, 1), seed=0, budget=100.0, progress=False)
     assert given == {"diffusion": pytest.approx(70), "joint": pytest.approx(95)}
@@ -366,7 +366,7 @@ def test_the_paper_profile_has_the_published_sizes():
     assert sizes["segmentation"] == pytest.approx(28.4e6, rel=0.01)
     assert (c.noise_level, c.noise_level_big, c.boundary, c.highest) == (200, 400, 300, 1000)
     assert c.unit_range
-    assert c.first_stage is None  # trained together from the start
+    assert c.denoiser_training is None  # trained together from the start
     assert (c.train.learning_rate, c.train.learning_rate * c.denoiser_rate) == (1e-5, 1e-4)
     assert (c.synthesis.foreground, c.synthesis.own) == ("object", 0.5)
     assert round(c.top_fraction * 256**2) == 50
@@ -374,9 +374,8 @@ def test_the_paper_profile_has_the_published_sizes():
 
 def test_lite_begins_with_the_lite_anoddpm():
     c = DiffusionADConfig.for_profile("lite", channels=1, image_size=64, flip_axes=(-1, -2))
-    assert c.first_stage == AnoDDPMConfig.for_profile(
-        "lite", channels=1, image_size=64, flip_axes=(-1, -2)
-    )
+    shape = {"channels": 1, "image_size": 64, "flip_axes": (-1, -2)}
+    assert c.denoiser_training == AnoDDPMConfig.for_profile("lite", **shape).denoiser_training
     assert c.train.flip_axes == (-1, -2)
 
 
@@ -386,7 +385,8 @@ def test_lite_begins_with_the_lite_anoddpm():
         ("noise_level", 1000),
         ("noise_level_big", -1),
         ("boundary", 0),
-        ("highest", 200),
+        ("highest", 1001),
+        ("boundary", 500),
         ("scales", 3),
         ("guidance", -1.0),
         ("steps", 27),

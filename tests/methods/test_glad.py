@@ -20,8 +20,10 @@ SIZE = 16
 def config(**changes) -> GLADConfig:
     tiny = GLADConfig.for_profile("ci", channels=1, image_size=SIZE)
     small = TrainConfig(steps=3, batch_size=4)
-    prior = replace(tiny.prior, base_channels=8, channel_mults=(1, 2), attention_levels=())
-    return replace(tiny, **({"prior": replace(prior, train=small), "train": small} | changes))
+    denoiser = replace(
+        tiny.denoiser, base_channels=8, channel_mults=(1, 2), attention_levels=(), train=small
+    )
+    return replace(tiny, **({"denoiser": denoiser, "train": small} | changes))
 
 
 def method(**changes) -> GLAD:
@@ -106,7 +108,7 @@ def test_fading_bounds_the_shift_of_the_target():
     """t / T times sqrt(SNR) is at most .2922 (linear betas) and .3608 (scaled linear)."""
     for schedule, bound in (("linear", 0.2922), ("scaled_linear", 0.3608)):
         c = config(fade="linear")
-        made = GLAD(replace(c, prior=replace(c.prior, beta_schedule=schedule)))
+        made = GLAD(replace(c, denoiser=replace(c.denoiser, beta_schedule=schedule)))
         t = torch.arange(1000)
         shift = made.fade(t) * made.diffusion.schedule.snr.sqrt()
         assert float(shift.max()) == pytest.approx(bound, abs=1e-4)
@@ -360,7 +362,7 @@ def test_nobody_looks_where_nothing_can_have_drifted():
 
 def test_a_delta_needs_a_level_to_be_seen_at():
     made = method(noise_level=100, steps=2, min_noise_level=80)
-    with pytest.raises(ValueError, match="2 steps from noise_level=100 visit no level"):
+    with pytest.raises(ValueError, match="2 steps from noise_level=100 visit no timestep"):
         made.calibrate(pictures(20, 1))
     method(noise_level=100, steps=2, min_noise_level=80, adaptive=False).calibrate(pictures(20, 1))
 
@@ -378,8 +380,8 @@ def test_lite_begins_with_the_lite_anoddpm():
     shape = {"channels": 1, "image_size": 64, "dataset": "elpv"}
     c = GLADConfig.for_profile("lite", **shape)
     assert c.standardise
-    prior = AnoDDPMConfig.for_profile("lite", **shape)
-    assert c.first_stage == replace(prior, standardise=True)
+    anoddpm = replace(AnoDDPMConfig.for_profile("lite", **shape), standardise=True)
+    assert c.denoiser_training == anoddpm.denoiser_training
 
 
 def test_the_paper_profile_takes_the_settings_of_its_category():
@@ -387,7 +389,7 @@ def test_the_paper_profile_takes_the_settings_of_its_category():
     assert (c.noise_level, c.steps, c.min_noise_level, c.pixel_weight) == (600, 25, 350, 0)
     c = GLADConfig.for_profile("paper", channels=3, image_size=256, category="pcb1")
     assert (c.noise_level, c.steps, c.min_noise_level, c.pixel_weight) == (450, 15, 200, 1)
-    assert c.prior.beta_schedule == "scaled_linear"
+    assert c.denoiser.beta_schedule == "scaled_linear"
     assert (c.standardise, c.synthesis.foreground) == (False, "all")
     assert c.delta is None  # the table's deltas are distances of DINO's features
     with torch.device("meta"):

@@ -160,5 +160,5 @@ def test_settings_out_of_range_are_refused(field, value):
 
 
 def test_images_without_whole_cells_are_refused():
-    with pytest.raises(ValueError, match=r"image_size 66 is no multiple of 4"):
+    with pytest.raises(ValueError, match=r"image_size must be a multiple of 4, .* got 66"):
         BernoulliConfig(image_size=66)

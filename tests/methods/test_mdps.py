@@ -19,8 +19,10 @@ SIZE = 16
 def config(**changes) -> MDPSConfig:
     tiny = MDPSConfig.for_profile("ci", channels=1, image_size=SIZE)
     small = TrainConfig(steps=3, batch_size=4)
-    prior = replace(tiny.prior, base_channels=8, channel_mults=(1, 2), attention_levels=())
-    return replace(tiny, **({"prior": replace(prior, train=small), "input_size": 32} | changes))
+    denoiser = replace(
+        tiny.denoiser, base_channels=8, channel_mults=(1, 2), attention_levels=(), train=small
+    )
+    return replace(tiny, **({"denoiser": denoiser, "input_size": 32} | changes))
 
 
 def method(**changes) -> MDPS:
@@ -274,9 +276,14 @@ def test_softmax_scores():
 # ----------------------------------------------------------------------- fit, files, profiles
 
 
+def anoddpm_config(c: MDPSConfig) -> AnoDDPMConfig:
+    size = {"channels": c.channels, "image_size": c.image_size}
+    return AnoDDPMConfig(**size, standardise=c.standardise, denoiser=c.denoiser)
+
+
 def test_a_given_prior_is_taken_and_nothing_is_trained():
     c = config()
-    prior = AnoDDPM(c.first_stage).fit(pictures(8), pictures(8, 1), seed=3, progress=False)
+    prior = AnoDDPM(anoddpm_config(c)).fit(pictures(8), pictures(8, 1), seed=3, progress=False)
     made = MDPS(c, prior=prior).fit(pictures(8), pictures(8, 1), seed=0, progress=False)
     assert made.reports_ == {}
     for name, value in prior.network.state_dict().items():
@@ -285,13 +292,12 @@ def test_a_given_prior_is_taken_and_nothing_is_trained():
 
 def test_a_prior_of_another_training_is_refused():
     c = config()
-    other = AnoDDPM(replace(c.first_stage, beta_schedule="cosine", noise_level=3, steps=1))
-    with pytest.raises(ValueError, match=r"prior given differs in beta_schedule$"):
-        MDPS(c, prior=other)
-
-
-def test_a_denoiser_that_is_not_anoddpms_has_no_first_stage():
-    assert config(residual_resampling=True).first_stage is None
+    cosine = replace(c.denoiser, beta_schedule="cosine")
+    for changes, name in (({"denoiser": cosine}, "denoiser"), ({"standardise": False}, "stand")):
+        other = AnoDDPM(replace(anoddpm_config(c), **changes))
+        with pytest.raises(ValueError, match=f"training differs .* in {name}.*; train the prior"):
+            MDPS(c, prior=other)
+    MDPS(c, prior=AnoDDPM(replace(anoddpm_config(c), noise_level=3, steps=1)))
 
 
 def test_explain_shows_mask_and_samples():
@@ -308,8 +314,8 @@ def test_lite_is_the_lite_anoddpm_and_features_that_need_no_download():
     shape = {"channels": 1, "image_size": 64, "dataset": "elpv"}
     c = MDPSConfig.for_profile("lite", **shape)
     assert c.standardise
-    prior = AnoDDPMConfig.for_profile("lite", **shape)
-    assert c.first_stage == replace(prior, standardise=True)
+    anoddpm = replace(AnoDDPMConfig.for_profile("lite", **shape), standardise=True)
+    assert c.denoiser_training == anoddpm.denoiser_training
     assert c.backbone == LITE0
 
 

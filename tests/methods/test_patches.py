@@ -117,7 +117,7 @@ def test_the_greedy_cover_is_twice_the_best_at_most():
 def test_a_denoiser_gives_features(name, tmp_path):
     config = configure(name, backbone="denoiser")
     steps = TrainConfig(steps=3, batch_size=2)
-    config = replace(config, prior=replace(config.prior, train=steps, base_channels=8))
+    config = replace(config, denoiser=replace(config.denoiser, train=steps, base_channels=8))
     method = get_method(name)(config)
     method.fit(pictures(12, 0), pictures(8, 1), seed=0, progress=False)
     assert method.reports_["diffusion"]["steps"] == 3
@@ -127,7 +127,8 @@ def test_a_denoiser_gives_features(name, tmp_path):
     again = type(method).from_pretrained(tmp_path / "model").predict(pictures(3, 2))
     assert torch.equal(again.image_score, prediction.image_score)
     other = get_method(name)(config).fit(pictures(12, 0), pictures(8, 1), seed=1, progress=False)
-    assert not torch.equal(other.prior.network.stem.weight, method.prior.network.stem.weight)
+    stems = (m.denoiser.network.stem.weight for m in (method, other))
+    assert not torch.equal(*stems)
 
 
 def test_the_papers_backbone_is_the_default_of_the_paper_profile():

@@ -1,0 +1,144 @@
+"""The denoiser that methods share: a U-Net that predicts noise, its diffusion, and its training.
+
+AnoDDPM, DiffusionAD, GLAD, MDPS and PaDiM on denoiser features *have* a :class:`Denoiser`. Those
+that train it on normal images alone, with Gaussian noise, can use each other's training.
+"""
+
+from collections.abc import Callable
+from dataclasses import field, replace
+from typing import Any, Self, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from diffad_lite.core.config import Count, Profile, Widths, configuration
+from diffad_lite.diffusion.gaussian import GaussianDiffusion, Generators, randn
+from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
+from diffad_lite.methods.base import MethodConfig
+from diffad_lite.networks.unet import UNet
+from diffad_lite.training.loop import FitOptions, TrainReport, train_network
+from diffad_lite.training.state import TrainConfig
+
+STAGE = "diffusion"  # name of the training, in reports and files
+DENOISER_SHARE = 0.7  # of a time budget, where a second stage follows
+
+
+@configuration
+class DenoiserConfig:
+    """Configuration of a :class:`Denoiser`; defaults are the lite profile at 64 pixels.
+
+    Attributes:
+        beta_schedule: of the forward process.
+        num_timesteps: T.
+        base_channels: see :class:`~diffad_lite.networks.unet.UNet`, as the next five.
+        channel_mults: widths of the levels.
+        blocks_per_level: residual blocks.
+        attention_levels: levels with self-attention.
+        unshuffle: factor of the stem.
+        residual_resampling: whether residual blocks change the grid.
+        train: how it is trained on normal images.
+    """
+
+    beta_schedule: BetaSchedule = "linear"
+    num_timesteps: Count = 1000
+    base_channels: Count = 32
+    channel_mults: Widths = (1, 2, 4)
+    blocks_per_level: Count = 1
+    attention_levels: tuple[int, ...] = (2,)
+    unshuffle: Count = 2
+    residual_resampling: bool = False
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @classmethod
+    def for_profile(cls, profile: Profile, flip_axes: tuple[int, ...] = ()) -> Self:
+        """``ci`` is a smoke test, ``lite`` the defaults, ``paper`` the public code of AnoDDPM.
+
+        Julian-Wyatt/AnoDDPM, test_args/args28.json and UNet.py: base 128, multipliers
+        (1, 1, 2, 2, 4, 4), two blocks, attention at 16 and 8 of 256 px, linear betas, T = 1000,
+        AdamW 1e-4, batch 1, 3000 epochs of 100 images, EMA 0.9999. Ours differs: the learning
+        rate warms up and decays, gradients are clipped.
+        """
+        if profile == "ci":
+            return cls(base_channels=16, train=TrainConfig(20, 8, flip_axes=flip_axes))
+        if profile == "lite":
+            return cls(train=TrainConfig(flip_axes=flip_axes))
+        return cls(
+            base_channels=128,
+            channel_mults=(1, 1, 2, 2, 4, 4),
+            blocks_per_level=2,
+            attention_levels=(4, 5),
+            unshuffle=1,
+            train=TrainConfig(300_000, 1, 1e-4, ema_decay=0.9999, flip_axes=flip_axes),
+        )
+
+
+class Denoiser:
+    """A noise predictor ``eps_theta(x_t, t)`` with its diffusion and its training.
+
+    Args:
+        config: see :class:`DenoiserConfig`.
+        channels: of the images.
+        draw_noise: ``(like, generators) -> noise`` of the forward process; default Gaussian.
+    """
+
+    network: UNet
+    diffusion: GaussianDiffusion
+
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        channels: int,
+        draw_noise: Callable[[Tensor, Generators], Tensor] = randn,
+    ) -> None:
+        self.config, self.draw_noise = config, draw_noise
+        schedule = NoiseSchedule.named(config.beta_schedule, config.num_timesteps)
+        self.diffusion = GaussianDiffusion(schedule)
+        self.network = UNet(
+            channels,
+            base_channels=config.base_channels,
+            channel_mults=config.channel_mults,
+            blocks_per_level=config.blocks_per_level,
+            attention_levels=config.attention_levels,
+            unshuffle=config.unshuffle,
+            residual_resampling=config.residual_resampling,
+        )
+
+    def loss(self, network: nn.Module, x0: Tensor, generator: torch.Generator) -> Tensor:
+        """Return the noise-prediction loss at uniform timesteps (Ho et al. 2020, algorithm 1)."""
+        t = torch.randint(self.config.num_timesteps, (len(x0),), generator=generator)
+        noise = self.draw_noise(x0, generator)
+        return self.diffusion.loss(network, x0, t.to(x0.device), noise)
+
+    def fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
+        """Train the network on normal images (N, C, H, W), as the networks see them."""
+        train_config = self.config.train
+        report = train_network(self.network, self.loss, train, train_config, stage=STAGE, **options)
+        return {STAGE: report}
+
+
+@configuration
+class DenoisingConfig(MethodConfig):
+    """What every method with a denoiser is configured by.
+
+    Attributes:
+        denoiser: the network, its diffusion and its training.
+    """
+
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+
+    @property
+    def denoiser_training(self) -> dict[str, Any] | None:
+        """What the denoiser's training on normal images depends on, seed and data aside.
+
+        None where no such training is a stage of the method. Methods with equal values share it.
+        """
+        names = ("channels", "standardise", "denoiser")
+        return {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def for_profile(
+        cls, profile: Profile, *, flip_axes: tuple[int, ...] = (), **shape: Any
+    ) -> Self:
+        """With the denoiser of the profile."""
+        base = super().for_profile(profile, **shape)
+        return replace(base, denoiser=DenoiserConfig.for_profile(profile, flip_axes))
