@@ -143,13 +143,3 @@ class BinaryAutoencoder(nn.Module):
 def straight_through(y: Tensor, generators: Generators) -> Tensor:
     """Bits drawn with probability ``y``; the gradient passes as if they were ``y``."""
     return y + (sample_bits(y, generators) - y).detach()
-
-
-def unused_bits(y: Tensor) -> float:
-    """Share of bits, of all cells alike, that have the same value in 99 % of cells or more.
-
-    Args:
-        y: P(bit = 1), (B, bits, h, w).
-    """
-    usage = y.mean((0, 2, 3))  # (bits,)
-    return float(((usage < 0.01) | (usage > 0.99)).float().mean())
