@@ -141,14 +141,14 @@ def train_network(
                 # All processes stop, and save, together.
                 stop, due = map(any, zip(*processes.gather((interrupt.asked, due)), strict=True))
                 if due:
-                    run.save(torch.get_rng_state())
+                    run.save()
                     saved_at = time.monotonic()
                 bar.update()
                 if run.step % 10 == 0:
                     bar.set_postfix(loss=f"{statistics.fmean(run.losses[-50:]):.4f}")
             if stop:
                 interrupt.asked = True  # perhaps another process was asked: raise here, too
-            run.save(torch.get_rng_state())
+            run.save()
     finally:
         bar.close()
     network.load_state_dict(run.ema.module.state_dict())

@@ -138,11 +138,11 @@ class TrainingState:
         self.losses.append(value)
         self.step += 1
 
-    def save(self, global_rng: Tensor) -> None:
+    def save(self) -> None:
         """Write the checkpoint of all processes; tensors only, never a pickle."""
         if self.path is None:
             return
-        rng_states = processes.gather((self.generator.get_state(), global_rng))
+        rng_states = processes.gather((self.generator.get_state(), torch.get_rng_state()))
         if processes.rank() > 0:
             return
         tensors = {f"network.{k}": v for k, v in self.network.state_dict().items()}

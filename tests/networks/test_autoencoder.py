@@ -32,8 +32,8 @@ def test_pictures_become_bits_and_pictures_again(channels, size):
     assert ((y > 0) & (y < 1)).all()
 
 
-def test_images_without_whole_cells_are_refused():
-    with pytest.raises(ValueError, match=r"images of \(16, 18\) pixels have no whole cells of 4"):
+def test_an_indivisible_image_size_is_refused():
+    with pytest.raises(ValueError, match=r"image size \(16, 18\) is not divisible by 4"):
         BinaryAutoencoder(1, TINY).bit_probability(torch.zeros(1, 1, 16, 18))
 
 
