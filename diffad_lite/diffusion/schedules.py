@@ -1,7 +1,7 @@
 """Noise schedules: how much noise the forward process has added after each step.
 
-Convention of the whole package: ``t`` is an integer 0 .. T-1 and ``alphas_cumprod[t]`` is the
-signal level *after* step ``t + 1``; ``t = -1`` stands for the clean image (level 1).
+Convention of the whole package: ``t`` is an integer 0 .. T-1, and ``alphas_cumprod[t]`` is
+``abar`` *after* step ``t + 1``. The clean image has ``t = -1`` and ``abar = 1``.
 """
 
 import math
@@ -16,7 +16,7 @@ BetaSchedule = Literal["linear", "cosine", "scaled_linear"]
 
 
 def make_betas(name: BetaSchedule, num_timesteps: int = 1000) -> Tensor:
-    """Variances ``beta_t`` of the forward steps.
+    """Return the variances ``beta_t`` of the forward steps.
 
     Args:
         name: ``"linear"`` (Ho et al. 2020, section 4: 1e-4 to 0.02), ``"cosine"`` (Nichol and
@@ -57,12 +57,12 @@ class NoiseSchedule:
 
     @classmethod
     def named(cls, name: BetaSchedule, num_timesteps: int = 1000) -> "NoiseSchedule":
-        """The schedule of that name; see :func:`make_betas`."""
+        """Return a named schedule; see :func:`make_betas`."""
         return cls(make_betas(name, num_timesteps))
 
     @cached_property
-    def _levels(self) -> Tensor:
-        # Level 1 is appended at the end, so that index -1 is the clean image.
+    def _alpha_bars(self) -> Tensor:
+        # A 1 is appended at the end, so that index -1 is the clean image.
         return torch.cat([torch.cumprod(1 - self.betas, 0), torch.ones(1, dtype=torch.float64)])
 
     @property
@@ -73,7 +73,7 @@ class NoiseSchedule:
     @property
     def alphas_cumprod(self) -> Tensor:
         """``abar_t = prod_{s<=t} (1 - beta_s)``, float64 (T,), decreasing."""
-        return self._levels[:-1]
+        return self._alpha_bars[:-1]
 
     @property
     def snr(self) -> Tensor:
@@ -81,14 +81,14 @@ class NoiseSchedule:
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
     def alpha_bar(self, t: int | Tensor, like: Tensor) -> Tensor:
-        """``abar_t`` in the type of ``like`` (B, ...), shaped to multiply it; ``t = -1`` gives 1.
+        """Return ``abar_t`` in the dtype of ``like`` (B, ...), shaped to multiply it.
 
         Args:
             t: one timestep, or one for each image (B,); -1 .. T-1.
-            like: the tensor that the level will multiply.
+            like: the tensor that ``abar_t`` will multiply.
 
         Raises:
-            ValueError: a timestep out of range.
+            ValueError: a timestep is out of range.
         """
         t = torch.as_tensor(t).cpu().long()  # one transfer from a GPU, not three
         if t.min() < -1 or t.max() >= self.num_timesteps:
@@ -96,17 +96,17 @@ class NoiseSchedule:
                 f"timesteps {t.min().item()} to {t.max().item()} are not all in "
                 f"-1..{self.num_timesteps - 1}"
             )
-        level = self._levels[t].to(like)
-        return level.reshape(-1, *[1] * (like.ndim - 1)) if level.ndim else level
+        abar = self._alpha_bars[t].to(like)
+        return abar.reshape(-1, *[1] * (like.ndim - 1)) if abar.ndim else abar
 
     def timesteps(self, start: int | None = None, steps: int | None = None) -> list[int]:
-        """Timesteps visited by a sampler, from ``start`` down, evenly spaced ("trailing").
+        """Return the timesteps of a sampler, from ``start`` down, evenly spaced ("trailing").
 
-        The last entry's successor is -1, the clean image.
+        After the last one comes -1, the clean image.
 
         Args:
             start: first timestep, 0 .. T-1; default T-1, pure noise.
-            steps: how many network evaluations, 1 .. start+1; default all.
+            steps: number of network evaluations, 1 .. start+1; default all.
 
         Raises:
             ValueError: either is out of range.

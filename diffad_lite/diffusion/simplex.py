@@ -1,8 +1,8 @@
 """Simplex noise (Perlin 2001) in octaves: smooth random fields with structure at many scales.
 
-White noise changes every pixel by itself, so the little that is left of a large dark area tells
-the network what was there. AnoDDPM (Wyatt et al. 2022) replaces it by this noise, which hides
-large structures, too. Everything else of the diffusion model stays as it is.
+Gaussian noise changes each pixel independently, so a large dark area remains recognisable in it.
+AnoDDPM (Wyatt et al. 2022) replaces it by simplex noise, which hides large structures, too. The
+rest of the diffusion model is unchanged.
 """
 
 import math
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from diffad_lite.diffusion.gaussian import Generators, draw
 
-# The plane is covered by equilateral triangles. SKEW maps their corners to integer coordinates,
-# UNSKEW maps these back.
+# Equilateral triangles cover the plane. SKEW maps their corners to integer coordinates, UNSKEW
+# maps these back.
 SKEW, UNSKEW = (math.sqrt(3) - 1) / 2, (3 - math.sqrt(3)) / 6
 # Variance of one octave: sum over corners of E[(1/2 - d^2)^4 g.d]^2 for unit gradients g, which
 # for corners of density sqrt(3) is sqrt(3) * integral of (1/2 - r^2)^8 r^2 / 2 over the disc.
@@ -23,14 +23,14 @@ VARIANCE = math.sqrt(3) * math.pi / (180 * 2**10)
 def simplex_noise(
     like: Tensor, generators: Generators, *, wavelength: float, octaves: int, persistence: float
 ) -> Tensor:
-    """Noise of mean 0 and variance 1 shaped as ``like`` (B, C, H, W), drawn on the CPU.
+    """Draw noise of mean 0 and variance 1 in the shape of ``like`` (B, C, H, W), on the CPU.
 
     Args:
         like: gives shape, device and dtype.
         generators: one for the batch, or one for each image.
-        wavelength: of the first octave, in pixels; each further octave has half of it.
-        octaves: how many are summed.
-        persistence: amplitude of an octave relative to the one before.
+        wavelength: of the first octave, in pixels; it halves with each further octave.
+        octaves: number of octaves that are summed.
+        persistence: amplitude of an octave relative to the previous one.
     """
     B, C, H, W = like.shape
     total = torch.zeros(B * C, H, W)
@@ -45,18 +45,18 @@ def simplex_noise(
 
 
 def _octave(angles: Tensor, offset: Tensor, H: int, W: int, wavelength: float) -> Tensor:
-    """One octave (N, H, W) from the angle of the gradient at each corner (N, n, n).
+    """Return one octave (N, H, W) from the angle of the gradient at each corner (N, n, n).
 
-    ``offset`` (N, 2) moves the triangles at random; without it, corners, where the noise is
+    ``offset`` (N, 2) moves the triangles at random. Without it, the corners, where the noise is
     always zero, would lie at the same pixels in every image.
     """
     y = torch.arange(H)[:, None] / wavelength + offset[:, 0, None, None]  # (N, H, 1)
     x = torch.arange(W) / wavelength + offset[:, 1, None, None]  # (N, 1, W)
     skew = SKEW * (x + y)
-    i, j = (y + skew).floor(), (x + skew).floor()  # cell of each pixel, (N, H, W)
+    i, j = (y + skew).floor(), (x + skew).floor()  # lattice cell of each pixel, (N, H, W)
     unskew = UNSKEW * (i + j)
     dy, dx = y - i + unskew, x - j + unskew  # from the cell's first corner
-    lower = (dy > dx).float()  # which of the cell's two triangles
+    lower = (dy > dx).float()  # 1 in the lower triangle of the cell
     total = torch.zeros_like(dx)
     for a, b in ((0.0, 0.0), (lower, 1 - lower), (1.0, 1.0)):
         shift = UNSKEW * (a + b)

@@ -1,11 +1,6 @@
 """The networks of the course."""
 
-from diffad_lite.networks.autoencoder import (
-    AutoencoderConfig,
-    BinaryAutoencoder,
-    straight_through,
-    unused_bits,
-)
+from diffad_lite.networks.autoencoder import AutoencoderConfig, BinaryAutoencoder, straight_through
 from diffad_lite.networks.patchnet import PatchDetector, PatchDiff
 from diffad_lite.networks.segmentation import SegmentationConfig, SegmentationNet, segmentation_loss
 from diffad_lite.networks.unet import UNet
@@ -20,5 +15,4 @@ __all__ = [
     "UNet",
     "segmentation_loss",
     "straight_through",
-    "unused_bits",
 ]

@@ -1,8 +1,8 @@
-"""The binarising autoencoder of masked Bernoulli diffusion: a picture as a grid of bits.
+"""The binary autoencoder of masked Bernoulli diffusion: an image as a grid of bits.
 
 After Binary Latent Diffusion (Wang et al. 2023) and the official code of masked Bernoulli diffusion
-(JuliaWolleb/Anomaly_berdiff). A cell of the grid is a sum of learned codewords, one for each of its
-bits that is 1.
+(JuliaWolleb/Anomaly_berdiff). The vector of a grid cell is the sum of the learned codewords of its
+bits that are 1.
 """
 
 import torch.nn.functional as F
@@ -19,11 +19,11 @@ class AutoencoderConfig:
     """Configuration of :class:`BinaryAutoencoder`; defaults are for 64 pixels.
 
     Attributes:
-        base_channels: width of the finest level.
-        channel_mults: widths of the levels as multiples of the base; one halving between two.
-        blocks_per_level: residual blocks of a level.
+        base_channels: channels of the finest level.
+        channel_mults: channels of each level as multiples of the base; the grid halves in between.
+        blocks_per_level: residual blocks per level.
         unshuffle: side of the pixel blocks that the stem folds into channels.
-        bits: of a cell, C.
+        bits: bits per grid cell, C.
         codeword: length of a codeword.
     """
 
@@ -36,12 +36,12 @@ class AutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """Side of a cell in pixels."""
+        """Side of a grid cell in pixels."""
         return self.unshuffle * 2 ** (len(self.channel_mults) - 1)
 
 
 class Block(nn.Module):
-    """norm-SiLU-conv twice, plus a skip."""
+    """norm-SiLU-conv twice, and a skip."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
 
 class Halve(nn.Conv2d):
-    """Halves the grid by a strided convolution, padded right and below as in the official code."""
+    """Halve the grid by a strided convolution, padded right and below as in the official code."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, stride=2)
@@ -69,10 +69,10 @@ class Halve(nn.Conv2d):
 
 
 class BinaryAutoencoder(nn.Module):
-    """Pictures (B, C, H, W) to bits (B, bits, H / factor, W / factor) and back.
+    """Images (B, C, H, W) to bits (B, bits, H / factor, W / factor) and back.
 
     Args:
-        channels: of the pictures.
+        channels: of the images.
         config: sizes.
     """
 
@@ -83,12 +83,12 @@ class BinaryAutoencoder(nn.Module):
         widths = [config.base_channels * m for m in config.channel_mults]
         top = widths[-1]
         down: list[nn.Module] = [nn.Conv2d(folded, widths[0], 3, padding=1)]
-        before = widths[0]
+        in_width = widths[0]
         for level, width in enumerate(widths):
-            down += [Halve(before)] if level else []
+            down += [Halve(in_width)] if level else []
             for _ in range(config.blocks_per_level):
-                down.append(Block(before, width))
-                before = width
+                down.append(Block(in_width, width))
+                in_width = width
         down += [Block(top, top), Attention(top), Block(top, top), group_norm(top)]
         down += [nn.Conv2d(top, config.codeword, 3, padding=1)]
         self.encoder = nn.Sequential(*down)
@@ -97,48 +97,38 @@ class BinaryAutoencoder(nn.Module):
         up: list[nn.Module] = [group_norm(config.codeword)]
         up += [nn.Conv2d(config.codeword, top, 3, padding=1)]
         up += [Block(top, top), Attention(top), Block(top, top)]
-        before = top
+        in_width = top
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(config.blocks_per_level):
-                up.append(Block(before, width))
-                before = width
-            up += [Upsample(before)] if level else []
-        up += [group_norm(before), nn.Conv2d(before, folded, 3, padding=1)]
+                up.append(Block(in_width, width))
+                in_width = width
+            up += [Upsample(in_width)] if level else []
+        up += [group_norm(in_width), nn.Conv2d(in_width, folded, 3, padding=1)]
         self.decoder = nn.Sequential(*up)
 
     def bit_probability(self, x: Tensor) -> Tensor:
-        """P(bit = 1) of the code of pictures; (B, bits, h, w).
+        """Return P(bit = 1) of the codes of images, (B, bits, h, w).
 
         Raises:
-            ValueError: height or width are no multiples of the factor.
+            ValueError: height or width is not divisible by the factor.
         """
         f = self.config.factor
         if x.shape[-2] % f or x.shape[-1] % f:
             size = tuple(x.shape[-2:])
-            raise ValueError(f"images of {size} pixels have no whole cells of {f}; resize them")
+            raise ValueError(f"image size {size} is not divisible by {f}; resize the images")
         h = self.encoder(F.pixel_unshuffle(x, self.config.unshuffle))
         return self.to_bits(h).float().sigmoid()
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pictures from bits, or from their probabilities; not confined to [-1, 1]."""
+        """Return the images of bits, or of their probabilities; not clipped to [-1, 1]."""
         return F.pixel_shuffle(self.decoder(self.codewords(z)), self.config.unshuffle)
 
     def forward(self, x: Tensor, generators: Generators) -> tuple[Tensor, Tensor]:
-        """Draw a code and decode it -> pictures, P(bit = 1); with gradients for both halves."""
+        """Draw a code and decode it -> images, P(bit = 1); gradients reach encoder and decoder."""
         y = self.bit_probability(x)
         return self.decode(straight_through(y, generators)), y
 
 
 def straight_through(y: Tensor, generators: Generators) -> Tensor:
-    """Bits drawn with probability ``y``; the gradient passes as if they were ``y``."""
+    """Draw bits with probability ``y``; the gradient passes as if they were ``y``."""
     return y + (sample_bits(y, generators) - y).detach()
-
-
-def unused_bits(y: Tensor) -> float:
-    """Share of bits, of all cells alike, that have the same value in 99 % of cells or more.
-
-    Args:
-        y: P(bit = 1), (B, bits, h, w).
-    """
-    usage = y.mean((0, 2, 3))  # (bits,)
-    return float(((usage < 0.01) | (usage > 0.99)).float().mean())

@@ -1,8 +1,8 @@
-"""Networks that see a bounded window: a noise predictor for patches, and a detector of patches.
+"""Networks with a bounded receptive field: a noise predictor and a detector for patches.
 
-What a pixel of the output depends on is a square of ``receptive_field`` pixels of the input. So
-there is no attention, and no normalisation over space: one GroupNorm would let every pixel see
-the whole image. Normalisation is over the channels of each pixel.
+A pixel of the output depends on a square of ``receptive_field`` pixels of the input. So there is no
+attention, and no normalisation over space: one GroupNorm would make every pixel depend on the
+whole image. Normalisation is over the channels of each pixel.
 """
 
 import torch.nn.functional as F
@@ -20,12 +20,15 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def conv3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the grid, or halves it; reflecting, so that no rim is black."""
+    """Return a 3x3 convolution that keeps or halves the grid; it pads by reflection, not zeros."""
     return nn.Conv2d(in_channels, out_channels, 3, stride, 1, padding_mode="reflect")
 
 
 class PatchBlock(nn.Module):
-    """norm-SiLU-conv3, the time, norm-SiLU-conv1, plus a skip: two more pixels of window."""
+    """norm-SiLU-conv3, the time embedding, norm-SiLU-conv1, and a skip.
+
+    It widens the receptive field by two pixels of its grid.
+    """
 
     def __init__(self, channels: int, emb_dim: int) -> None:
         super().__init__()
@@ -41,29 +44,22 @@ class PatchBlock(nn.Module):
 
 
 class PatchDiff(nn.Module):
-    """Noise predictor ``eps_theta(x_t, t)`` whose every output sees a small window only.
+    """Noise predictor ``eps_theta(x_t, t)`` with a small receptive field.
 
     Args:
         channels: of the image.
-        blocks: each widens the window by two cells.
+        blocks: number of blocks; each widens the receptive field by ``2 * unshuffle`` pixels.
         width: channels inside.
-        unshuffle: side of a cell in pixels, folded into channels; sides must be its multiples.
+        unshuffle: side of the pixel blocks that are folded into channels; image sides must be
+            multiples of it.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a size is below 1.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        blocks: int,
-        *,
-        width: int = 48,
-        unshuffle: int = 2,
-    ) -> None:
+    def __init__(self, channels: int, blocks: int, *, width: int = 48, unshuffle: int = 2) -> None:
         super().__init__()
-        sizes = {"channels": channels, "blocks": blocks, "width": width, "unshuffle": unshuffle}
-        check_sizes(sizes)
+        check_sizes(channels=channels, blocks=blocks, width=width, unshuffle=unshuffle)
         self.unshuffle, self.width = unshuffle, width
         self.receptive_field = unshuffle * (2 * blocks + 1)
         folded, emb_dim = channels * unshuffle**2, 2 * width
@@ -85,11 +81,12 @@ class PatchDiff(nn.Module):
 
 
 class PatchDetector(nn.Module):
-    """One logit for each cell of 4 x 4 pixels: does the window around it look anomalous?
+    """One logit per 4 x 4 pixels: is the patch around them anomalous?
 
     Args:
         channels: of the image, whose sides must be multiples of 4.
-        extra: further 3x3 convolutions on the coarse grid; each widens the window by 8 pixels.
+        extra: further 3x3 convolutions on the coarse grid; each widens the receptive field by 8
+            pixels.
         width: channels on the coarse grid.
     """
 
@@ -107,7 +104,7 @@ class PatchDetector(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(channels, width, 1), nn.ReLU(), nn.Conv2d(width, 1, 1))
 
     def features(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, width, H / 4, W / 4), of length 1 at each cell."""
+        """(B, C, H, W) -> (B, width, H / 4, W / 4), of length 1 at each position."""
         return F.normalize(self.trunk(x), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The network that marks anomalous pixels, a U-Net after DRAEM (Zavrtanik et al. 2021).
+"""The network that segments anomalous pixels, a U-Net after DRAEM (Zavrtanik et al. 2021).
 
-In DiffusionAD it sees an image beside its reconstruction and learns, on synthetic anomalies, which
-of their differences matter. It works at full resolution: behind a pixel-unshuffle stem it was twice
-as fast, and clearly worse on development defects.
+In DiffusionAD its input is an image and its reconstruction. It learns from synthetic anomalies
+which of their differences matter. It works at full resolution: with a pixel-unshuffle stem it was
+twice as fast, and clearly worse on development defects.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffad_lite.core.config import Count, Widths, configuration
 from diffad_lite.networks.unet import group_norm
 
+Norm = Callable[[int], nn.Module]  # number of channels -> layer
 FOCAL_WEIGHT, FOCAL_EXPONENT, FOCAL_ALPHA = 5, 4, 0.5  # the official code of DiffusionAD
 
 
@@ -22,9 +23,9 @@ class SegmentationConfig:
     """Configuration of :class:`SegmentationNet`.
 
     Attributes:
-        base_channels: width of the finest level.
-        channel_mults: widths of the levels as multiples of the base, finest first.
-        batch_norm: BatchNorm as published; else GroupNorm, by which images do not see each other.
+        base_channels: channels of the finest level.
+        channel_mults: channels of each level as multiples of the base, finest first.
+        batch_norm: BatchNorm as published; else GroupNorm, where an image does not affect others.
     """
 
     base_channels: Count = 24
@@ -32,49 +33,40 @@ class SegmentationConfig:
     batch_norm: bool = False
 
 
-class DoubleConv(nn.Sequential):
-    """Two 3x3 convolutions, each normalised and rectified."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, norm: Callable[[int], nn.Module]
-    ) -> None:
-        super().__init__(
-            ConvNorm(in_channels, out_channels, norm), ConvNorm(out_channels, out_channels, norm)
-        )
+def conv_norm(in_channels: int, out_channels: int, norm: Norm) -> nn.Sequential:
+    """Return a 3x3 convolution, a normalisation and a ReLU."""
+    conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    return nn.Sequential(conv, norm(out_channels), nn.ReLU())
 
 
-class ConvNorm(nn.Sequential):
-    """A 3x3 convolution, normalised and rectified."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, norm: Callable[[int], nn.Module]
-    ) -> None:
-        conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        super().__init__(conv, norm(out_channels), nn.ReLU())
+def double_conv(in_channels: int, out_channels: int, norm: Norm) -> nn.Sequential:
+    """Return two layers of :func:`conv_norm`."""
+    convs = [(in_channels, out_channels), (out_channels, out_channels)]
+    return nn.Sequential(*(conv_norm(*widths, norm) for widths in convs))
 
 
 class SegmentationNet(nn.Module):
-    """One logit a pixel; its sigmoid is the anomaly map.
+    """One logit per pixel; its sigmoid is the anomaly map.
 
     Args:
-        in_channels: of the input; an image and its reconstruction have twice the image's.
+        in_channels: of the input: an image and its reconstruction have twice the image's channels.
         config: sizes.
     """
 
     def __init__(self, in_channels: int, config: SegmentationConfig) -> None:
         super().__init__()
-        norm: Callable[[int], nn.Module] = nn.BatchNorm2d if config.batch_norm else group_norm
+        norm: Norm = nn.BatchNorm2d if config.batch_norm else group_norm
         widths = [config.base_channels * m for m in config.channel_mults]
         self.multiple = 2 ** (len(widths) - 1)  # sides are padded to this
         self.down, self.up, self.merge = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         channels = in_channels
         for width in widths:
-            self.down.append(DoubleConv(channels, width, norm))
+            self.down.append(double_conv(channels, width, norm))
             channels = width
         for level in reversed(range(len(widths) - 1)):
-            width = widths[max(level - 1, 0)]  # the way up is one level narrower, as in DRAEM
-            self.up.append(ConvNorm(channels, width, norm))
-            self.merge.append(DoubleConv(width + widths[level], width, norm))
+            width = widths[max(level - 1, 0)]  # the decoder is one level narrower, as in DRAEM
+            self.up.append(conv_norm(channels, width, norm))
+            self.merge.append(double_conv(width + widths[level], width, norm))
             channels = width
         self.out = nn.Conv2d(channels, 1, 3, padding=1)
 
@@ -94,10 +86,10 @@ class SegmentationNet(nn.Module):
 
 
 def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Smooth L1 and focal loss of logits and masks, both (B, 1, H, W); a scalar.
+    """Return the smooth L1 plus focal loss of logits and masks, both (B, 1, H, W); a scalar.
 
-    The focal loss (Lin et al. 2017) forgets pixels that are right already; with its exponent at 0
-    it would be half the binary cross-entropy.
+    The focal loss (Lin et al. 2017) gives little weight to pixels that are already right. With an
+    exponent of 0 it would be half the binary cross-entropy.
     """
     cross_entropy = F.binary_cross_entropy_with_logits(logits, masks, reduction="none")
     wrong = 1 - torch.exp(-cross_entropy)  # one minus the probability of the true class

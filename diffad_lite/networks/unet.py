@@ -1,21 +1,22 @@
 """The U-Net that predicts the noise (Ho et al. 2020, appendix B), small enough for a laptop.
 
-Two things make it quick on a CPU: a pixel-unshuffle stem, which moves the work to a coarser grid
-at no loss of information, and attention at the coarse levels only.
+Two choices make it fast on a CPU: a pixel-unshuffle stem, which moves the work to a coarser grid
+without loss of information, and attention at the coarse levels only.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEAD_WIDTH = 32  # channels of an attention head
+Resample = Callable[[Tensor], Tensor]  # halve or double
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding of timesteps ``t`` (B,) -> (B, dim), as in the Transformer."""
+    """Return the sinusoidal embedding (B, dim) of timesteps ``t`` (B,), as in the Transformer."""
     half = dim // 2
     freqs = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)  # (half,)
     angles = t[:, None].float() * freqs  # (B, half)
@@ -23,23 +24,23 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with at most 32 groups of at least 4 channels; no statistics cross the batch.
+    """Return a GroupNorm with at most 32 groups of at least 4 channels.
 
     Groups of one channel would subtract each channel's mean, and with it the time embedding that
-    the residual blocks add.
+    the residual blocks add. Unlike BatchNorm, it uses no statistics across the batch.
     """
     groups = math.gcd(32, channels // 4) if channels % 4 == 0 else 1
     return nn.GroupNorm(groups, channels)
 
 
-def check_sizes(sizes: Mapping[str, int]) -> None:
-    """Raise ValueError that names the sizes below 1."""
+def check_sizes(**sizes: int) -> None:
+    """Raise ValueError for sizes below 1, by name."""
     if wrong := {name: size for name, size in sizes.items() if size < 1}:
         raise ValueError(f"{', '.join(wrong)} must be at least 1, got {min(wrong.values())}")
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Set the parameters to zero, so that a block starts as the identity."""
+    """Set all parameters to zero, so that a residual block starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -59,29 +60,29 @@ class Attention(nn.Module):
         """(B, C, H, W) -> (B, C, H, W)."""
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, self.heads, C // self.heads, H * W)
-        # Fused attention, which keeps no matrix of HW x HW, wants the last axis in one piece.
+        # Fused attention, which stores no HW x HW matrix, needs a contiguous last axis.
         q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # each (B, heads, HW, head_dim)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            q, k, v = q.float(), k.float(), v.float()  # a gradient five times as fast
+            q, k, v = q.float(), k.float(), v.float()  # the gradient is five times as fast
         with torch.autocast("cpu", enabled=False):
             h = F.scaled_dot_product_attention(q, k, v)
         return x + self.out(h.to(qkv.dtype).transpose(-1, -2).reshape(B, C, H, W))
 
 
 def halve(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, H/2, W/2), the mean of each 2x2 block."""
+    """Average each 2x2 block: (B, C, H, W) -> (B, C, H/2, W/2)."""
     return F.avg_pool2d(x, 2)
 
 
 def double(x: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, C, 2H, 2W), each pixel repeated."""
+    """Repeat each pixel: (B, C, H, W) -> (B, C, 2H, 2W)."""
     return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class ResBlock(nn.Module):
-    """norm-SiLU-conv twice with the time embedding added between, plus a skip; then attention.
+    """norm-SiLU-conv twice, with the time embedding added between, and a skip; then attention.
 
-    With ``resample`` (:func:`halve` or :func:`double`) both paths change their grid on the way.
+    With ``resample`` (:func:`halve` or :func:`double`), both paths change their grid.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class ResBlock(nn.Module):
         out_channels: int,
         emb_dim: int,
         attends: bool = False,
-        resample: Callable[[Tensor], Tensor] | None = None,
+        resample: Resample | None = None,
     ) -> None:
         super().__init__()
         self.resample = resample or nn.Identity()
@@ -104,7 +105,7 @@ class ResBlock(nn.Module):
         self.attention = Attention(out_channels) if attends else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """``x`` (B, in, H, W), ``emb`` (B, emb_dim) -> (B, out, H, W), or as resampled."""
+        """``x`` (B, in, H, W), ``emb`` (B, emb_dim) -> (B, out, H, W), on the new grid."""
         h = self.conv1(self.resample(F.silu(self.norm1(x))))
         h = h + self.emb(F.silu(emb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
@@ -112,14 +113,14 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Halves the grid by a strided convolution."""
+    """Halve the grid by a strided convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, stride=2, padding=1)
 
 
 class Upsample(nn.Conv2d):
-    """Doubles the grid by nearest-neighbour interpolation and a convolution."""
+    """Double the grid by nearest-neighbour interpolation and a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1)
@@ -129,34 +130,28 @@ class Upsample(nn.Conv2d):
         return super().forward(double(x))
 
 
-def resampler(
-    resample: Callable[[Tensor], Tensor],
-    channels: int,
-    emb_dim: int,
-    residual: bool,
-) -> nn.Module:
-    """What changes the grid by :func:`halve` or :func:`double`."""
+def resampler(resample: Resample, channels: int, emb_dim: int, residual: bool) -> nn.Module:
+    """Return the layer that changes the grid by :func:`halve` or :func:`double`."""
     if residual:
         return ResBlock(channels, channels, emb_dim, resample=resample)
     return Downsample(channels) if resample is halve else Upsample(channels)
 
 
 class UNet(nn.Module):
-    """Noise predictor ``eps_theta(x_t, t)`` for images, or grids of codes, of any size.
+    """Noise predictor ``eps_theta(x_t, t)`` for images, or grids of bits, of any size.
 
     Args:
         in_channels: channels of the image.
-        base_channels: width of the finest level.
-        channel_mults: width of each level as a multiple of the base; one entry a level.
-        blocks_per_level: residual blocks of each level on the way down (one more on the way up).
+        base_channels: channels of the finest level.
+        channel_mults: channels of each level as multiples of the base, finest first.
+        blocks_per_level: residual blocks per level in the encoder; the decoder has one more.
         attention_levels: indices of the levels with self-attention; the middle always has it.
         unshuffle: side of the pixel blocks that the stem folds into channels (1 = none).
-        residual_resampling: change the grid by residual blocks (as BigGAN, and the networks of
-            guided diffusion), not by single convolutions.
+        residual_resampling: change the grid by residual blocks, as BigGAN and guided diffusion
+            do, instead of single convolutions.
 
     Raises:
-        ValueError: a number of channels or blocks, or a width, below 1, or an attention level
-            that does not exist.
+        ValueError: a size is below 1, or an attention level does not exist.
     """
 
     def __init__(
@@ -171,10 +166,8 @@ class UNet(nn.Module):
         residual_resampling: bool = False,
     ) -> None:
         super().__init__()
-        sizes = {"in_channels": in_channels, "base_channels": base_channels}
-        sizes |= {"channel_mults": min(channel_mults, default=0)}
-        sizes |= {"blocks_per_level": blocks_per_level, "unshuffle": unshuffle}
-        check_sizes(sizes)
+        check_sizes(in_channels=in_channels, base_channels=base_channels, unshuffle=unshuffle)
+        check_sizes(channel_mults=min(channel_mults, default=0), blocks_per_level=blocks_per_level)
         if not set(attention_levels) <= set(range(len(channel_mults))):
             raise ValueError(
                 f"attention_levels {attention_levels} do not all exist among the "
@@ -226,7 +219,7 @@ class UNet(nn.Module):
             (B, in_channels, H, W).
 
         Raises:
-            ValueError: the number of channels is not the network's.
+            ValueError: the number of channels differs from ``in_channels``.
         """
         if x.ndim != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
@@ -237,7 +230,7 @@ class UNet(nn.Module):
         x = F.pad(x, (0, -W % self.multiple, 0, -H % self.multiple), mode="replicate")
         emb = self.time_mlp(timestep_embedding(t, self.base_channels).to(x.dtype))  # (B, emb_dim)
         folded = F.pixel_unshuffle(x, self.unshuffle)
-        # Channels last is a fifth faster on a CPU, but for the gradient of group norm.
+        # Channels last is a fifth faster on a CPU, except for the gradient of GroupNorm.
         if not torch.is_grad_enabled():
             folded = folded.contiguous(memory_format=torch.channels_last)
         h = self.stem(folded)

@@ -1,5 +1,6 @@
-"""The one training loop: batches, bf16, progress, time budget, Ctrl-C, saving."""
+"""The one training loop: batches, bf16, progress bar, time budget, Ctrl-C, checkpoints."""
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,17 +17,17 @@ from diffad_lite.training.state import TrainConfig, TrainingState
 
 Network = TypeVar("Network", bound=nn.Module)
 LossFunction = Callable[[Network, Tensor, torch.Generator], Tensor]
-SAVE_EVERY_SECONDS = 30.0  # what a killed process can lose; Ctrl-C loses nothing
-TIMED_STEPS = 20  # a time budget is turned into a number of steps after so many
+SAVE_EVERY_SECONDS = 30.0  # a killed process loses at most these; Ctrl-C loses nothing
+TIMED_STEPS = 20  # after these steps, a time budget is converted into a number of steps
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a training was.
+    """Result of one training.
 
     Attributes:
-        steps: optimiser steps made.
-        seconds: time spent training, all sessions of a resumed run together.
+        steps: number of optimiser steps.
+        seconds: training time, summed over all sessions of a resumed training.
         losses: (steps,) loss of each step.
     """
 
@@ -36,7 +37,7 @@ class TrainReport:
 
 
 class FitOptions(TypedDict):
-    """What ``Method.fit`` hands down to :func:`train_network`, which describes each."""
+    """Options that ``Method.fit`` passes on to :func:`train_network`, which describes them."""
 
     seed: int
     budget: float | None
@@ -45,10 +46,10 @@ class FitOptions(TypedDict):
 
 
 def supports_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 autocast is worth it: any recent GPU, and CPUs with AVX-512 or AMX."""
+    """Return whether bfloat16 autocast pays: on recent GPUs, and on CPUs with AVX-512 or AMX."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Builds without oneDNN, such as those for Apple's processors, lack the question itself.
+    # Builds without oneDNN, such as those for Apple's processors, lack this query.
     onednn = torch.backends.mkldnn.is_available()
     return device.type == "cpu" and onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -62,10 +63,12 @@ def random_flips(images: Tensor, axes: tuple[int, ...], generator: torch.Generat
 
 
 def remaining_budget(
-    budget: float | None, reports: Mapping[str, TrainReport], share: float = 1.0
+    budget: float | None, reports: Mapping[str, TrainReport], fraction: float = 1.0
 ) -> float | None:
-    """Seconds that a stage may take: a share of what earlier ones left; None without a budget."""
-    return None if budget is None else share * (budget - sum(r.seconds for r in reports.values()))
+    """Return a fraction of the seconds that earlier stages left; None without a budget."""
+    return (
+        None if budget is None else fraction * (budget - sum(r.seconds for r in reports.values()))
+    )
 
 
 def train_network(
@@ -83,69 +86,78 @@ def train_network(
 ) -> TrainReport:
     """Train ``network`` in place; afterwards it holds the averaged (EMA) weights.
 
-    All randomness comes from one CPU generator seeded by ``seed``, so an interrupted run that is
-    called again with the same arguments goes on exactly where it stopped; Ctrl-C finishes the
-    step at hand and saves it first. Several processes share each batch, see :mod:`.processes`.
+    One step is one iteration of Ho et al. 2020, algorithm 1: draw images, then noise, then take a
+    gradient step. All randomness comes from one CPU generator seeded by ``seed``, so an interrupted
+    training continues exactly when it is called again with the same arguments. Ctrl-C finishes the
+    current step and saves it. Several processes divide each batch, see :mod:`.processes`.
 
     Args:
-        network: on the device where it is to be trained.
+        network: on the device where it is trained.
         loss_function: ``(network, batch, generator) -> scalar``; runs under bf16 autocast where
-            that pays. ``batch`` (B, C, H, W) is on the network's device.
+            that pays. It draws timesteps and noise from ``generator``. ``batch`` (B, C, H, W) is
+            on the network's device.
         images: normal images (N, C, H, W), float32 in [-1, 1], on the CPU.
         config: see :class:`TrainConfig`.
         seed: of batches, flips, and all that ``loss_function`` draws.
         stage: name of the checkpoint file and of the progress bar.
-        budget: seconds; after 20 steps the number of steps is lowered to fit, so that the
+        budget: seconds. After 20 steps the number of steps is lowered to fit, so that the
             learning rate still decays to zero.
-        workdir: folder for ``<stage>.state.safetensors``; None keeps nothing.
-        progress: show a bar with the loss and the time left.
+        workdir: folder for ``<stage>.state.safetensors``; None writes no file.
+        progress: show a bar with the loss and the remaining time.
         rates: factors on the learning rate, by the first part of a parameter's name.
 
     Raises:
-        ValueError: a checkpoint in ``workdir`` is broken or belongs to another training; a batch
-            cannot be shared evenly.
+        ValueError: a checkpoint in ``workdir`` is corrupted or belongs to another training; the
+            batch size is not divisible by the number of processes.
         FloatingPointError: the loss is not finite.
     """
-    batch_size = processes.share(config.batch_size)
+    batch_size = processes.local_batch_size(config.batch_size)
     run = TrainingState(network, images, config, seed, stage, workdir, rates or {})
     device = next(network.parameters()).device
-    amp = supports_bf16(device)
-    shown = progress and processes.rank() == 0
-    bar = tqdm(total=run.total, initial=run.step, desc=stage, unit="step", disable=not shown)
-    started, saved = time.monotonic(), time.monotonic()
-    before, half_step, half_time = run.seconds, run.step, run.seconds
+    bf16 = supports_bf16(device)
+    hidden = not progress or processes.rank() > 0
+    bar = tqdm(total=run.total, initial=run.step, desc=stage, unit="step", disable=hidden)
+    saved_at = time.monotonic()
+    started_at = saved_at - run.seconds  # as if earlier sessions had just been made
+    timed_from = run.step, run.seconds
     network.train()
     try:
         with torch.random.fork_rng(devices=[]), DeferredInterrupt() as interrupt:
             torch.set_rng_state(run.global_rng)
-            stop = interrupt.asked
+            stop = False
             while run.step < run.total and not stop:
                 index = torch.randint(len(images), (batch_size,), generator=run.generator)
                 batch = random_flips(images[index], config.flip_axes, run.generator).to(device)
-                with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     loss = loss_function(network, batch, run.generator)
-                run.update(loss)
-                run.seconds = before + time.monotonic() - started
-                if run.step == TIMED_STEPS // 2:
-                    # The first steps are slow: kernels are being chosen.
-                    half_step, half_time = run.step, run.seconds
+                run.take_step(loss)
+
+                run.seconds = time.monotonic() - started_at
+                if run.step == TIMED_STEPS // 2:  # the first steps are slow: kernels are chosen
+                    timed_from = run.step, run.seconds
                 if budget is not None and run.step == TIMED_STEPS < run.total:
-                    step_time = (run.seconds - half_time) / (TIMED_STEPS - half_step)
-                    more = max(0, int((budget - run.seconds) / step_time))
-                    more = processes.gathered(more)[0]
-                    run.total = bar.total = min(TIMED_STEPS + more, config.steps)
-                due = time.monotonic() - saved > SAVE_EVERY_SECONDS
-                stop, due = map(any, zip(*processes.gathered((interrupt.asked, due)), strict=True))
-                interrupt.asked = stop  # one process was asked: all of them raise at the end
+                    run.total = bar.total = _affordable_steps(run, budget, timed_from)
+                due = time.monotonic() - saved_at > SAVE_EVERY_SECONDS
+                # All processes stop, and save, together.
+                stop, due = map(any, zip(*processes.gather((interrupt.asked, due)), strict=True))
                 if due:
-                    run.save(torch.get_rng_state())
-                    saved = time.monotonic()
+                    run.save()
+                    saved_at = time.monotonic()
                 bar.update()
                 if run.step % 10 == 0:
-                    bar.set_postfix(loss=f"{sum(run.losses[-50:]) / len(run.losses[-50:]):.4f}")
-            run.save(torch.get_rng_state())
+                    bar.set_postfix(loss=f"{statistics.fmean(run.losses[-50:]):.4f}")
+            if stop:
+                interrupt.asked = True  # perhaps another process was asked: raise here, too
+            run.save()
     finally:
         bar.close()
     network.load_state_dict(run.ema.module.state_dict())
     network.eval()
     return TrainReport(run.step, run.seconds, torch.tensor(run.losses))
+
+
+def _affordable_steps(run: TrainingState, budget: float, timed_from: tuple[int, float]) -> int:
+    """Return how many steps fit into ``budget``, by the mean time since (step, seconds)."""
+    step_time = (run.seconds - timed_from[1]) / (run.step - timed_from[0])
+    affordable = run.step + max(0, int((budget - run.seconds) / step_time))
+    return processes.gather(min(affordable, run.total))[0]  # the first process decides

@@ -58,7 +58,7 @@ from diffad_lite.diffusion import BernoulliDiffusion, noise_generators, sample_b
 from diffad_lite.evaluation import metrics, records, tables
 from diffad_lite.experiments import Run, pretrained_or_train
 from diffad_lite.methods import AnoDDPM, AnoDDPMConfig
-from diffad_lite.networks import straight_through, unused_bits
+from diffad_lite.networks import straight_through
 from diffad_lite.notebook import explore, resolve_profile
 
 profile = resolve_profile(profile)
@@ -262,7 +262,9 @@ def entropy(p):
 
 
 # %%
-unsure, never = entropy(y).mean().item(), unused_bits(y)
+usage = y.mean((0, 2, 3))  # of each bit, over pictures and grid cells
+never = ((usage < 0.01) | (usage > 0.99)).float().mean().item()
+unsure = entropy(y).mean().item()
 between = ((y > 0.1) & (y < 0.9)).float().mean().item()
 print(f"entropy of a bit given its picture: {unsure:.2f} (a fair coin: 1)")
 print(f"P(1) between 0.1 and 0.9: {between:.0%} of all")
@@ -511,7 +513,15 @@ def end_of_chain(way_back, ts, prior=0.1):
 
 
 # %%
-ways = {"plug-in": diffusion.posterior, "mixture": diffusion.mixture_posterior}
+def mixture_posterior(z_t, z0_hat, t, s):
+    """P(z_s = 1 | z_t) where z_0 is 1 with probability z0_hat."""
+    if_zero = diffusion.posterior(z_t, torch.zeros_like(z_t), t, s)
+    if_one = diffusion.posterior(z_t, torch.ones_like(z_t), t, s)
+    return (1 - z0_hat) * if_zero + z0_hat * if_one
+
+
+# %%
+ways = {"plug-in": diffusion.posterior, "mixture": mixture_posterior}
 print("from t  steps   plug-in   mixture   (right: 0.1000)")
 for start, count in ((999, 1000), (999, 50), (199, 200), (99, 10)):
     ts = schedule.timesteps(start, count)
@@ -980,7 +990,7 @@ plt.show()
 
 # %%
 mixed = copy.copy(diffusion)
-mixed.posterior = diffusion.mixture_posterior
+mixed.posterior = mixture_posterior
 compared = {
     "masked": method.with_settings(),
     "unmasked, P < 0": method.with_settings(threshold=-1.0),
@@ -1246,7 +1256,7 @@ explore(frame, static=static, **explored)
 # | target | | flips, cross entropy in bits | the same |
 # | $L$, $P$ | | README: 200, 0.5; elsewhere 100, 0.6, and 300, 0.8 | 100, 0.5, chosen on development cells |
 # | steps | | every level | 10 |
-# | a step | | posterior, the probability plugged in | the same (`mixture_posterior` beside it) |
+# | a step | | posterior, the probability plugged in | the same |
 # | start | | noised one level above the first step | at the first step's level |
 # | mask | from the probabilities of flips | $f$ of the noisy state, cumulative; of the first picture of a batch | of each picture |
 # | last step | | ignores the mask; probabilities are decoded | masked; bits |
@@ -1351,7 +1361,7 @@ assert abs(right - 0.1) < 1e-9
 # Two conditions, for the factor of $z_0$ and for the constant: $b = \bar\alpha_s - a\,\bar\alpha_t$ and $a\,(1 -
 # \bar\alpha_t) = 1 - \bar\alpha_s$. This step is *linear* in $z_0$: putting a probability in the place of the bit is
 # the mixture. So the plug-in is no approximation here, and the single bit comes out right. (The public code of
-# BerDiff has this step. It is `diffusion.strided` in the package.)
+# BerDiff has this step.)
 
 # %% [markdown] tags=["exercise"]
 # ### Exercise 06.3 ★★

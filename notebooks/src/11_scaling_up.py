@@ -526,11 +526,11 @@ for name, layer in layers.items():
 # %%
 with mock.patch.dict(os.environ, WORLD_SIZE="3"):  # as if three had been started
     try:
-        processes.share(16)
+        processes.local_batch_size(16)
     except ValueError as error:
         print(error)
     else:
-        raise AssertionError("16 images were shared by 3")
+        raise AssertionError("16 images were divided by 3")
 
 # %% [markdown]
 # Processes are started by accelerate, and only `train` may be called so; scoring is done by one process.

@@ -49,7 +49,7 @@ def sample(diffusion, sampler, denoiser, x, timesteps, seed=0):
 # ------------------------------------------------------------------- (a) equal to diffusers
 
 LOOPS = [(1000, 10), (200, 25), (50, 50)]
-# The last level of the cosine schedule is 2e-9: without clipping, float32 cannot hold the loop.
+# The last abar of the cosine schedule is 2e-9: without clipping, float32 cannot hold the loop.
 CASES = [("linear", True), ("linear", False), ("scaled_linear", False), ("cosine", True)]
 
 
@@ -382,7 +382,7 @@ def test_ddim_step_from_the_clean_image_adds_the_predicted_noise(clip):
     torch.testing.assert_close(encoded, diffusion.add_noise(x0, 300, eps))
 
 
-def test_ddim_encode_yields_every_state_and_asks_at_the_target_level():
+def test_ddim_encode_yields_every_state_and_evaluates_at_the_target_timestep():
     asked = []
 
     def spy(x, t):

@@ -1,4 +1,4 @@
-"""Noise schedules: equality with diffusers, levels, and the timesteps a sampler visits."""
+"""Noise schedules: equality with diffusers, abar, and the timesteps of a sampler."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ NAMES = sorted(IN_DIFFUSERS)
 
 @pytest.mark.parametrize("num_timesteps", [1000, 200, 10])
 @pytest.mark.parametrize("name", NAMES)
-def test_signal_levels_equal_diffusers(name, num_timesteps):
+def test_alphas_cumprod_equals_diffusers(name, num_timesteps):
     theirs = DDIMScheduler(num_train_timesteps=num_timesteps, **IN_DIFFUSERS[name])
     ours = NoiseSchedule.named(name, num_timesteps)
     assert ours.num_timesteps == num_timesteps
@@ -31,7 +31,7 @@ def test_signal_levels_equal_diffusers(name, num_timesteps):
 
 @pytest.mark.parametrize("num_timesteps", [1, 2, 1000])
 @pytest.mark.parametrize("name", NAMES)
-def test_levels_decrease_inside_the_open_unit_interval(name, num_timesteps):
+def test_alphas_cumprod_decreases_inside_the_open_unit_interval(name, num_timesteps):
     schedule = NoiseSchedule.named(name, num_timesteps)
     abar = schedule.alphas_cumprod
     assert abar.dtype == schedule.betas.dtype == torch.float64
@@ -42,13 +42,13 @@ def test_levels_decrease_inside_the_open_unit_interval(name, num_timesteps):
 
 
 def test_snr_is_signal_over_noise_variance():
-    schedule = NoiseSchedule(torch.tensor([0.2, 0.5], dtype=torch.float64))  # levels 0.8, 0.4
+    schedule = NoiseSchedule(torch.tensor([0.2, 0.5], dtype=torch.float64))  # abar 0.8, 0.4
     torch.testing.assert_close(
         schedule.snr, torch.tensor([4.0, 2 / 3], dtype=torch.float64), rtol=1e-12, atol=0
     )
 
 
-def test_level_of_the_clean_image_is_one():
+def test_alpha_bar_of_the_clean_image_is_one():
     schedule = NoiseSchedule.named("linear", 10)
     assert schedule.alpha_bar(-1, torch.zeros(2, 1, 3, 3)).item() == 1
     mixed = schedule.alpha_bar(torch.tensor([-1, 9, 0]), torch.zeros(3, 1, 3, 3))
@@ -58,18 +58,18 @@ def test_level_of_the_clean_image_is_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_level_has_the_type_of_what_it_multiplies(dtype):
+def test_alpha_bar_has_the_type_of_what_it_multiplies(dtype):
     schedule = NoiseSchedule.named("cosine", 10)
-    level = schedule.alpha_bar(torch.tensor([3]), torch.zeros(1, 2, dtype=dtype))
-    assert level.dtype == dtype
-    assert level.shape == (1, 1)
-    assert level.item() == pytest.approx(schedule.alphas_cumprod[3].item(), rel=1e-7)
+    abar = schedule.alpha_bar(torch.tensor([3]), torch.zeros(1, 2, dtype=dtype))
+    assert abar.dtype == dtype
+    assert abar.shape == (1, 1)
+    assert abar.item() == pytest.approx(schedule.alphas_cumprod[3].item(), rel=1e-7)
 
 
 @pytest.mark.parametrize("t", [-2, 10, torch.tensor([0, 10]), torch.tensor([3, -2])], ids=str)
-def test_level_refuses_timesteps_out_of_range(t):
+def test_alpha_bar_refuses_timesteps_out_of_range(t):
     with pytest.raises(ValueError, match=r"are not all in -1\.\.9"):
-        NoiseSchedule.named("linear", 10).level(t, torch.zeros(2, 1, 1, 1))
+        NoiseSchedule.named("linear", 10).alpha_bar(t, torch.zeros(2, 1, 1, 1))
 
 
 @pytest.mark.parametrize(

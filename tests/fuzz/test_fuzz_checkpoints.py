@@ -334,8 +334,8 @@ def half_trained(tmp_path_factory) -> Path:
     network = small_network()
     state = TrainingState(network, pictures(4), TRAINING, 3, "train", folder, {})
     for _ in range(3):
-        state.update(error_of(network, pictures(2), state.generator))
-    state.save(torch.get_rng_state())
+        state.take_step(error_of(network, pictures(2), state.generator))
+    state.save()
     return folder / "train.state.safetensors"
 
 

@@ -165,7 +165,9 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_by_name(tmp_path, missing):
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys() if key != missing}  # noqa: SIM118
     save_file(tensors, path, metadata)
-    with pytest.raises(ValueError, match=r"train\.state\.safetensors is not whole .* delete it"):
+    with pytest.raises(
+        ValueError, match=r"train\.state\.safetensors is incomplete or corrupted .* delete it"
+    ):
         train(make_network(), workdir=tmp_path)
 
 

@@ -65,7 +65,7 @@ def test_two_processes_train_as_one_on_the_batches_of_both(unbroken):
     alone = make_network()
     state = TrainingState(alone, make_images(), CONFIG, 5, "train", None, {})
     for both in zip(first["batches"], second["batches"], strict=True):
-        state.update(error_of(alone, torch.cat(both)))
+        state.take_step(error_of(alone, torch.cat(both)))
     average = state.ema.module
     assert torch.allclose(first["weight"], average.weight, atol=1e-6)
     assert torch.allclose(first["losses"].double(), torch.tensor(state.losses).double(), atol=1e-6)
@@ -109,11 +109,11 @@ def test_several_processes_do_not_evaluate(tmp_path, monkeypatch):
         evaluate(Run("pca"), tmp_path)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):
+def test_an_indivisible_batch_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert processes.share(9) == 3
-    with pytest.raises(ValueError, match=r"a batch of 16 images .* evenly by 3 processes"):
-        processes.share(16)
+    assert processes.local_batch_size(9) == 3
+    with pytest.raises(ValueError, match=r"a batch of 16 images is not divisible by 3 processes"):
+        processes.local_batch_size(16)
 
 
 def test_accelerate_that_is_missing_is_named(monkeypatch):
@@ -123,14 +123,24 @@ def test_accelerate_that_is_missing_is_named(monkeypatch):
         processes.device()
 
 
+def test_a_process_alone_does_not_import_accelerate():
+    code = (
+        "import sys, torch; from diffad_lite.training import processes as p\n"
+        "p.device(), p.average([torch.ones(2)]), p.gather(3)\n"
+        "assert 'accelerate' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_interrupt_of_one_process_ends_them_all(monkeypatch):
     """Another one was asked: this one must not return a network that is half trained."""
     network, images = torch.nn.Conv2d(1, 1, 1), torch.zeros(4, 1, 8, 8)
 
-    def gathered(value):
+    def gather(value):
         return [value, (True, False)] if isinstance(value, tuple) else [value]
 
-    monkeypatch.setattr("diffad_lite.training.processes.gathered", gathered)
+    monkeypatch.setattr("diffad_lite.training.processes.gather", gather)
     with pytest.raises(KeyboardInterrupt):
         train_network(
             network,
