@@ -9,7 +9,7 @@ import numpy as np
 from diffad_lite.core.config import short_repr, unknown_name
 from diffad_lite.core.files import read_rows
 from diffad_lite.data.images import list_images
-from diffad_lite.data.published import read_dagm, read_medmnist, read_visa
+from diffad_lite.data.published_readers import read_dagm, read_medmnist, read_visa
 from diffad_lite.data.shapes import KINDS, draw_shape
 from diffad_lite.data.source import DEFAULT_CATEGORIES, Source, existing_root, named_images
 
