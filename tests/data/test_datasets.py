@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from diffad_lite.data import datasets, images, readers
+from diffad_lite.data import datasets, images, readers, source
 from diffad_lite.data.datasets import AnomalyData, load_dataset
 from diffad_lite.data.images import (
     list_images,
@@ -194,7 +194,7 @@ def test_splits_are_deterministic_and_depend_on_the_seed(no_decoding):
 def test_splits_do_not_depend_on_the_order_of_files(mvtec, monkeypatch, layout):
     base = mvtec if layout == "mvtec" else mvtec / "train" / "good"
     data = load(base)
-    monkeypatch.setattr(readers, "list_images", lambda folder: list_images(folder)[::-1])
+    monkeypatch.setattr(source, "list_images", lambda folder: list_images(folder)[::-1])
     other = load(base)
     assert torch.equal(data.train, other.train)
     assert torch.equal(data.calibration, other.calibration)
@@ -740,8 +740,8 @@ def test_planting_never_reads_the_real_defects(mvtec, monkeypatch, plant, forbid
 def test_planting_needs_normal_test_images(mvtec, monkeypatch):
     def only_defects(category, root):
         source = readers.read_folder(category, root)
-        source.shares = (0.2, 0.0)
-        source.test = {n: p for n, p in source.test.items() if source.defect_types[n] != "good"}
+        source.fractions = (0.2, 0.0)
+        source.test = {n: t for n, t in source.test.items() if t.defect_type != "good"}
         return source
 
     monkeypatch.setitem(readers.READERS, "folder", only_defects)

@@ -14,7 +14,7 @@ from diffad_lite.data.synthetic_anomalies import (
     object_mask,
     perlin_noise,
 )
-from diffad_lite.data.textures import change, foreign_textures, shuffle_strips, texture_files
+from diffad_lite.data.textures import augment, draw_textures, list_textures, shuffle_strips
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -73,7 +73,8 @@ def test_perlin_noise_is_bounded_centred_and_smooth():
 
 def test_ridges_are_thin_and_blobs_are_not():
     def thickness(ridges):
-        masks = Synthesis(SynthesisConfig(ridges=ridges, finest=2)).shapes(300, 64, 64, generator())
+        synthesis = Synthesis(SynthesisConfig(ridges=ridges, finest=2))
+        masks = synthesis.draw_shapes(300, 64, 64, generator())
         inner = -torch.nn.functional.max_pool2d(-masks, 5, stride=1, padding=2)  # erosion
         return inner.sum() / masks.sum()
 
@@ -82,7 +83,7 @@ def test_ridges_are_thin_and_blobs_are_not():
 
 def test_a_mask_that_stays_empty_leaves_a_normal_image(monkeypatch):
     nowhere = lambda self, images, generator: torch.zeros(len(images), 1, 32, 32)  # noqa: E731
-    monkeypatch.setattr(Synthesis, "foreground", nowhere)
+    monkeypatch.setattr(Synthesis, "draw_foreground", nowhere)
     images = pictures(4)
     result, masks, anomalous = make(images, share=1.0)
     assert torch.equal(result, images)
@@ -109,13 +110,13 @@ def test_the_object_is_what_differs_from_the_border():
 def test_masks_stay_within_the_foreground(where):
     maker = Synthesis(SynthesisConfig(share=1.0, foreground=where))
     images = scenes(60)
-    masks = maker.masks(images, generator())
+    masks = maker.draw_masks(images, generator())
     if where == "object":
         assert not (masks * (1 - object_mask(images))).any()
     else:  # the foreground is drawn first after the choice of images
         rng = generator()
         torch.rand(60, generator=rng)
-        allowed = maker.foreground(images, rng)
+        allowed = maker.draw_foreground(images, rng)
         assert 0.3 < allowed.mean() < 0.7
         assert not (masks * (1 - allowed)).any()
     assert masks.flatten(1).any(1).float().mean() > 0.9
@@ -126,7 +127,7 @@ def test_masks_stay_within_the_foreground(where):
 
 def test_opacity_blends_image_and_appearance(monkeypatch):
     appearance = pictures(200).flip(0)
-    monkeypatch.setattr(Synthesis, "appearances", lambda self, images, generator: appearance)
+    monkeypatch.setattr(Synthesis, "draw_appearances", lambda self, images, generator: appearance)
     images = pictures(200)
     result, masks, anomalous = make(images, opacity=(0.3, 0.6))
     found = []
@@ -146,19 +147,19 @@ def test_opacity_blends_image_and_appearance(monkeypatch):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_textures_and_changes_keep_shape_and_range(channels):
     images = pictures(80, channels, 24, 40)
-    made = foreign_textures(images, [], generator())
+    made = draw_textures(images, [], generator())
     assert made.shape == images.shape
     assert made.abs().max() <= 1
     assert made.flatten(1).std(1).min() > 1e-3
     for image in made:
-        changed = change(image, generator())
+        changed = augment(image, generator())
         assert changed.shape == image.shape
         assert changed.abs().max() <= 1
 
 
 def test_every_change_changes_something_and_stays_in_range():
     image = (pictures(1, 3)[0] + 1) / 2
-    for k, operation in enumerate(textures.CHANGES):
+    for k, operation in enumerate(textures.AUGMENTATIONS):
         for u in (0.0, 0.37, 0.999):
             result = operation(image, u).clamp(0, 1)
             assert result.shape == image.shape
@@ -179,9 +180,9 @@ def test_strips_are_permuted_and_nothing_is_lost():
 def test_other_images_never_lend_to_themselves():
     images = torch.arange(6.0)[:, None, None, None].expand(6, 1, 8, 8)
     for seed in range(20):
-        lent = textures.other_images(images, generator(seed))
+        lent = textures.draw_from_batch(images, generator(seed))
         assert not (lent == images).any()
-    alone = textures.other_images(images[:1], generator())
+    alone = textures.draw_from_batch(images[:1], generator())
     assert torch.equal(alone, images[:1])
 
 
@@ -190,10 +191,10 @@ def test_textures_come_from_a_folder(tmp_path):
         (tmp_path / name).mkdir()
         grid = np.full((30, 50, 3), colour, np.uint8)
         Image.fromarray(grid).save(tmp_path / name / "x.png")
-    files = texture_files(tmp_path)
+    files = list_textures(tmp_path)
     assert [f.parent.name for f in files] == ["a", "b"]
     for channels in (1, 3, 4):
-        drawn = foreign_textures(pictures(20, channels), files, generator())
+        drawn = draw_textures(pictures(20, channels), files, generator())
         levels = {round(float(v)) for v in ((drawn + 1) * 127.5).unique()}
         assert levels == {40, 200}
 
