@@ -79,19 +79,12 @@ class AnomalyData:
             index = np.flatnonzero(self.test_labels == label)
             keep += rng.permutation(index)[: n_test // 2].tolist()
         keep.sort()
-
-        def pick(values: list) -> list:
-            return [values[i] for i in keep]
-
-        return replace(
-            self,
-            test_images=self.test_images[keep],
-            test_labels=self.test_labels[keep],
-            test_masks=pick(self.test_masks) if self.test_masks else None,
-            test_ids=pick(self.test_ids),
-            defect_types=pick(self.defect_types),
-            original_sizes=pick(self.original_sizes),
-        )
+        kept: dict[str, Any] = {}
+        for name in ("test_masks", "test_ids", "defect_types", "original_sizes"):
+            values = getattr(self, name)
+            kept[name] = values and [values[i] for i in keep]
+        images, labels = self.test_images[keep], self.test_labels[keep]
+        return replace(self, test_images=images, test_labels=labels, **kept)
 
 
 def load_dataset(
@@ -133,8 +126,14 @@ def load_dataset(
     calibration, test = _select_test(source, calibration, test, plant, severity, split_seed)
     test_images = {n: item.image for n, item in test.items()}
     sizes: dict[str, tuple[int, int]] = {}
+
+    def read_small(name: str, image: Path | np.ndarray) -> np.ndarray:
+        pixels = _read_pixels(image)
+        sizes[name] = pixels.shape[1:]
+        return resize_image(pixels, image_size, resize)
+
     parts = [
-        {n: _resize(n, image, sizes, image_size, resize) for n, image in part.items()}
+        {n: read_small(n, image) for n, image in part.items()}
         for part in (train, calibration, source.uncertain, test_images)
     ]
     channels = max(image.shape[0] for part in parts for image in part.values())
@@ -169,7 +168,7 @@ def load_dataset(
 
 
 def check_arguments(name: str, plant: str | None, resize: str, image_size: int) -> None:
-    """Check arguments of :func:`load_dataset` before anything is read, with its ValueErrors."""
+    """Raise ValueError for arguments of :func:`load_dataset` that cannot be used."""
     if name not in READERS:
         raise unknown_name("data set", name, READERS)
     if plant is not None and plant not in (*KINDS, UNCERTAIN):
@@ -253,15 +252,6 @@ def _read_pixels(value: Path | np.ndarray) -> np.ndarray:
     return value if isinstance(value, np.ndarray) else read_image(value)
 
 
-def _resize(
-    name: str, value: Path | np.ndarray, sizes: dict, image_size: int, resize: Resize
-) -> np.ndarray:
-    """Resize one image and store its original size in ``sizes``; the original is not kept."""
-    pixels = _read_pixels(value)
-    sizes[name] = pixels.shape[1:]
-    return resize_image(pixels, image_size, resize)
-
-
 def _stack(images: Mapping[str, np.ndarray], channels: int, size: int) -> Tensor:
     """Stack images of one size to a float tensor; grey images are repeated to ``channels``."""
     if not images:
@@ -303,7 +293,9 @@ def _read_mask(name: str, item: Labelled, size: tuple[int, int]) -> np.ndarray |
 
 
 def split(source: Source, split_seed: int) -> tuple[dict, dict, dict]:
-    """Split the normal images into train, calibration and test; add the source's own parts.
+    """Split the normal images into train, calibration and test; add the parts the source fixes.
+
+    The three parts are by name: images for train and calibration, :class:`Labelled` for the test.
 
     Raises:
         ValueError: too few normal images, or a subject is in the test and in another part.

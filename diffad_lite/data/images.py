@@ -32,11 +32,6 @@ class _Cache(dict[tuple[str, int], np.ndarray]):
         while self.size > CACHED_BYTES:
             self.size -= self.pop(next(iter(self))).nbytes
 
-    def clear(self) -> None:
-        """Remove all images."""
-        super().clear()
-        self.size = 0
-
 
 _cache = _Cache()
 

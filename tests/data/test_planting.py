@@ -18,8 +18,8 @@ def make_cell(shape, seed=0):
     height, width = shape[1:]
     rng = np.random.default_rng(seed)
     image = 170 + rng.normal(0, 5, shape)
-    for share in (0.2, 0.5, 0.8):
-        row = int(share * height)
+    for fraction in (0.2, 0.5, 0.8):
+        row = int(fraction * height)
         image[:, row : row + max(1, height // 40)] = 90
     frame = max(1, min(height, width) // 30)
     image[:, :frame] = image[:, -frame:] = 45
@@ -55,9 +55,9 @@ def test_mask_is_exact(kind, shape):
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
-@pytest.mark.parametrize("level", [0, 5, 128, 255])
-def test_mask_is_exact_on_a_constant_image(kind, level):
-    image = np.full((3, 40, 48), level, np.uint8)
+@pytest.mark.parametrize("value", [0, 5, 128, 255])
+def test_mask_is_exact_on_a_constant_image(kind, value):
+    image = np.full((3, 40, 48), value, np.uint8)
     for seed in range(5):
         assert_exact(image, *plant_defect(image, kind, seed=seed, severity=2))
 
@@ -129,14 +129,14 @@ def test_finger_dashes_run_across_the_busbars():
         assert (np.mean(heights) > np.mean(widths)) == (turned is image)
 
 
-def test_mirror_turns_the_patch_and_scramble_keeps_its_grey_levels():
+def test_mirror_turns_the_patch_and_scramble_keeps_its_grey_values():
     image = make_cell((1, 96, 96))
     planted, mask = plant_defect(image, "mirror", seed=0)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     window = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     assert mask[window[1:]].all()
     turned = image[window][:, ::-1, ::-1].astype(int)
-    assert np.abs(planted[window] - turned).max() <= 1  # one level where nothing would change
+    assert np.abs(planted[window] - turned).max() <= 1  # one grey value where nothing would change
     planted, mask = plant_defect(image, "scramble", seed=0)
     gap = np.sort(planted[0][mask].astype(int)) - np.sort(image[0][mask].astype(int))
     assert np.abs(gap).max() <= 1

@@ -1,4 +1,4 @@
-"""Synthetic anomalies: where they are, what they are made of, seeds, distance from the planter."""
+"""Synthetic anomalies: masks, appearances, seeds, errors."""
 
 import math
 
@@ -55,12 +55,12 @@ def test_the_share_of_anomalous_images(share):
 
 @pytest.mark.parametrize("side", [32, 64])
 def test_blobs_cover_a_small_part(side):
-    """Mean near 5.5 %, nine tenths below a tenth, few empty draws; the same at any size."""
+    """The mean is about 5.5 %, nine tenths below a tenth, few empty draws; the same at any size."""
     noise = perlin_noise(3000, side, side, 5, generator())
-    share = (noise > 0.5).float().mean((1, 2))
-    assert 0.045 < share.mean() < 0.065
-    assert share.quantile(0.9) < 0.1
-    assert 0.02 < (share == 0).float().mean() < 0.08
+    coverage = (noise > 0.5).float().mean((1, 2))
+    assert 0.045 < coverage.mean() < 0.065
+    assert coverage.quantile(0.9) < 0.1
+    assert 0.02 < (coverage == 0).float().mean() < 0.08
 
 
 def test_perlin_noise_is_bounded_centred_and_smooth():
@@ -130,28 +130,28 @@ def test_opacity_blends_image_and_appearance(monkeypatch):
     monkeypatch.setattr(Synthesis, "draw_appearances", lambda self, images, generator: appearance)
     images = pictures(200)
     result, masks, anomalous = make(images, opacity=(0.3, 0.6))
-    found = []
+    opacities = []
     for i in anomalous.nonzero()[:, 0].tolist():
         inside = masks[i] > 0
         n, a, x = (part[i][inside].double() for part in (images, appearance, result))
         far = (n - a).abs() > 0.1
         if far.any():
             weight = ((x - a) / (n - a))[far]
-            assert weight.std(correction=0) < 1e-4  # one opacity an image
-            found.append(float(weight.mean()))
-    assert min(found) >= 0.3 - 1e-4
-    assert max(found) <= 0.6 + 1e-4
-    assert max(found) - min(found) > 0.2
+            assert weight.std(correction=0) < 1e-4  # one opacity per image
+            opacities.append(float(weight.mean()))
+    assert min(opacities) >= 0.3 - 1e-4
+    assert max(opacities) <= 0.6 + 1e-4
+    assert max(opacities) - min(opacities) > 0.2
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_textures_and_changes_keep_shape_and_range(channels):
     images = pictures(80, channels, 24, 40)
-    made = draw_textures(images, [], generator())
-    assert made.shape == images.shape
-    assert made.abs().max() <= 1
-    assert made.flatten(1).std(1).min() > 1e-3
-    for image in made:
+    samples = draw_textures(images, [], generator())
+    assert samples.shape == images.shape
+    assert samples.abs().max() <= 1
+    assert samples.flatten(1).std(1).min() > 1e-3
+    for image in samples:
         changed = augment(image, generator())
         assert changed.shape == image.shape
         assert changed.abs().max() <= 1
@@ -172,16 +172,16 @@ def test_strips_are_permuted_and_nothing_is_lost():
     shuffled = shuffle_strips(image, generator())
     assert not torch.equal(shuffled, image)
     assert torch.equal(shuffled.flatten().sort().values, image.flatten().sort().values)
-    one = torch.zeros(1, 32, 32)
-    one[0, :, 5] = 1  # a column stays a column: rows and columns are permuted, not tiles
-    assert sorted(shuffle_strips(one, generator()).sum(1)[0].tolist())[-2:] == [0, 32]
+    line = torch.zeros(1, 32, 32)
+    line[0, :, 5] = 1  # a column stays a column: rows and columns are permuted, not tiles
+    assert sorted(shuffle_strips(line, generator()).sum(1)[0].tolist())[-2:] == [0, 32]
 
 
 def test_other_images_never_lend_to_themselves():
     images = torch.arange(6.0)[:, None, None, None].expand(6, 1, 8, 8)
     for seed in range(20):
-        lent = textures.draw_from_batch(images, generator(seed))
-        assert not (lent == images).any()
+        borrowed = textures.draw_from_batch(images, generator(seed))
+        assert not (borrowed == images).any()
     alone = textures.draw_from_batch(images[:1], generator())
     assert torch.equal(alone, images[:1])
 
@@ -194,9 +194,9 @@ def test_textures_come_from_a_folder(tmp_path):
     files = list_textures(tmp_path)
     assert [f.parent.name for f in files] == ["a", "b"]
     for channels in (1, 3, 4):
-        drawn = draw_textures(pictures(20, channels), files, generator())
-        levels = {round(float(v)) for v in ((drawn + 1) * 127.5).unique()}
-        assert levels == {40, 200}
+        result = draw_textures(pictures(20, channels), files, generator())
+        values = {round(float(v)) for v in ((result + 1) * 127.5).unique()}
+        assert values == {40, 200}
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])
@@ -215,10 +215,10 @@ def test_a_folder_without_textures_is_named_with_the_fix(tmp_path, kind):
 
 def test_the_same_seed_gives_the_same_anomalies():
     images = pictures(8)
-    first, again, other = (make(images, seed, ridges=0.5) for seed in (1, 1, 2))
+    first, again, reseeded = (make(images, seed, ridges=0.5) for seed in (1, 1, 2))
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
-    assert not torch.equal(first[0], other[0])
+    assert not torch.equal(first[0], reseeded[0])
 
 
 def test_global_randomness_is_not_touched():
