@@ -63,7 +63,7 @@ def read_image(path: Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: no such file.
-        PermissionError: the file must not be read.
+        PermissionError: no permission to read it.
         ValueError: not an image, or a truncated one.
     """
     if not path.exists():
