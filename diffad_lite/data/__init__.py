@@ -9,7 +9,7 @@ from diffad_lite.data.images import (
     resize_image,
     to_float,
 )
-from diffad_lite.data.planting import plant_defect, plant_on
+from diffad_lite.data.planting import plant_defect, plant_defects
 from diffad_lite.data.readers import READERS, read_elpv, read_folder
 from diffad_lite.data.source import DEFAULT_CATEGORIES
 from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig
@@ -26,7 +26,7 @@ __all__ = [
     "list_images",
     "load_dataset",
     "plant_defect",
-    "plant_on",
+    "plant_defects",
     "read_elpv",
     "read_folder",
     "read_image",

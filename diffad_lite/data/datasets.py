@@ -1,8 +1,8 @@
-"""Data sets: solar cells, your own folders, published sets, made shapes; fingerprints.
+"""Load and split data sets: solar cells, your own folders, published sets, synthetic shapes.
 
-``load_dataset`` is the only entry. Whatever the source, it returns an :class:`AnomalyData`:
-normal images for training and calibration, a labelled test set, and pixel masks at each image's
-original size where they exist. Nothing here downloads anything.
+:func:`load_dataset` returns an :class:`AnomalyData` for every source: normal images for training
+and calibration, a labelled test set, and pixel masks, where they exist, at the original size of
+each image. Nothing is downloaded.
 """
 
 import hashlib
@@ -18,30 +18,30 @@ from torch import Tensor
 
 from diffad_lite.core.config import unknown_name
 from diffad_lite.data.images import Resize, read_image, resize_image, to_float
-from diffad_lite.data.planting import KINDS, plant_on
-from diffad_lite.data.readers import READERS, flip_axes
-from diffad_lite.data.source import Source, check_inside
+from diffad_lite.data.planting import KINDS, plant_defects
+from diffad_lite.data.readers import FLIP_AXES, READERS
+from diffad_lite.data.source import Labelled, Source, check_inside
 
 UNCERTAIN = "uncertain"
-LARGEST_IMAGE = 4096  # pixels of a side
-MIN_CALIBRATION = 8  # normal images taken for calibration, at least
+LARGEST_IMAGE = 4096  # pixels per side
+MIN_CALIBRATION = 8  # normal images
 
 
 @dataclass(frozen=True)
 class AnomalyData:
-    """One category of a data set, split.
+    """One category of a data set, split; all images are (N, C, H, W), float32 in [-1, 1].
 
     Attributes:
-        train: normal images (N, C, H, W), float32 in [-1, 1]; methods learn from these.
-        calibration: normal images held out of training, for thresholds and map statistics.
-        test_images: (M, C, H, W).
-        test_labels: int64 (M,), 1 = anomalous.
-        test_masks: for each test image a bool array at its original size, or None where the
-            image is anomalous but its mask is not known; None when no image has a mask.
-        test_ids: a name for each test image, ``<defect type>/<file stem>``.
-        defect_types: for each test image, ``"good"`` or the kind of defect.
-        original_sizes: for each test image, (height, width) before resizing.
-        uncertain: images that the experts could not decide on, left out of all scores.
+        train: normal images for training.
+        calibration: normal images for thresholds and map statistics, not used in training.
+        test_images: normal and anomalous images.
+        test_labels: int64 (N,), 1 = anomalous.
+        test_masks: per test image, a bool array at its original size, or None if the image is
+            anomalous and its mask is not known. None if no image has a mask.
+        test_ids: per test image, its name ``<defect type>/<file stem>``.
+        defect_types: per test image, ``"good"`` or the kind of defect.
+        original_sizes: per test image, (height, width) before resizing.
+        uncertain: images that the experts could not decide on, excluded from all scores.
         info: name, category, channels, image_size, resize, split_seed, plant, ``flip_axes`` (axes
             along which training may flip the images), ``remarks`` (known faults), and the
             ``fingerprint`` of the split (names and pixels of all training and calibration images).
@@ -59,7 +59,7 @@ class AnomalyData:
     info: dict[str, Any]
 
     def summary(self) -> dict[str, Any]:
-        """Counts and remarks, as JSON values."""
+        """Return ``info`` and the number of images per part, as JSON values."""
         kinds = sorted(set(self.defect_types) - {"good"})
         return {
             **self.info,
@@ -72,23 +72,19 @@ class AnomalyData:
         }
 
     def subset(self, n_test: int, seed: int = 0) -> "AnomalyData":
-        """The same data with at most ``n_test`` test images, normal and anomalous alike drawn."""
+        """Return the data with ``n_test // 2`` random test images of each class, if there are."""
         rng = np.random.default_rng(seed)
         keep: list[int] = []
         for label in (0, 1):
             index = np.flatnonzero(self.test_labels == label)
             keep += rng.permutation(index)[: n_test // 2].tolist()
         keep.sort()
-        pick = lambda values: [values[i] for i in keep]  # noqa: E731
-        return replace(
-            self,
-            test_images=self.test_images[keep],
-            test_labels=self.test_labels[keep],
-            test_masks=pick(self.test_masks) if self.test_masks else None,
-            test_ids=pick(self.test_ids),
-            defect_types=pick(self.defect_types),
-            original_sizes=pick(self.original_sizes),
-        )
+        kept: dict[str, Any] = {}
+        for name in ("test_masks", "test_ids", "defect_types", "original_sizes"):
+            values = getattr(self, name)
+            kept[name] = values and [values[i] for i in keep]
+        images, labels = self.test_images[keep], self.test_labels[keep]
+        return replace(self, test_images=images, test_labels=labels, **kept)
 
 
 def load_dataset(
@@ -107,16 +103,16 @@ def load_dataset(
     Args:
         name: ``elpv``, ``folder``, ``visa``, ``dagm``, ``medmnist``, ``shapes`` or ``digits``.
         category: ``mono`` or ``poly`` for elpv; a sub-folder of ``root`` for folder, visa and dagm;
-            the stem of a file there for medmnist.
-        root: folder of the images, where they are not part of a package.
-        image_size: side in pixels that the images are brought to.
-        resize: ``"squash"`` to a square, or ``"pad"`` (keep the aspect, replicate the border).
-        split_seed: chooses the split; 0 in every published table.
-        plant: ``"cells"`` or ``"lesions"`` replaces the anomalous test images by test normals
-            with planted defects and exact masks; ``"development"`` does so with other kinds on
-            half of the calibration images, for choosing hyper-parameters without the test set.
-            ``"uncertain"`` draws nothing: images whose label is uncertain stand for anomalies.
-        severity: of the planted defects; 1 is plain to see, 0.3 hard.
+            the stem of a file in ``root`` for medmnist.
+        root: folder of the images, unless a package contains them.
+        image_size: side of the resized images in pixels, 8 to 4096.
+        resize: ``"squash"`` to a square, or ``"pad"`` (keep the aspect ratio, repeat the border).
+        split_seed: selects the split; 0 in every published table.
+        plant: ``"cells"`` or ``"lesions"`` replaces the anomalous test images by the normal ones
+            with planted defects and exact masks. ``"development"`` plants other kinds on half of
+            the calibration images, to choose hyper-parameters without the test set.
+            ``"uncertain"`` uses images with an uncertain label as anomalies; nothing is planted.
+        severity: of the planted defects, in (0, 2]; 1 is clearly visible, 0.3 is hard to see.
 
     Raises:
         ValueError: unknown name, category, resize or plant; no normal images; mixed channels.
@@ -127,18 +123,24 @@ def load_dataset(
     source = READERS[name](category, Path(root) if root is not None else None)
     train, calibration, test = split(source, split_seed)
     fingerprint = _fingerprint(train, calibration)
-    calibration, test, types, masks = _test_set(
-        source, calibration, test, plant, severity, split_seed
-    )
+    calibration, test = _select_test(source, calibration, test, plant, severity, split_seed)
+    test_images = {n: item.image for n, item in test.items()}
     sizes: dict[str, tuple[int, int]] = {}
+
+    def read_small(name: str, image: Path | np.ndarray) -> np.ndarray:
+        pixels = _read_pixels(image)
+        sizes[name] = pixels.shape[1:]
+        return resize_image(pixels, image_size, resize)
+
     parts = [
-        {n: _small(n, v, sizes, image_size, resize) for n, v in part.items()}
-        for part in (train, calibration, source.uncertain, test)
+        {n: read_small(n, image) for n, image in part.items()}
+        for part in (train, calibration, source.uncertain, test_images)
     ]
     channels = max(image.shape[0] for part in parts for image in part.values())
     tensors = [_stack(part, channels, image_size) for part in parts]
-    known = any(mask is not None for mask in masks.values())
-    pixel_masks = [_mask(masks[n], types[n], sizes[n], n) for n in test] if known else None
+    test_masks = None
+    if any(item.mask is not None for item in test.values()):
+        test_masks = [_read_mask(n, item, sizes[n]) for n, item in test.items()]
     info = {
         "name": name,
         "category": source.category,
@@ -147,7 +149,7 @@ def load_dataset(
         "resize": resize,
         "split_seed": split_seed,
         "plant": plant,
-        "flip_axes": flip_axes(name),
+        "flip_axes": FLIP_AXES.get(name, ()),
         "remarks": source.remarks,
         "fingerprint": fingerprint,
     }
@@ -155,10 +157,10 @@ def load_dataset(
         train=tensors[0],
         calibration=tensors[1],
         test_images=tensors[3],
-        test_labels=np.array([types[n] != "good" for n in test], dtype=np.int64),
-        test_masks=pixel_masks,
+        test_labels=np.array([t.defect_type != "good" for t in test.values()], dtype=np.int64),
+        test_masks=test_masks,
         test_ids=list(test),
-        defect_types=[types[n] for n in test],
+        defect_types=[item.defect_type for item in test.values()],
         original_sizes=[sizes[n] for n in test],
         uncertain=tensors[2],
         info=info,
@@ -166,7 +168,7 @@ def load_dataset(
 
 
 def check_arguments(name: str, plant: str | None, resize: str, image_size: int) -> None:
-    """What :func:`load_dataset` checks of its arguments before it reads anything."""
+    """Raise ValueError for arguments of :func:`load_dataset` that cannot be used."""
     if name not in READERS:
         raise unknown_name("data set", name, READERS)
     if plant is not None and plant not in (*KINDS, UNCERTAIN):
@@ -174,21 +176,20 @@ def check_arguments(name: str, plant: str | None, resize: str, image_size: int) 
     if resize not in get_args(Resize):
         raise unknown_name("resize", resize, get_args(Resize))
     if not 8 <= image_size <= LARGEST_IMAGE:
-        wanted = "at least 8" if image_size < 8 else f"at most {LARGEST_IMAGE}"
-        raise ValueError(f"image_size must be {wanted} pixels, got {image_size}; 64 is usual")
+        limit = "at least 8" if image_size < 8 else f"at most {LARGEST_IMAGE}"
+        raise ValueError(f"image_size must be {limit} pixels, got {image_size}; 64 is usual")
 
 
 def data_dir() -> Path:
-    """The folder ``data/`` with bundled checkpoints and results, from any working directory.
+    """Return the folder ``data/`` with the bundled checkpoints and results.
 
-    The environment variable ``DIFFAD_DATA`` names it, else it stands beside the package in the
-    repository.
+    It is the environment variable ``DIFFAD_DATA``, else the folder beside the package in the
+    repository, so the working directory does not matter.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: that folder does not exist, or has no ``checkpoints/``.
     """
-    named = os.environ.get("DIFFAD_DATA")
-    folder = Path(named) if named else Path(__file__).resolve().parents[2] / "data"
+    folder = Path(os.environ.get("DIFFAD_DATA") or Path(__file__).resolve().parents[2] / "data")
     if not (folder / "checkpoints").is_dir():
         raise FileNotFoundError(
             f"no data folder at {folder}; clone the repository and install it with "
@@ -207,70 +208,52 @@ def bundled_checkpoints() -> list[str]:
 
 
 def _fingerprint(train: dict, calibration: dict) -> str:
-    """Twelve hex digits that identify the images a method was fitted on, before any resizing."""
+    """Return twelve hex digits of a hash over names and original pixels of the images."""
     digest = hashlib.sha256()
     for part in (train, calibration):
         for name, value in part.items():
-            digest.update(name.encode() + _pixels(value).tobytes())
+            digest.update(name.encode() + _read_pixels(value).tobytes())
     return digest.hexdigest()[:12]
 
 
-def _test_set(
+def _select_test(
     source: Source, calibration: dict, test: dict, plant: str | None, severity: float, seed: int
-) -> tuple[dict, dict, dict, dict]:
-    """The calibration images, and images, defect types and masks of the test that ``plant`` means.
+) -> tuple[dict, dict[str, Labelled]]:
+    """Return the calibration and test images that ``plant`` asks for.
 
-    Development sets do not even read the real test images.
+    ``"development"`` and ``"uncertain"`` do not even read the real test images.
     """
-    types = {n: source.defect_types.get(n, "good") for n in test}
-    masks = {n: source.masks.get(n) for n in test}
     if plant in ("development", UNCERTAIN):
-        calibration, test = halves(calibration, seed)
-        types, masks = dict.fromkeys(test, "good"), dict.fromkeys(test)
+        calibration, clean = _halve(calibration, seed)
+        test = {n: Labelled(image) for n, image in clean.items()}
     if plant == UNCERTAIN:
         if not source.uncertain:
             raise ValueError(f"{source.category} has no images of uncertain label")
-        test = test | source.uncertain
-        types |= dict.fromkeys(source.uncertain, "uncertain")
-        masks |= dict.fromkeys(source.uncertain)
+        test |= {n: Labelled(image, "uncertain") for n, image in source.uncertain.items()}
     elif plant is not None:
-        test, types, masks = _plant(test, types, plant, severity)
-    return calibration, test, types, masks
+        test = _plant(test, plant, severity)
+    return calibration, test
 
 
-def _plant(test: dict, types: dict, family: str, severity: float) -> tuple[dict, dict, dict]:
-    """The test normals, clean and once more with a planted defect each."""
-    clean = {n: _pixels(v) for n, v in test.items() if types[n] == "good"}
+def _plant(test: dict[str, Labelled], family: str, severity: float) -> dict[str, Labelled]:
+    """Return the normal test images, followed by a copy of each with one planted defect."""
+    clean = {n: _read_pixels(t.image) for n, t in test.items() if t.defect_type == "good"}
     if not clean:
         raise ValueError("plant= needs normal test images, and this data set has none")
-    names = list(clean)
-    images, masks, kinds = plant_on(
-        list(clean.values()), family, seed_names=names, severity=severity
-    )
-    planted = [f"{kind}/{Path(n).name}" for n, kind in zip(names, kinds, strict=True)]
-    return (
-        clean | dict(zip(planted, images, strict=True)),
-        dict.fromkeys(names, "good") | dict(zip(planted, kinds, strict=True)),
-        dict.fromkeys(names) | dict(zip(planted, masks, strict=True)),
-    )
+    planted = plant_defects(list(clean.values()), family, seed_names=list(clean), severity=severity)
+    return {n: Labelled(image) for n, image in clean.items()} | {
+        f"{kind}/{Path(n).name}": Labelled(image, kind, mask)
+        for n, image, mask, kind in zip(clean, *planted, strict=True)
+    }
 
 
-def _pixels(value: Path | np.ndarray) -> np.ndarray:
-    """An image (C, H, W) uint8 from what a reader gave: a path or the pixels."""
+def _read_pixels(value: Path | np.ndarray) -> np.ndarray:
+    """Return an image of a :class:`Source` as uint8 (C, H, W)."""
     return value if isinstance(value, np.ndarray) else read_image(value)
 
 
-def _small(
-    name: str, value: Path | np.ndarray, sizes: dict, image_size: int, resize: Resize
-) -> np.ndarray:
-    """Resize one image and note its original size; the large pixels are not kept."""
-    pixels = _pixels(value)
-    sizes[name] = pixels.shape[1:]
-    return resize_image(pixels, image_size, resize)
-
-
 def _stack(images: Mapping[str, np.ndarray], channels: int, size: int) -> Tensor:
-    """Images of one size as one float tensor; grey files among colour ones become colour."""
+    """Stack images of one size to a float tensor; grey images are repeated to ``channels``."""
     if not images:
         return torch.empty(0, channels, size, size)
     for name, image in images.items():
@@ -280,62 +263,62 @@ def _stack(images: Mapping[str, np.ndarray], channels: int, size: int) -> Tensor
     return to_float(np.stack([np.broadcast_to(image, shape) for image in images.values()]))
 
 
-def _mask(value: Any, kind: str, size: tuple[int, int], name: str) -> np.ndarray | None:
-    """A bool mask at the image's original size; None = anomalous, but nobody knows where."""
-    if value is None:
-        return np.zeros(size, dtype=bool) if kind == "good" else None
-    if isinstance(value, np.ndarray):
-        masks = [value]
-    elif isinstance(value, tuple):  # a file for each defect, whose grey value is its kind
-        masks = [read_image(path).max(axis=0) > 0 for path in value]
+def _read_mask(name: str, item: Labelled, size: tuple[int, int]) -> np.ndarray | None:
+    """Return a bool mask of the image's original ``size``, or None where it is not known."""
+    file = item.mask
+    if file is None:
+        return np.zeros(size, dtype=bool) if item.defect_type == "good" else None
+    if isinstance(file, np.ndarray):
+        masks = [file]
+    elif isinstance(file, tuple):  # one file per defect; the grey value is the kind of defect
+        masks = [read_image(path).max(axis=0) > 0 for path in file]
     else:
-        pixels = read_image(value).max(axis=0)
-        masks = [pixels > (127 if pixels.max() > 127 else 0)]  # some sets number defects
+        pixels = read_image(file).max(axis=0)
+        masks = [pixels > (127 if pixels.max() > 127 else 0)]  # some data sets number the defects
     for mask in masks:
         if mask.shape != size:
             raise ValueError(
                 f"the mask of {name} is {mask.shape[1]}x{mask.shape[0]} pixels, its image "
-                f"{size[1]}x{size[0]}; export masks at the size of their images ({value})"
+                f"{size[1]}x{size[0]}; export masks at the size of their images ({file})"
             )
     mask = np.any(masks, axis=0)
-    return mask if mask.any() else None  # an empty mask on an anomalous image says nothing
+    return mask if mask.any() else None  # an empty mask does not show the defect
 
 
 # -------------------------------------------------------------------------------------- splits
 #
-# Which normal images train, which calibrate, which are held out for the test. An image's rank
-# depends on the seed and its name alone, or, where it is known, on the name of its subject: two
-# slices of one patient are never on both sides. The cuts are made by rank, so images near one can
-# change sides when others are added.
+# Normal images are ranked by a hash of the seed and their name, or the name of their subject, if
+# known: two slices of one patient are always on the same side. Train, calibration and test are
+# consecutive ranges of this order, so adding images can move images that are close to a cut.
 
 
 def split(source: Source, split_seed: int) -> tuple[dict, dict, dict]:
-    """Cut the normals into train, calibration and test, and add what the source fixed.
+    """Split the normal images into train, calibration and test; add the parts the source fixes.
+
+    The three parts are by name: images for train and calibration, :class:`Labelled` for the test.
 
     Raises:
-        ValueError: too few normal images, or a subject of the source's own test set is in training.
+        ValueError: too few normal images, or a subject is in the test and in another part.
     """
     if not source.normals:
         raise ValueError("no normal images to train on")
-    names = _rank(list(source.normals), split_seed, source.subjects)
-    share_calibration, share_test = source.shares
-    n_test = round(len(names) * share_test)
-    n_calibration = 0 if source.calibration else round(len(names) * share_calibration)
-    if not source.calibration:
-        n_calibration = max(n_calibration, MIN_CALIBRATION)
-    first = _whole(names, len(names) - n_calibration - n_test, source.subjects)
-    second = _whole(names, len(names) - n_test, source.subjects)
-    if first < 1:
+    subjects = source.subjects
+    names = _rank(list(source.normals), split_seed, subjects)
+    n_calibration, n_test = (round(len(names) * fraction) for fraction in source.fractions)
+    n_calibration = 0 if source.calibration else max(n_calibration, MIN_CALIBRATION)
+    n_train = _align_cut(names, len(names) - n_calibration - n_test, subjects)
+    test_start = _align_cut(names, len(names) - n_test, subjects)
+    if n_train < 1:
         raise ValueError(
             f"{len(names)} normal images are too few: {n_calibration} are needed for calibration "
             f"and {n_test} for the test; add normal images (20 or more are advisable)"
         )
-    parts = (names[:first], names[first:second], names[second:])
-    train, calibration, held_out = ({n: source.normals[n] for n in sorted(p)} for p in parts)
-    calibration, test = calibration | source.calibration, held_out | source.test
-    subjects = source.subjects
-    shared = {subjects[n] for n in [*train, *calibration] if n in subjects}
-    if leaked := sorted(shared & {subjects[n] for n in test if n in subjects}):
+    parts = (names[:n_train], names[n_train:test_start], names[test_start:])
+    train, calibration, test = ({n: source.normals[n] for n in sorted(part)} for part in parts)
+    calibration |= source.calibration
+    test = {n: Labelled(image) for n, image in test.items()} | source.test
+    fitted = {subjects[n] for n in [*train, *calibration] if n in subjects}
+    if leaked := sorted(fitted & {subjects[n] for n in test if n in subjects}):
         raise ValueError(
             f"{len(leaked)} subjects are in training or calibration and in the test as well, e.g. "
             f"{leaked[0]}; move all images of a subject to one side"
@@ -343,27 +326,27 @@ def split(source: Source, split_seed: int) -> tuple[dict, dict, dict]:
     return train, calibration, test
 
 
-def halves(calibration: Mapping[str, Any], split_seed: int) -> tuple[dict, dict]:
-    """Calibration normals cut in two: one half stays, the other carries development defects."""
-    names = _rank(list(calibration), split_seed + 1, {})
+def _halve(images: Mapping[str, Any], split_seed: int) -> tuple[dict, dict]:
+    """Split calibration images into two halves; the second serves as a development test set."""
+    names = _rank(list(images), split_seed + 1, {})
     half = len(names) // 2
-    return {n: calibration[n] for n in names[:half]}, {n: calibration[n] for n in names[half:]}
+    return {n: images[n] for n in names[:half]}, {n: images[n] for n in names[half:]}
 
 
 def _rank(names: Sequence[str], split_seed: int, subjects: Mapping[str, str]) -> list[str]:
-    """An order that depends on the seed and each name alone; subjects stay together."""
+    """Sort names by a hash of the seed and each name; images of a subject stay together."""
 
     def key(name: str) -> tuple[bytes, str]:
-        own = f"{split_seed}/{subjects.get(name, name)}"
-        return hashlib.sha256(own.encode()).digest(), name
+        seeded = f"{split_seed}/{subjects.get(name, name)}"
+        return hashlib.sha256(seeded.encode()).digest(), name
 
     return sorted(names, key=key)
 
 
-def _whole(names: Sequence[str], cut: int, subjects: Mapping[str, str]) -> int:
-    """The last place at or before ``cut`` that parts no subject."""
-    while 0 < cut < len(names) and (a := subjects.get(names[cut])) is not None:
-        if a != subjects.get(names[cut - 1]):
+def _align_cut(names: Sequence[str], cut: int, subjects: Mapping[str, str]) -> int:
+    """Return the largest index <= ``cut`` that does not separate images of one subject."""
+    while 0 < cut < len(names) and names[cut] in subjects:
+        if subjects[names[cut]] != subjects.get(names[cut - 1]):
             break
         cut -= 1
     return cut

@@ -1,4 +1,4 @@
-"""Pixels: reading image files, resizing, the two ranges (uint8 on disk, [-1, 1] in models)."""
+"""Pixels: read and resize image files, convert between uint8 (files) and [-1, 1] (models)."""
 
 import hashlib
 from pathlib import Path
@@ -11,20 +11,20 @@ from torch import Tensor
 
 Resize = Literal["squash", "pad"]
 STANDARD_DEVIATION = 0.35  # of a standardised image, so that few pixels leave [-1, 1]
-CACHED_BYTES = 2**28  # of decoded images, together; those read first give way
-STACK = ".npy"  # several channels in one array, such as the sequences of a scanner
+CACHED_BYTES = 2**28  # of all decoded images together
+STACK = ".npy"  # several channels in one array, such as the sequences of an MRI scanner
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", STACK}
-# What a file may be, whatever its suffix; Pillow's others include one that starts a program.
+# Accepted formats, whatever the suffix; one of Pillow's other formats starts a program.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 
 
 class _Cache(dict[tuple[str, int], np.ndarray]):
-    """Decoded images by file and time of change, at most ``CACHED_BYTES`` of them."""
+    """Decoded images by path and modification time, at most ``CACHED_BYTES``, oldest out first."""
 
     size = 0
 
-    def keep(self, key: tuple[str, int], pixels: np.ndarray) -> None:
-        """Add an image that is not here yet, unless it alone would take a sixteenth of the room."""
+    def add(self, key: tuple[str, int], pixels: np.ndarray) -> None:
+        """Add a new image, unless it alone would take more than a sixteenth of the cache."""
         if pixels.nbytes > CACHED_BYTES // 16:
             return
         self[key] = pixels
@@ -32,44 +32,38 @@ class _Cache(dict[tuple[str, int], np.ndarray]):
         while self.size > CACHED_BYTES:
             self.size -= self.pop(next(iter(self))).nbytes
 
-    def clear(self) -> None:
-        """Forget all images."""
-        super().clear()
-        self.size = 0
-
 
 _cache = _Cache()
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Image files directly inside ``folder``, sorted; hidden files are passed over.
+    """Return the image files directly inside ``folder``, sorted, without hidden files.
 
     Raises:
-        ValueError: a name is not text, so that no table could hold it.
+        ValueError: a name is not valid UTF-8, so that no table could hold it.
     """
-    found = sorted(
+    paths = sorted(
         p
         for p in folder.iterdir()
         if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
     )
-    for path in found:
+    for path in paths:
         try:
             str(path).encode()
         except UnicodeEncodeError:
             raise ValueError(f"the name {str(path)!r} is not text in UTF-8; rename it") from None
-    return found
+    return paths
 
 
 def read_image(path: Path) -> np.ndarray:
-    """One image file as uint8 (C, H, W), C = 1 or 3, or 1 to 4 of a stack; decoded once in a
-    process.
+    """Read an image file as uint8 (C, H, W), C = 1 or 3; a process decodes each file once.
 
-    EXIF rotation is applied, transparency dropped, 16-bit grey scaled to 8 bit. A stack is a
-    ``.npy`` file of uint8 (C, H, W).
+    EXIF rotation is applied, transparency is dropped, 16-bit grey is scaled to 8 bit. A ``.npy``
+    file is a stack of channels, uint8 (C, H, W), C from 1 to 4.
 
     Raises:
         FileNotFoundError: no such file.
-        PermissionError: it may not be read.
+        PermissionError: no permission to read it.
         ValueError: not an image, or a truncated one.
     """
     if not path.exists():
@@ -79,61 +73,59 @@ def read_image(path: Path) -> np.ndarray:
     key = str(path), path.stat().st_mtime_ns
     if key in _cache:
         return _cache[key]
-    pixels = _read(str(path))
-    _cache.keep(key, pixels)
+    pixels = _decode(str(path))
+    _cache.add(key, pixels)
     return pixels
 
 
-def _read(path: str) -> np.ndarray:
-    if path.lower().endswith(STACK):
-        return _read_stack(path)
+def _decode(path: str) -> np.ndarray:
+    is_stack = path.lower().endswith(STACK)
     try:
-        with Image.open(path, formats=FORMATS) as file:
-            image = ImageOps.exif_transpose(file)
-            image.info.pop("transparency", None)  # Pillow warns of it on conversion
-            if image.mode == "F":
-                raise ValueError("floating-point pixels have no agreed range; save 8 or 16 bit")
-            if image.mode.startswith("I"):  # 16 bit grey: 0..65535 -> 0..255
-                grey16 = np.asarray(image, dtype=np.float64) / 257
-                pixels = grey16.clip(0, 255).round().astype(np.uint8)
-            else:
-                is_grey = image.mode in ("1", "L", "LA")
-                pixels = np.asarray(image.convert("L" if is_grey else "RGB"))
+        pixels = _decode_stack(path) if is_stack else _decode_picture(path)
     except PermissionError:
         raise
-    except Exception as error:  # decoders of spoilt files raise what they like
-        unknown = isinstance(error, UnidentifiedImageError)
-        why = "of no known format" if unknown else getattr(error, "strerror", None) or _words(error)
-        raise ValueError(f"cannot read {path} as an image ({why}); repair or remove it") from None
-    pixels = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    pixels.setflags(write=False)  # the cache hands out the same array again
+    except Exception as error:  # decoders raise errors of any type on damaged files
+        kind, fix = "an image", "repair or remove it"
+        if is_stack:
+            kind, fix = "a stack", "save uint8 (C, H, W), C from 1 to 4, with numpy.save"
+        reason = error_reason(error)
+        raise ValueError(f"cannot read {path} as {kind} ({reason}); {fix}") from None
+    pixels.setflags(write=False)  # the cache returns the same array again
     return pixels
 
 
-def _read_stack(path: str) -> np.ndarray:
-    fix = "save uint8 (C, H, W), C from 1 to 4, with numpy.save"
-    try:
-        with open(path, "rb") as file:
-            pixels = np.lib.format.read_array(file, allow_pickle=False)
-    except PermissionError:
-        raise
-    except Exception as error:  # a spoilt header is parsed as Python is
-        fault = f"cannot read {path} as a stack of channels ({_words(error)})"
-        raise ValueError(f"{fault}; {fix}") from None
-    whole = pixels.ndim == 3 and pixels.dtype == np.uint8
-    if not whole or not 1 <= len(pixels) <= 4 or 0 in pixels.shape:
-        raise ValueError(f"{path} holds {pixels.dtype} {pixels.shape}; {fix}")
-    pixels.setflags(write=False)
+def _decode_stack(path: str) -> np.ndarray:
+    with open(path, "rb") as file:
+        pixels = np.lib.format.read_array(file, allow_pickle=False)
+    is_valid = pixels.dtype == np.uint8 and pixels.ndim == 3 and 0 not in pixels.shape
+    if not is_valid or len(pixels) > 4:
+        raise ValueError(f"it holds {pixels.dtype} {pixels.shape}")
     return pixels
 
 
-def _words(error: Exception) -> str:
-    """What an error of a library says, in at most 200 letters."""
-    return (str(error) or type(error).__name__)[:200]
+def _decode_picture(path: str) -> np.ndarray:
+    with Image.open(path, formats=FORMATS) as file:
+        image = ImageOps.exif_transpose(file)
+        image.info.pop("transparency", None)  # Pillow would warn about it on conversion
+        if image.mode == "F":
+            raise ValueError("floating-point pixels have no agreed range; save 8 or 16 bit")
+        if image.mode.startswith("I"):  # 16 bit grey: 0..65535 -> 0..255
+            grey16 = np.asarray(image, dtype=np.float64) / 257
+            return grey16.clip(0, 255).round().astype(np.uint8)[None]
+        if image.mode in ("1", "L", "LA"):
+            return np.asarray(image.convert("L"))[None]
+        return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+
+
+def error_reason(error: Exception) -> str:
+    """Return the reason that an error of a library gives, in at most 200 characters."""
+    if isinstance(error, UnidentifiedImageError):
+        return "unknown format"
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
 
 
 def resize_image(image: np.ndarray, size: int, resize: Resize) -> np.ndarray:
-    """uint8 (C, H, W) -> (C, size, size), Lanczos; ``pad`` keeps the aspect ratio."""
+    """Resize uint8 (C, H, W) to (C, size, size) by Lanczos; ``pad`` keeps the aspect ratio."""
     H, W = image.shape[1:]
     top, left, h, w = pad_box(H, W, size) if resize == "pad" else (0, 0, size, size)
     if (h, w) != (H, W):
@@ -144,36 +136,34 @@ def resize_image(image: np.ndarray, size: int, resize: Resize) -> np.ndarray:
 
 
 def pad_box(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """Where ``resize="pad"`` puts an image: (top, left, height, width) inside the square."""
+    """Return (top, left, height, width) of an image in the square that ``resize="pad"`` makes."""
     scale = size / max(height, width)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
     return (size - h) // 2, (size - w) // 2, h, w
 
 
 def to_float(images: np.ndarray) -> Tensor:
-    """uint8 (..., C, H, W) -> float32 in [-1, 1]."""
+    """Convert uint8 (..., C, H, W) to float32 in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).float() / 127.5 - 1
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """float in [-1, 1] -> uint8, the inverse of :func:`to_float`."""
+    """Clip floats to [-1, 1] and convert them to uint8, the inverse of :func:`to_float`."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
 
 
 def check_values(images: Tensor, what: str) -> None:
-    """Raise ValueError unless there are images (N, C, H, W), float32, finite and in [-1, 1].
+    """Raise ValueError unless images (N, C, H, W) are float32, finite and in [-1, 1], with N > 0.
 
-    Args:
-        images: as a model is to see them.
-        what: what the message calls them.
+    ``what`` names the images in the message.
     """
     if len(images) == 0:
         raise ValueError(f"{what}: no images")
     if images.dtype != torch.float32:
         raise ValueError(f"{what}: expected float32, got {images.dtype}; call .float()")
     if not torch.isfinite(images).all():
-        bad = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
-        raise ValueError(f"{what}: image {bad} contains NaN or infinity")
+        index = int((~torch.isfinite(images)).flatten(1).any(1).nonzero()[0])
+        raise ValueError(f"{what}: image {index} contains NaN or infinity")
     if images.min() < -1.001 or images.max() > 1.001:
         raise ValueError(
             f"{what}: values must lie in [-1, 1], got {images.min():.3g}..{images.max():.3g}; "
@@ -182,30 +172,30 @@ def check_values(images: Tensor, what: str) -> None:
 
 
 def image_keys(images: Tensor) -> list[str]:
-    """A name for each image made of its own pixels (as uint8), for seeding its noise."""
+    """Return a hash of the uint8 pixels of each image, which seeds its noise."""
     return [hashlib.sha256(image.tobytes()).hexdigest()[:16] for image in to_uint8(images)]
 
 
 def standardise(images: Tensor, like: Tensor | None = None) -> Tensor:
-    """Images (B, C, H, W) brought to mean 0 and one deviation each, and clipped to [-1, 1].
+    """Bring each image to mean 0 and one standard deviation, and clip it to [-1, 1].
 
-    What then differs between two images is not how bright or how contrasty they are.
+    Images then differ in neither brightness nor contrast.
 
     Args:
         images: (B, C, H, W).
-        like: images (B, C, H, W) whose means and deviations are taken instead, such as the twins
-            that the images were before defects were planted in them.
+        like: images (B, C, H, W) whose means and standard deviations are used instead, such as the
+            clean images in which defects were planted.
     """
-    mean, deviation = _mean_and_deviation(images if like is None else like)
-    return ((images - mean) / deviation * STANDARD_DEVIATION).clamp(-1, 1)
+    mean, std = _mean_and_std(images if like is None else like)
+    return ((images - mean) / std * STANDARD_DEVIATION).clamp(-1, 1)
 
 
 def undo_standardise(standardised: Tensor, images: Tensor) -> Tensor:
-    """Bring a picture made from ``standardise(images)`` back to the brightness of ``images``."""
-    mean, deviation = _mean_and_deviation(images)
-    return standardised / STANDARD_DEVIATION * deviation + mean
+    """Restore the brightness and contrast of ``images`` in what ``standardise(images)`` led to."""
+    mean, std = _mean_and_std(images)
+    return standardised / STANDARD_DEVIATION * std + mean
 
 
-def _mean_and_deviation(images: Tensor) -> tuple[Tensor, Tensor]:
+def _mean_and_std(images: Tensor) -> tuple[Tensor, Tensor]:
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
-    return mean, images.std(dim=(1, 2, 3), keepdim=True).clamp_min(0.02)  # of an empty image
+    return mean, images.std(dim=(1, 2, 3), keepdim=True).clamp_min(0.02)  # constant images

@@ -1,7 +1,7 @@
-"""A made scene: a disc with a hole resting at the centre of a striped tray, grey, 64x64.
+"""A synthetic scene: a disc with a hole at the centre of a striped tray, grey, 64x64.
 
-Structural defects change the texture somewhere (dent, scratch, stain); logical ones keep every
-neighbourhood plausible and break the scene (object missing, a second one, misplaced).
+Structural defects change the texture somewhere (dent, scratch, stain). Logical defects keep each
+neighbourhood plausible and break the scene: the object is missing, doubled or misplaced.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ KINDS = ("dent", "scratch", "stain", "missing", "second", "misplaced")
 
 
 def draw_shape(kind: str, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """One scene of ``shapes``: image uint8 (1, 64, 64) and the mask of what is wrong."""
+    """Draw scene ``index`` of a kind, "good" or in ``KINDS``: uint8 (1, 64, 64), mask (64, 64)."""
     number = 0 if kind == "good" else 1 + KINDS.index(kind)
     rng = np.random.default_rng([number, index])
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float64)
@@ -22,16 +22,15 @@ def draw_shape(kind: str, index: int) -> tuple[np.ndarray, np.ndarray]:
 
     def disc(cy: float, cx: float) -> np.ndarray:
         distance = np.hypot(y - cy, x - cx)
-        return np.clip(radius - distance, 0, 1) * np.clip(distance - 3, 0, 1)  # with its hole
+        return np.clip(radius - distance, 0, 1) * np.clip(distance - 3, 0, 1)  # the hole
 
     normal = tray + disc(cy, cx) * (shade - tray)
     scene = normal.copy()
     if kind in ("missing", "misplaced"):
         scene = tray.copy()
     if kind in ("second", "misplaced"):
-        corner_y, corner_x = rng.choice([13, 51], 2) + rng.uniform(-1, 1, 2)
-        alpha = disc(corner_y, corner_x)
-        scene = scene + alpha * (shade - tray)
+        corner = rng.choice([13, 51], 2) + rng.uniform(-1, 1, 2)
+        scene = scene + disc(*corner) * (shade - tray)
     py, px = cy + 0.8 * radius * np.sin(angle), cx + 0.8 * radius * np.cos(angle)
     if kind == "dent":
         scene = np.where(np.hypot(y - py, x - px) < rng.uniform(3, 5), tray, scene)

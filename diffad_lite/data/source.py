@@ -1,8 +1,8 @@
-"""What a reader finds in a data set, before anything is split, resized or even opened."""
+"""What a reader returns: the images of a data set, before they are split, resized or opened."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffad_lite.core.config import short_repr
 from diffad_lite.data.images import list_images
@@ -11,69 +11,80 @@ DEFAULT_CATEGORIES = {"elpv": "mono", "medmnist": "pneumoniamnist"}
 DEFAULT_CATEGORIES |= {"shapes": "disc", "digits": "all"}
 
 
+class Labelled(NamedTuple):
+    """A test image.
+
+    ``image`` is a path or uint8 (C, H, W). ``mask`` is a path, one path per defect, bool (H, W), or
+    None where it is not known.
+    """
+
+    image: Any
+    defect_type: str = "good"
+    mask: Any = None
+
+
 @dataclass
 class Source:
-    """What a reader finds, before splitting and resizing. Images are paths or uint8 (C, H, W).
+    """Images of one category by name; an image is a path or uint8 (C, H, W).
 
     Attributes:
         category: the category read.
-        normals: name -> normal image without a fixed role.
-        shares: of ``normals`` that go to calibration and to the test; training has the rest.
-        calibration: name -> normal image that the source itself keeps for calibration.
-        test: name -> test image that the source itself fixes.
-        defect_types: name -> ``"good"`` or a defect type, for the images of ``test``.
-        masks: name -> mask, a path or bool (H, W).
-        uncertain: name -> image without a usable label.
-        subjects: name -> whose image it is, where that is known; a split keeps them together.
-        remarks: known faults and shortcuts, for people.
+        normals: normal images without a fixed role.
+        fractions: of ``normals`` for calibration and for the test; the others are for training.
+        calibration: normal images that the data set itself reserves for calibration.
+        test: images of the data set's own test set, by ``<defect type>/<file stem>``.
+        uncertain: images without a usable label.
+        subjects: the patient, part or wafer of an image, if known; a split keeps each together.
+        remarks: known faults and shortcuts, for readers of the results.
     """
 
     category: str
     normals: dict[str, Any]
-    shares: tuple[float, float]
+    fractions: tuple[float, float]
     calibration: dict[str, Any] = field(default_factory=dict)
-    test: dict[str, Any] = field(default_factory=dict)
-    defect_types: dict[str, str] = field(default_factory=dict)
-    masks: dict[str, Any] = field(default_factory=dict)
+    test: dict[str, Labelled] = field(default_factory=dict)
     uncertain: dict[str, Any] = field(default_factory=dict)
     subjects: dict[str, str] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
+    @property
+    def images(self) -> dict[str, Any]:
+        """All images with a certain label, by name."""
+        return self.normals | self.calibration | {n: t.image for n, t in self.test.items()}
 
-def existing_root(root: Path | None, name: str, what: str, takes: str = "") -> Path:
-    """``root``, if it is a folder.
+    def add_test(self, defect_type: str, stem: str, image: Any, mask: Any = None) -> None:
+        """Add a test image; ``defect_type`` is "good" for a normal one."""
+        self.test[f"{defect_type}/{stem}"] = Labelled(image, defect_type, mask)
 
-    Args:
-        root: what the user gave.
-        name: the data set.
-        what: that it needs there, for people.
-        takes: the same in other words, for a root that is no folder; default ``what``.
+
+def require_root(root: Path | None, dataset: str, content: str) -> Path:
+    """Return ``root``, the folder of a data set; ``content`` tells the user what it must hold.
 
     Raises:
-        ValueError: none was given.
+        ValueError: no root was given.
         FileNotFoundError: it does not exist, or is a file.
     """
     if root is None:
-        raise ValueError(f"data set {name!r} needs root=, {what} (--root DIR)")
+        raise ValueError(f"data set {dataset!r} needs root=, {content} (--root DIR)")
     if not root.is_dir():
         fault = "is a file" if root.exists() else "does not exist"
-        raise FileNotFoundError(f"the folder {root} {fault}; --root takes {takes or what}")
+        raise FileNotFoundError(f"the folder {root} {fault}; --root takes {content}")
     return root
 
 
 def check_inside(name: str, what: str) -> None:
-    """Check that a name out of a file or a command leads to no place outside its folder.
+    """Check that a path from a table or a command line stays inside its folder.
 
     Raises:
-        ValueError: it is absolute, or goes up.
+        ValueError: it is absolute, or contains ``..`` or a null character.
     """
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise ValueError(f"{what} must lie inside its folder, got {short_repr(name)}")
 
 
-def named_images(folder: Path, prefix: str) -> dict[str, Path]:
-    """Name -> path of the images in a folder; two files of one stem keep their suffixes."""
+def name_images(folder: Path, prefix: str = "") -> dict[str, Path]:
+    """Return the images of a folder by stem, or by file name where two files share a stem."""
     paths = list_images(folder)
     stems = [p.stem for p in paths]
     return {prefix + (p.stem if stems.count(p.stem) == 1 else p.name): p for p in paths}

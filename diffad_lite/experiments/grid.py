@@ -37,7 +37,7 @@ from typing import Any
 from diffad_lite.core.config import Profile, convert, from_dict, override, short_repr, unknown_name
 from diffad_lite.core.files import check_writable, read_json, read_yaml, write_atomically
 from diffad_lite.data.datasets import check_arguments
-from diffad_lite.data.readers import flip_axes
+from diffad_lite.data.readers import FLIP_AXES
 from diffad_lite.experiments.evaluate import evaluate, train
 from diffad_lite.experiments.run import Run, run_hash
 from diffad_lite.methods import get_method
@@ -314,7 +314,8 @@ def _is_current(scoring: Run, record: Mapping[str, Any], run: Run) -> bool:
     """Whether a sweep would skip a scoring of a training, as :func:`is_done` does."""
     try:
         channels, category = record["config"]["channels"], record["category"]
-        info = {"channels": channels, "category": category, "flip_axes": flip_axes(run.dataset)}
+        axes = FLIP_AXES.get(run.dataset, ())
+        info = {"channels": channels, "category": category, "flip_axes": axes}
         return is_record_of(scoring, record, run.configure_for(info))
     except (ValueError, KeyError, TypeError):
         return False

@@ -1,4 +1,4 @@
-"""Where methods compare and diffuse: features of a frozen network, or of the denoiser."""
+"""Spaces in which methods compare images: features of a frozen network or of the denoiser."""
 
 from diffad_lite.spaces.features import DENOISER, LITE0, DenoiserFeatures, ImageNetFeatures, on_grid
 

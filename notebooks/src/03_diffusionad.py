@@ -558,15 +558,15 @@ fig, _ = plots.show_images(pictures, titles, columns=6)
 # %%
 def put_anomalies(synthesis, images, generator):
     """Images (B, C, H, W) -> with anomalies, masks (B, 1, H, W), appearances."""
-    masks = synthesis.masks(images, generator)
-    looks = synthesis.appearances(images, generator)
+    masks = synthesis.draw_masks(images, generator)
+    looks = synthesis.draw_appearances(images, generator)
     low, high = synthesis.config.opacity
     b = low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=generator)
     return torch.where(masks > 0, b * images + (1 - b) * looks, images), masks, looks
 
 
 synthesis = copy.copy(method.synthesis)
-synthesis.config = replace(method.synthesis.config, share=1.0)  # an anomaly on each
+synthesis.config = replace(method.synthesis.config, anomaly_probability=1.0)  # an anomaly on each
 print(synthesis.config)
 
 # %%

@@ -677,7 +677,7 @@ def shifted(x, faded, t, eps, kappa):
 
 # %%
 maker = copy.copy(method.synthesis)
-maker.config = replace(maker.config, share=1.0)  # an anomaly on each
+maker.config = replace(maker.config, anomaly_probability=1.0)  # an anomaly on each
 held = method.prepare(data.calibration[:32])  # normal; no training has seen them
 made, masks, _ = maker(held, rng(seed))
 pick = masks.flatten(1).mean(1).topk(2).indices  # the two largest anomalies

@@ -1008,7 +1008,7 @@ settings = TrainConfig(
 shape = {"channels": whole.info["channels"], "image_size": size}
 made_by = get_method("diffusionad").Config
 recipe = made_by.for_profile("lite", category=category, **shape).synthesis
-make = Synthesis(replace(recipe, share=1.0))
+make = Synthesis(replace(recipe, anomaly_probability=1.0))
 
 
 # %%

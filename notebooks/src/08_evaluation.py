@@ -1180,11 +1180,10 @@ for k in (1, 0):
 # %% tags=["context"]
 def pictures(chosen, size=None):
     """Test images by their ids, at their own size, or resized as methods see them."""
-    source = READERS[dataset](category, Path(root) if root else None)
-    where = source.normals | source.test
+    images = READERS[dataset](category, Path(root) if root else None).images
     found = []
     for i in chosen:
-        value = where[ids[i]]
+        value = images[ids[i]]
         pixels = value if isinstance(value, np.ndarray) else read_image(value)
         pixels = resize_image(pixels, size, "squash") if size else pixels.copy()
         found.append(to_float(pixels[None])[0])

@@ -127,8 +127,7 @@ size = whole.info["image_size"]
 # smaller, as all cells of the course are.
 
 # %% tags=["context"]
-found = READERS[dataset](category or None, Path(root) if root else None)
-files = found.normals | found.test
+files = READERS[dataset](category or None, Path(root) if root else None).images
 
 
 def original(name):

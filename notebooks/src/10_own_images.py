@@ -135,7 +135,7 @@ kind = category if category in ("mono", "poly") else "mono"
 cells = read_elpv(kind, None)  # names and paths of the package's files
 order = np.random.default_rng(0).permutation
 good = list(order(sorted(cells.normals.values())))
-bad = list(order(sorted(cells.test.values())))
+bad = list(order(sorted(item.image for item in cells.test.values())))
 named = {f"cell_{i:03d}.png": path for i, path in enumerate(good[:n_normal])}
 named["cell_055.png"] = bad[-38]  # defective, and nobody noticed
 

@@ -23,6 +23,7 @@ RENAMED = {
     "mdps": {"mask_level": "mask_noise_level"},
     "grad": {"levels": "noise_levels", "twin_level": "twin_noise_level"},
 }
+SYNTHESIS = {"share": "anomaly_probability", "own": "self_augmentation"}
 RUN_FIELDS = {*fields_of(Run("pca")), "training"}
 
 
@@ -36,6 +37,8 @@ def migrate(method: str, config: Values) -> Values:
                 changed["noise_level"] = value["noise_level"]
         elif name == "residual_resampling":
             continue
+        elif name == "synthesis":
+            changed[name] = {SYNTHESIS.get(k, k): v for k, v in value.items()}
         elif method in ("anoddpm", "anoddpm_simplex") and name in NETWORK:
             changed.setdefault("denoiser", {})[name] = value
         else:

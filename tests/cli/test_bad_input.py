@@ -221,7 +221,7 @@ def test_an_image_that_may_not_be_read(plate, refused, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr(images.Image, "open", forbid)
-    images._cache.clear()
+    monkeypatch.setattr(images, "_cache", images._Cache())
     said = refused(*evaluate(plate))
     assert f"{plate}/train/good/00.png: permission denied; change its permissions" in said
 
@@ -230,7 +230,7 @@ def test_planting_names_the_image_that_is_too_small(plate, refused):
     save(plate / "test" / "good" / "00.png", picture(0, 1, 1))
     said = refused(*evaluate(plate, "--plant", "lesions"))
     assert "good/00: " in said
-    assert "take a larger image" in said
+    assert "use a larger image" in said
 
 
 # --------------------------------------------------------------------------- data that works

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from diffad_lite.data import datasets, images, readers
+from diffad_lite.data import datasets, images, readers, source
 from diffad_lite.data.datasets import AnomalyData, load_dataset
 from diffad_lite.data.images import (
     list_images,
@@ -178,14 +178,14 @@ def test_elpv_parts_are_disjoint(no_decoding):
 
 def test_splits_are_deterministic_and_depend_on_the_seed(no_decoding):
     a, b = (load_dataset("elpv", "mono", image_size=16) for _ in "ab")
-    other = load_dataset("elpv", "mono", image_size=16, split_seed=1)
+    reseeded = load_dataset("elpv", "mono", image_size=16, split_seed=1)
     assert_equal(a, b)
-    assert set(pixel_keys(a.train)) != set(pixel_keys(other.train))
-    assert a.info["fingerprint"] != other.info["fingerprint"]
-    assert len(a.train) == len(other.train)
+    assert set(pixel_keys(a.train)) != set(pixel_keys(reseeded.train))
+    assert a.info["fingerprint"] != reseeded.info["fingerprint"]
+    assert len(a.train) == len(reseeded.train)
     normals = [
         {*pixel_keys(d.train), *pixel_keys(d.calibration), *pixel_keys(d.test_images)}
-        for d in (a, other)
+        for d in (a, reseeded)
     ]
     assert normals[0] == normals[1]
 
@@ -194,12 +194,12 @@ def test_splits_are_deterministic_and_depend_on_the_seed(no_decoding):
 def test_splits_do_not_depend_on_the_order_of_files(mvtec, monkeypatch, layout):
     base = mvtec if layout == "mvtec" else mvtec / "train" / "good"
     data = load(base)
-    monkeypatch.setattr(readers, "list_images", lambda folder: list_images(folder)[::-1])
-    other = load(base)
-    assert torch.equal(data.train, other.train)
-    assert torch.equal(data.calibration, other.calibration)
-    assert sorted(data.test_ids) == sorted(other.test_ids)
-    assert data.info == other.info
+    monkeypatch.setattr(source, "list_images", lambda folder: list_images(folder)[::-1])
+    reversed_order = load(base)
+    assert torch.equal(data.train, reversed_order.train)
+    assert torch.equal(data.calibration, reversed_order.calibration)
+    assert sorted(data.test_ids) == sorted(reversed_order.test_ids)
+    assert data.info == reversed_order.info
 
 
 def test_split_of_a_name_does_not_depend_on_the_other_names():
@@ -287,8 +287,8 @@ def test_a_folder_for_calibration_is_used(mvtec, name):
     data = load(mvtec)
     assert_consistent(data)
     assert (len(data.train), len(data.calibration)) == (20, 3)
-    own = [resize_image(picture(400 + i)[None], 16, "squash") for i in range(3)]
-    assert pixel_keys(data.calibration) == pixel_keys(to_float(np.stack(own)))
+    expected = [resize_image(picture(400 + i)[None], 16, "squash") for i in range(3)]
+    assert pixel_keys(data.calibration) == pixel_keys(to_float(np.stack(expected)))
 
 
 def test_loose_folder_holds_normals(tmp_path):
@@ -550,13 +550,13 @@ def test_text_named_png_is_refused_by_name(mvtec):
         load(mvtec)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "tif", "webp"])
-def test_truncated_file_is_refused_by_name(tmp_path, suffix, share):
+def test_truncated_file_is_refused_by_name(tmp_path, suffix, fraction):
     path = save(tmp_path / f"cut.{suffix}", picture(0, channels=3))
     assert read_image(path).shape == (3, HEIGHT, WIDTH)
     path = path.rename(tmp_path / f"cut2.{suffix}")
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[: int(fraction * path.stat().st_size)])
     with pytest.raises(ValueError, match=rf"cannot read .*cut2\.{suffix} as an image .* repair"):
         read_image(path)
 
@@ -568,19 +568,17 @@ def test_missing_image_is_a_missing_file(tmp_path):
 
 def test_the_cache_of_images_is_bounded_in_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "CACHED_BYTES", 1600)
-    images._cache.clear()
+    monkeypatch.setattr(images, "_cache", images._Cache())
     for i in range(30):
         Image.fromarray(np.full((10, 10), i, np.uint8)).save(tmp_path / f"{i:02d}.png")
         assert images.read_image(tmp_path / f"{i:02d}.png").max() == i
         assert images._cache.size == sum(p.nbytes for p in images._cache.values()) <= 1600
     assert len(images._cache) == 16
-    last = images.read_image(tmp_path / "29.png")
-    assert images.read_image(tmp_path / "29.png") is last
+    cached = images.read_image(tmp_path / "29.png")
+    assert images.read_image(tmp_path / "29.png") is cached
     Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "large.png")
     assert images.read_image(tmp_path / "large.png").shape == (1, 20, 20)
     assert len(images._cache) == 16  # it is decoded anew each time
-    images._cache.clear()
-    assert images._cache.size == 0
 
 
 def test_pixels_from_the_cache_cannot_be_changed(tmp_path):
@@ -631,10 +629,10 @@ def test_away_from_the_disc_all_that_shows_is_in_the_mask(kind):
 
 
 def test_shapes_are_drawn_from_kind_and_index_alone():
-    a, b, other = (draw_shape("dent", i) for i in (3, 3, 4))
+    a, b, different = (draw_shape("dent", i) for i in (3, 3, 4))
     np.testing.assert_array_equal(a[0], b[0])
     np.testing.assert_array_equal(a[1], b[1])
-    assert not np.array_equal(a[0], other[0])
+    assert not np.array_equal(a[0], different[0])
 
 
 def test_shapes_at_another_size_keep_their_masks():
@@ -740,8 +738,8 @@ def test_planting_never_reads_the_real_defects(mvtec, monkeypatch, plant, forbid
 def test_planting_needs_normal_test_images(mvtec, monkeypatch):
     def only_defects(category, root):
         source = readers.read_folder(category, root)
-        source.shares = (0.2, 0.0)
-        source.test = {n: p for n, p in source.test.items() if source.defect_types[n] != "good"}
+        source.fractions = (0.2, 0.0)
+        source.test = {n: t for n, t in source.test.items() if t.defect_type != "good"}
         return source
 
     monkeypatch.setitem(readers.READERS, "folder", only_defects)
@@ -857,16 +855,16 @@ def test_standardised_images_differ_in_neither_brightness_nor_contrast():
     rng = torch.Generator().manual_seed(0)
     images = 0.3 * torch.rand(4, 3, 16, 16, generator=rng)
     changed = 0.5 * images - 0.2
-    seen = standardise(images)
-    torch.testing.assert_close(seen, standardise(changed), rtol=0, atol=1e-5)
-    torch.testing.assert_close(seen.mean((1, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
-    torch.testing.assert_close(seen.std((1, 2, 3)), torch.full((4,), 0.35), rtol=0, atol=1e-5)
-    torch.testing.assert_close(undo_standardise(seen, images), images, rtol=0, atol=1e-6)
+    standard = standardise(images)
+    torch.testing.assert_close(standard, standardise(changed), rtol=0, atol=1e-5)
+    torch.testing.assert_close(standard.mean((1, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(standard.std((1, 2, 3)), torch.full((4,), 0.35), rtol=0, atol=1e-5)
+    torch.testing.assert_close(undo_standardise(standard, images), images, rtol=0, atol=1e-6)
 
 
 def test_standardising_keeps_the_range_and_empty_images():
     images = torch.full((2, 1, 16, 16), -0.5)
     assert torch.equal(standardise(images), torch.zeros(2, 1, 16, 16))
     images[:, :, 0, 0] = 1  # far from all others
-    seen = standardise(images)
-    assert (seen.min() >= -1) & (seen.max() == 1)
+    standard = standardise(images)
+    assert (standard.min() >= -1) & (standard.max() == 1)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffad_lite.data.planting import KINDS, plant_defect, plant_on
+from diffad_lite.data.planting import KINDS, plant_defect, plant_defects
 
 ALL_KINDS = [kind for kinds in KINDS.values() for kind in kinds]
 SHAPES = [(1, 64, 64), (3, 64, 64), (4, 64, 64), (1, 48, 40), (3, 16, 16), (1, 20, 1500)]
@@ -18,8 +18,8 @@ def make_cell(shape, seed=0):
     height, width = shape[1:]
     rng = np.random.default_rng(seed)
     image = 170 + rng.normal(0, 5, shape)
-    for share in (0.2, 0.5, 0.8):
-        row = int(share * height)
+    for fraction in (0.2, 0.5, 0.8):
+        row = int(fraction * height)
         image[:, row : row + max(1, height // 40)] = 90
     frame = max(1, min(height, width) // 30)
     image[:, :frame] = image[:, -frame:] = 45
@@ -55,9 +55,9 @@ def test_mask_is_exact(kind, shape):
 
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
-@pytest.mark.parametrize("level", [0, 5, 128, 255])
-def test_mask_is_exact_on_a_constant_image(kind, level):
-    image = np.full((3, 40, 48), level, np.uint8)
+@pytest.mark.parametrize("value", [0, 5, 128, 255])
+def test_mask_is_exact_on_a_constant_image(kind, value):
+    image = np.full((3, 40, 48), value, np.uint8)
     for seed in range(5):
         assert_exact(image, *plant_defect(image, kind, seed=seed, severity=2))
 
@@ -129,14 +129,14 @@ def test_finger_dashes_run_across_the_busbars():
         assert (np.mean(heights) > np.mean(widths)) == (turned is image)
 
 
-def test_mirror_turns_the_patch_and_scramble_keeps_its_grey_levels():
+def test_mirror_turns_the_patch_and_scramble_keeps_its_grey_values():
     image = make_cell((1, 96, 96))
     planted, mask = plant_defect(image, "mirror", seed=0)
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     window = np.s_[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     assert mask[window[1:]].all()
     turned = image[window][:, ::-1, ::-1].astype(int)
-    assert np.abs(planted[window] - turned).max() <= 1  # one level where nothing would change
+    assert np.abs(planted[window] - turned).max() <= 1  # one grey value where nothing would change
     planted, mask = plant_defect(image, "scramble", seed=0)
     gap = np.sort(planted[0][mask].astype(int)) - np.sort(image[0][mask].astype(int))
     assert np.abs(gap).max() <= 1
@@ -168,9 +168,9 @@ def test_bad_arguments_are_refused():
         with pytest.raises(ValueError, match=rf"\(0, 2\], got {re.escape(str(severity))}"):
             plant_defect(image, "spot", seed=0, severity=severity)
     with pytest.raises(ValueError, match=r"unknown family 'cell'.*cells"):
-        plant_on([image], "cell", seed_names=["a"])
+        plant_defects([image], "cell", seed_names=["a"])
     with pytest.raises(ValueError, match="1 images, 2 seed_names"):
-        plant_on([image], "cells", seed_names=["a", "b"])
+        plant_defects([image], "cells", seed_names=["a", "b"])
 
 
 @settings(max_examples=60, deadline=None)
@@ -196,17 +196,17 @@ def test_any_image_any_seed(kind, channels, height, width, seed, severity, conte
 
 
 @pytest.mark.parametrize("family", KINDS)
-def test_plant_on_depends_on_names_and_kinds_and_not_on_order(family):
+def test_plant_defects_depends_on_names_and_kinds_and_not_on_order(family):
     period = len(KINDS[family])
     images = [make_cell((1, 40, 40), seed) for seed in range(2 * period)]
     names = [f"cell{i:04d}.png" for i in range(2 * period)]
-    planted, masks, kinds = plant_on(images, family, seed_names=names)
+    planted, masks, kinds = plant_defects(images, family, seed_names=names)
     assert kinds == list(KINDS[family]) * 2
     for image, defective, mask in zip(images, planted, masks, strict=True):
         assert_exact(image, defective, mask)
     # the second period first: every image keeps its kind
     order = [*range(period, 2 * period), *range(period)]
-    again, masks_again, kinds_again = plant_on(
+    again, masks_again, kinds_again = plant_defects(
         [images[i] for i in order], family, seed_names=[names[i] for i in order]
     )
     assert kinds_again == kinds
@@ -214,11 +214,11 @@ def test_plant_on_depends_on_names_and_kinds_and_not_on_order(family):
         np.testing.assert_array_equal(again[place], planted[i])
         np.testing.assert_array_equal(masks_again[place], masks[i])
     # a part of the set, and another name
-    alone, _, _ = plant_on(images[:1], family, seed_names=names[:1])
+    alone, _, _ = plant_defects(images[:1], family, seed_names=names[:1])
     np.testing.assert_array_equal(alone[0], planted[0])
-    renamed, _, _ = plant_on(images[:1], family, seed_names=["other.png"])
+    renamed, _, _ = plant_defects(images[:1], family, seed_names=["other.png"])
     assert not np.array_equal(renamed[0], planted[0])
 
 
-def test_plant_on_nothing():
-    assert plant_on([], "cells", seed_names=[]) == ([], [], [])
+def test_plant_defects_nothing():
+    assert plant_defects([], "cells", seed_names=[]) == ([], [], [])

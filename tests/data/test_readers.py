@@ -1,4 +1,4 @@
-"""Readers of published sets and of subjects, on tiny made files; stacks of channels."""
+"""Readers of published sets and of subjects, on tiny synthetic files; stacks of channels."""
 
 import csv
 from pathlib import Path
@@ -37,8 +37,8 @@ def test_medmnist_keeps_its_own_split(tmp_path):
     assert data.defect_types == ["good", "pneumonia"] * 5
     assert data.test_masks is None
     raw = np.load(tmp_path / "pneumoniamnist.npz")
-    shown = ((data.train[:, 0] + 1) * 127.5).round().numpy()
-    assert np.array_equal(shown, raw["train_images"][::2])
+    pixels = ((data.train[:, 0] + 1) * 127.5).round().numpy()
+    assert np.array_equal(pixels, raw["train_images"][::2])
 
 
 def test_octmnist_has_normal_eyes_last(tmp_path):
@@ -216,7 +216,7 @@ def test_no_subject_is_on_two_sides(tmp_path, split_seed):
         pixels = ((part + 1) * 127.5).round().numpy().astype(np.uint8)
         sides.append({whose[image.tobytes()] for image in pixels})
     assert sum(map(len, sides)) == len(set.union(*sides)) == 12
-    assert 2 <= len(sides[1]) <= 4  # near the fifth that was asked for
+    assert 2 <= len(sides[1]) <= 4  # close to the requested fifth
     assert 2 <= len(sides[2]) <= 4
 
 

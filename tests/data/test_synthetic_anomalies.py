@@ -1,4 +1,4 @@
-"""Synthetic anomalies: where they are, what they are made of, seeds, distance from the planter."""
+"""Synthetic anomalies: masks, appearances, seeds, errors."""
 
 import math
 
@@ -14,7 +14,7 @@ from diffad_lite.data.synthetic_anomalies import (
     object_mask,
     perlin_noise,
 )
-from diffad_lite.data.textures import change, foreign_textures, shuffle_strips, texture_files
+from diffad_lite.data.textures import augment, draw_textures, list_textures, shuffle_strips
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -48,19 +48,19 @@ def test_images_are_untouched_outside_of_the_mask(channels, size):
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_share_of_anomalous_images(share):
-    _, _, anomalous = make(pictures(1000, H=16, W=16), share=share, ridges=1 / 3)
+    _, _, anomalous = make(pictures(1000, H=16, W=16), anomaly_probability=share, ridges=1 / 3)
     error = 3 * math.sqrt(share * (1 - share) / 1000)
     assert abs(anomalous.float().mean() - share) <= error
 
 
 @pytest.mark.parametrize("side", [32, 64])
 def test_blobs_cover_a_small_part(side):
-    """Mean near 5.5 %, nine tenths below a tenth, few empty draws; the same at any size."""
+    """The mean is about 5.5 %, nine tenths below a tenth, few empty draws; the same at any size."""
     noise = perlin_noise(3000, side, side, 5, generator())
-    share = (noise > 0.5).float().mean((1, 2))
-    assert 0.045 < share.mean() < 0.065
-    assert share.quantile(0.9) < 0.1
-    assert 0.02 < (share == 0).float().mean() < 0.08
+    coverage = (noise > 0.5).float().mean((1, 2))
+    assert 0.045 < coverage.mean() < 0.065
+    assert coverage.quantile(0.9) < 0.1
+    assert 0.02 < (coverage == 0).float().mean() < 0.08
 
 
 def test_perlin_noise_is_bounded_centred_and_smooth():
@@ -73,7 +73,8 @@ def test_perlin_noise_is_bounded_centred_and_smooth():
 
 def test_ridges_are_thin_and_blobs_are_not():
     def thickness(ridges):
-        masks = Synthesis(SynthesisConfig(ridges=ridges, finest=2)).shapes(300, 64, 64, generator())
+        synthesis = Synthesis(SynthesisConfig(ridges=ridges, finest=2))
+        masks = synthesis.draw_shapes(300, 64, 64, generator())
         inner = -torch.nn.functional.max_pool2d(-masks, 5, stride=1, padding=2)  # erosion
         return inner.sum() / masks.sum()
 
@@ -82,9 +83,9 @@ def test_ridges_are_thin_and_blobs_are_not():
 
 def test_a_mask_that_stays_empty_leaves_a_normal_image(monkeypatch):
     nowhere = lambda self, images, generator: torch.zeros(len(images), 1, 32, 32)  # noqa: E731
-    monkeypatch.setattr(Synthesis, "foreground", nowhere)
+    monkeypatch.setattr(Synthesis, "draw_foreground", nowhere)
     images = pictures(4)
-    result, masks, anomalous = make(images, share=1.0)
+    result, masks, anomalous = make(images, anomaly_probability=1.0)
     assert torch.equal(result, images)
     assert not masks.any()
     assert not anomalous.any()
@@ -107,15 +108,15 @@ def test_the_object_is_what_differs_from_the_border():
 
 @pytest.mark.parametrize("where", ["object", "part"])
 def test_masks_stay_within_the_foreground(where):
-    maker = Synthesis(SynthesisConfig(share=1.0, foreground=where))
+    maker = Synthesis(SynthesisConfig(anomaly_probability=1.0, foreground=where))
     images = scenes(60)
-    masks = maker.masks(images, generator())
+    masks = maker.draw_masks(images, generator())
     if where == "object":
         assert not (masks * (1 - object_mask(images))).any()
     else:  # the foreground is drawn first after the choice of images
         rng = generator()
         torch.rand(60, generator=rng)
-        allowed = maker.foreground(images, rng)
+        allowed = maker.draw_foreground(images, rng)
         assert 0.3 < allowed.mean() < 0.7
         assert not (masks * (1 - allowed)).any()
     assert masks.flatten(1).any(1).float().mean() > 0.9
@@ -126,39 +127,39 @@ def test_masks_stay_within_the_foreground(where):
 
 def test_opacity_blends_image_and_appearance(monkeypatch):
     appearance = pictures(200).flip(0)
-    monkeypatch.setattr(Synthesis, "appearances", lambda self, images, generator: appearance)
+    monkeypatch.setattr(Synthesis, "draw_appearances", lambda self, images, generator: appearance)
     images = pictures(200)
     result, masks, anomalous = make(images, opacity=(0.3, 0.6))
-    found = []
+    opacities = []
     for i in anomalous.nonzero()[:, 0].tolist():
         inside = masks[i] > 0
         n, a, x = (part[i][inside].double() for part in (images, appearance, result))
         far = (n - a).abs() > 0.1
         if far.any():
             weight = ((x - a) / (n - a))[far]
-            assert weight.std(correction=0) < 1e-4  # one opacity an image
-            found.append(float(weight.mean()))
-    assert min(found) >= 0.3 - 1e-4
-    assert max(found) <= 0.6 + 1e-4
-    assert max(found) - min(found) > 0.2
+            assert weight.std(correction=0) < 1e-4  # one opacity per image
+            opacities.append(float(weight.mean()))
+    assert min(opacities) >= 0.3 - 1e-4
+    assert max(opacities) <= 0.6 + 1e-4
+    assert max(opacities) - min(opacities) > 0.2
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_textures_and_changes_keep_shape_and_range(channels):
     images = pictures(80, channels, 24, 40)
-    made = foreign_textures(images, [], generator())
-    assert made.shape == images.shape
-    assert made.abs().max() <= 1
-    assert made.flatten(1).std(1).min() > 1e-3
-    for image in made:
-        changed = change(image, generator())
+    samples = draw_textures(images, [], generator())
+    assert samples.shape == images.shape
+    assert samples.abs().max() <= 1
+    assert samples.flatten(1).std(1).min() > 1e-3
+    for image in samples:
+        changed = augment(image, generator())
         assert changed.shape == image.shape
         assert changed.abs().max() <= 1
 
 
 def test_every_change_changes_something_and_stays_in_range():
     image = (pictures(1, 3)[0] + 1) / 2
-    for k, operation in enumerate(textures.CHANGES):
+    for k, operation in enumerate(textures.AUGMENTATIONS):
         for u in (0.0, 0.37, 0.999):
             result = operation(image, u).clamp(0, 1)
             assert result.shape == image.shape
@@ -171,17 +172,17 @@ def test_strips_are_permuted_and_nothing_is_lost():
     shuffled = shuffle_strips(image, generator())
     assert not torch.equal(shuffled, image)
     assert torch.equal(shuffled.flatten().sort().values, image.flatten().sort().values)
-    one = torch.zeros(1, 32, 32)
-    one[0, :, 5] = 1  # a column stays a column: rows and columns are permuted, not tiles
-    assert sorted(shuffle_strips(one, generator()).sum(1)[0].tolist())[-2:] == [0, 32]
+    line = torch.zeros(1, 32, 32)
+    line[0, :, 5] = 1  # a column stays a column: rows and columns are permuted, not tiles
+    assert sorted(shuffle_strips(line, generator()).sum(1)[0].tolist())[-2:] == [0, 32]
 
 
 def test_other_images_never_lend_to_themselves():
     images = torch.arange(6.0)[:, None, None, None].expand(6, 1, 8, 8)
     for seed in range(20):
-        lent = textures.other_images(images, generator(seed))
-        assert not (lent == images).any()
-    alone = textures.other_images(images[:1], generator())
+        borrowed = textures.draw_from_batch(images, generator(seed))
+        assert not (borrowed == images).any()
+    alone = textures.draw_from_batch(images[:1], generator())
     assert torch.equal(alone, images[:1])
 
 
@@ -190,12 +191,12 @@ def test_textures_come_from_a_folder(tmp_path):
         (tmp_path / name).mkdir()
         grid = np.full((30, 50, 3), colour, np.uint8)
         Image.fromarray(grid).save(tmp_path / name / "x.png")
-    files = texture_files(tmp_path)
+    files = list_textures(tmp_path)
     assert [f.parent.name for f in files] == ["a", "b"]
     for channels in (1, 3, 4):
-        drawn = foreign_textures(pictures(20, channels), files, generator())
-        levels = {round(float(v)) for v in ((drawn + 1) * 127.5).unique()}
-        assert levels == {40, 200}
+        result = draw_textures(pictures(20, channels), files, generator())
+        values = {round(float(v)) for v in ((result + 1) * 127.5).unique()}
+        assert values == {40, 200}
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])
@@ -214,10 +215,10 @@ def test_a_folder_without_textures_is_named_with_the_fix(tmp_path, kind):
 
 def test_the_same_seed_gives_the_same_anomalies():
     images = pictures(8)
-    first, again, other = (make(images, seed, ridges=0.5) for seed in (1, 1, 2))
+    first, again, reseeded = (make(images, seed, ridges=0.5) for seed in (1, 1, 2))
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
-    assert not torch.equal(first[0], other[0])
+    assert not torch.equal(first[0], reseeded[0])
 
 
 def test_global_randomness_is_not_touched():
@@ -229,7 +230,13 @@ def test_global_randomness_is_not_touched():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("share", 1.5), ("ridges", -0.1), ("finest", 9), ("own", 2.0), ("opacity", (0.8, 0.2))],
+    [
+        ("anomaly_probability", 1.5),
+        ("ridges", -0.1),
+        ("finest", 9),
+        ("self_augmentation", 2.0),
+        ("opacity", (0.8, 0.2)),
+    ],
 )
 def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=rf"SynthesisConfig.{field} must be"):

@@ -22,11 +22,10 @@ def tree(tmp_path_factory):
     for name, pixels in source.normals.items():
         part = "test" if rng.random() < 0.2 else "train"
         save(root / "disc" / part / "good" / f"{Path(name).stem}.png", pixels[0])
-    for name, pixels in source.test.items():
-        kind = source.defect_types[name]
+    for name, (pixels, kind, mask) in source.test.items():
         save(root / "disc" / "test" / kind / f"{Path(name).stem}.png", pixels[0])
-        mask = source.masks[name].astype(np.uint8) * 255
-        save(root / "disc" / "ground_truth" / kind / f"{Path(name).stem}_mask.png", mask)
+        path = root / "disc" / "ground_truth" / kind / f"{Path(name).stem}_mask.png"
+        save(path, mask.astype(np.uint8) * 255)
     return root
 
 

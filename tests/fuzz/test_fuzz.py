@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffad_lite.data import datasets, published
+from diffad_lite.data import datasets, published_readers
 from diffad_lite.data.datasets import load_dataset
 from diffad_lite.data.images import list_images, read_image
 from diffad_lite.experiments.folders import survey
@@ -571,7 +571,7 @@ def table_case(rng: np.random.Generator, folder: Path) -> Case:
                 lines.append(f"nut,{split},{label},{path},")
         bad = grey(folder / "nut" / "bad.png", rng).relative_to(folder)
         lines.append(f"nut,test,anomaly,{bad},{bad}")
-        table = folder / published.VISA_SPLIT
+        table = folder / published_readers.VISA_SPLIT
         table.parent.mkdir()
         arguments: dict[str, Any] = {"name": "visa", "category": "nut"}
     else:

@@ -13,7 +13,7 @@ from speed import TensorsAlive
 from torch import Tensor
 
 from diffad_lite.data.images import image_keys, undo_standardise
-from diffad_lite.data.readers import flip_axes
+from diffad_lite.data.readers import FLIP_AXES
 from diffad_lite.diffusion.gaussian import final_step, noise_generators
 from diffad_lite.methods import base as methods_base
 from diffad_lite.methods import checkpoints
@@ -149,7 +149,7 @@ def test_unknown_profile_is_refused(name):
 @each_method
 def test_profiles_accept_a_data_set(name):
     for dataset, category in (("elpv", "mono"), ("folder", "nut"), (None, None)):
-        shape = {"channels": 1, "image_size": 64, "flip_axes": flip_axes(dataset or "")}
+        shape = {"channels": 1, "image_size": 64, "flip_axes": FLIP_AXES.get(dataset, ())}
         config = METHODS[name].Config.for_profile(
             "lite", dataset=dataset, category=category, **shape
         )

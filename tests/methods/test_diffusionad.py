@@ -178,7 +178,7 @@ def gradients(made: DiffusionAD, images, seed: int = 0):
     return parts
 
 
-ALL_ANOMALOUS = SynthesisConfig(share=1.0, finest=2)
+ALL_ANOMALOUS = SynthesisConfig(anomaly_probability=1.0, finest=2)
 
 
 def test_the_mask_loss_trains_the_denoiser_unless_detached():
@@ -220,7 +220,7 @@ def test_a_batch_of_anomalies_only_is_no_nan():
 
 
 def test_the_untrained_denoiser_has_unit_noise_loss_at_each_scale():
-    made = DiffusionAD(config(synthesis=SynthesisConfig(share=0.0), detach=True))
+    made = DiffusionAD(config(synthesis=SynthesisConfig(anomaly_probability=0.0), detach=True))
     x = pictures(64)
     levels = [torch.randint(1000, (64,)) for _ in range(2)]
     rng = torch.Generator().manual_seed(0)
@@ -368,7 +368,7 @@ def test_the_paper_profile_has_the_published_sizes():
     assert c.unit_range
     assert c.denoiser_training is None  # trained together from the start
     assert (c.train.learning_rate, c.train.learning_rate * c.denoiser_rate) == (1e-5, 1e-4)
-    assert (c.synthesis.foreground, c.synthesis.own) == ("object", 0.5)
+    assert (c.synthesis.foreground, c.synthesis.self_augmentation) == ("object", 0.5)
     assert round(c.top_fraction * 256**2) == 50
 
 

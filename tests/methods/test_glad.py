@@ -69,7 +69,7 @@ def target_of(made: GLAD, normal: torch.Tensor, monkeypatch, seed: int = 0):
     return spy.x_t, spy.t, seen["target"]
 
 
-ALL = SynthesisConfig(share=1.0, finest=2, opacity=(0.0, 0.5))
+ALL = SynthesisConfig(anomaly_probability=1.0, finest=2, opacity=(0.0, 0.5))
 
 
 @pytest.mark.parametrize("fade", ["linear", "matched"])
@@ -95,7 +95,7 @@ def test_the_target_removes_keeps_or_doubles_the_anomaly(kappa, fade, monkeypatc
 
 
 def test_without_an_anomaly_the_target_is_the_noise(monkeypatch):
-    made = method(synthesis=SynthesisConfig(share=0.0))
+    made = method(synthesis=SynthesisConfig(anomaly_probability=0.0))
     normal = pictures(6)
     x_t, t, target = target_of(made, normal, monkeypatch)
     noise = made.diffusion.predict_noise(x_t, t, normal)

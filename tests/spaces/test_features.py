@@ -1,4 +1,4 @@
-"""Features: published weights, shapes, errors, the denoiser's own features."""
+"""Features: published weights, shapes, errors, features of the denoiser."""
 
 from urllib.error import URLError
 
@@ -114,7 +114,7 @@ def test_denoiser_features_are_one_map_a_level():
     images, noise = torch.rand(3, 1, 16, 16), torch.randn(3, 1, 16, 16)
     maps = features(images, noise)
     assert [tuple(m.shape) for m in maps] == [(3, 8, 8, 8), (3, 16, 4, 4)]
-    # The last map is what the network's output is made from.
+    # The first map is what the network's output is made from.
     x_t = diffusion.add_noise(images, 50, noise)
     expected = network(x_t, torch.full((3,), 50))
     h = network.out(torch.nn.functional.silu(network.out_norm(maps[0])))
@@ -138,13 +138,13 @@ def brute_force(a, b, radius):
     return out
 
 
-@pytest.mark.parametrize("radius", [0, 1, 2, 40, None])  # 40 cells are more than there are
+@pytest.mark.parametrize("radius", [0, 1, 2, 40, None])  # 40 is larger than the grid
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 2)])
 def test_feature_distance_equals_brute_force(radius, size):
     rng = torch.Generator().manual_seed(0)
     a, b = (torch.randn(2, 6, *size, generator=rng) for _ in range(2))
-    found = feature_distance(a, b, radius)
-    torch.testing.assert_close(found, brute_force(a, b, radius), atol=1e-5, rtol=0)
+    distance = feature_distance(a, b, radius)
+    torch.testing.assert_close(distance, brute_force(a, b, radius), atol=1e-5, rtol=0)
     torch.testing.assert_close(
         feature_distance(a, a, radius), torch.zeros(2, *size), atol=1e-5, rtol=0
     )
@@ -161,18 +161,18 @@ def test_a_match_anywhere_does_not_see_misplacement():
 def test_the_distance_of_images_is_summed_over_layers():
     rng = torch.Generator().manual_seed(0)
     a, b = (torch.randn(2, 3, 8, 8, generator=rng) for _ in range(2))
-    layers = [a[..., ::2, ::2], a[..., ::2, ::2]]
-    other = [b[..., ::2, ::2], b[..., ::2, ::2]]
+    layers_a = [a[..., ::2, ::2], a[..., ::2, ::2]]
+    layers_b = [b[..., ::2, ::2], b[..., ::2, ::2]]
 
     def extract(images):
         assert torch.equal(images, torch.cat([a, b]))
-        return [torch.cat(pair) for pair in zip(layers, other, strict=True)]
+        return [torch.cat(pair) for pair in zip(layers_a, layers_b, strict=True)]
 
-    found = perceptual_distance(extract, a, b, 0)
-    assert found.shape == (2, 8, 8)
-    one = feature_distance(layers[0], other[0], 0)
-    expected = torch.nn.functional.interpolate(one[:, None], (8, 8), mode="bilinear")[:, 0]
-    torch.testing.assert_close(found, 2 * expected)
+    distance = perceptual_distance(extract, a, b, 0)
+    assert distance.shape == (2, 8, 8)
+    per_layer = feature_distance(layers_a[0], layers_b[0], 0)
+    expected = torch.nn.functional.interpolate(per_layer[:, None], (8, 8), mode="bilinear")[:, 0]
+    torch.testing.assert_close(distance, 2 * expected)
 
 
 def test_one_image_is_compared_with_several(lite0):
