@@ -1,7 +1,7 @@
 """diffad_lite: diffusion-based image anomaly detection, small enough to read.
 
-The names below are what a notebook needs; each is imported when it is first used, so that
-``import diffad_lite`` is quick. Everything else is imported from its room: ``diffusion``,
+The names below are those that notebooks need. Each is imported at its first use, so that
+``import diffad_lite`` is fast. Everything else is imported from its room: ``diffusion``,
 ``networks``, ``data``, ``training``, ``spaces``, ``methods``, ``evaluation``, ``experiments`` or
 ``notebook``, as in ``from diffad_lite.diffusion import GaussianDiffusion``.
 """
@@ -35,5 +35,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Name the public names, too, before they are imported."""
+    """List the public names even before they are imported."""
     return sorted({*globals(), *__all__})

@@ -1,17 +1,21 @@
-"""The figures of the course. Each function returns the figure and a dictionary of what it shows.
+"""The figures of the course; each function returns a figure and the data that it shows.
 
-One style: grey images, one colour scale for all maps of a figure, the Okabe-Ito palette (told
-apart by colour-blind readers and in grey print), units on every axis. Importing this module changes
-nothing of matplotlib; :func:`use_style` gives one's own figures the same style.
+All figures have one style: grey images, one colour scale for all maps, units on every axis, and the
+Okabe-Ito palette, which colour-blind readers and grey print can distinguish. Importing this module
+does not change matplotlib; :func:`use_style` applies the style to all later figures.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
+from itertools import zip_longest
 from typing import Any, ParamSpec
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -39,16 +43,16 @@ Arguments = ParamSpec("Arguments")
 
 
 def use_style() -> None:
-    """Draw all later figures of this process in the style of the course."""
+    """Apply the style of the course to all later figures of this process."""
     plt.rcParams.update(STYLE)
 
 
 def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Decorate a function that draws a figure: the style holds inside of it, and nowhere else."""
+    """Decorate a function so that it draws in the style of the course, and restores the old one."""
 
     @wraps(draw)
     def draw_in_style(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        # Not rc_context: it would take back what a back end sets at its first figure, too.
+        # Not rc_context: it would also restore what a back end sets at its first figure.
         before = {key: plt.rcParams[key] for key in STYLE}
         plt.rcParams.update(STYLE)
         try:
@@ -59,34 +63,69 @@ def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     return draw_in_style
 
 
-def _picture(image: ArrayLike) -> np.ndarray:
-    """(C, H, W) or (H, W) in [-1, 1] -> what imshow takes, in [0, 1]; 4 channels show the first."""
+def to_pixels(image: ArrayLike) -> np.ndarray:
+    """Return an image (C, H, W) or (H, W) in [-1, 1] as imshow takes it, in [0, 1].
+
+    Of four channels the first is shown.
+    """
     pixels = (np.asarray(image, dtype=np.float64).clip(-1, 1) + 1) / 2
     if pixels.ndim == 3:
-        pixels = pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels[0]
+        pixels = pixels.transpose(1, 2, 0) if len(pixels) == 3 else pixels[0]
     return pixels
 
 
-def _draw(ax: Axes, image: ArrayLike, title: str = "") -> None:
-    ax.imshow(_picture(image), cmap="gray", vmin=0, vmax=1)
-    ax.set_title(title, fontsize=10)
-    ax.set_xticks([])
-    ax.set_yticks([])
+def draw_colour_bar(
+    fig: Figure, maps: ScalarMappable, threshold: float | None = None, **options: Any
+) -> Colorbar:
+    """Draw the colour scale of anomaly maps; a white line marks a threshold inside of it."""
+    bar = fig.colorbar(maps, **options)
+    low, high = bar.ax.get_ylim()
+    if threshold is not None and low < threshold < high:
+        bar.ax.axhline(threshold, color="white", linewidth=2)
+    return bar
 
 
-def _outline(ax: Axes, mask: np.ndarray | None, shape: Sequence[int], colour: str = "") -> None:
-    """The rim of a mask over a picture of another size (h, w); nothing where no mask is known."""
+def _draw_gallery(
+    rows: Sequence[Any],
+    titles: Iterable[str] = (),
+    labels: Iterable[str] = (),
+    *,
+    columns: int,
+    size: tuple[float, float],
+) -> tuple[Figure, np.ndarray]:
+    """Draw a grid of labelled images; return the figure and its axes (rows, columns).
+
+    Args:
+        rows: of images for :func:`to_pixels`; None and places behind a short row stay empty.
+        titles: of the first images.
+        labels: one for each row, left of its first image.
+        columns: length of the longest row, or more.
+        size: width and height of the figure in inches.
+    """
+    fig, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
+    titles = iter(titles)
+    for row_axes, row, label in zip_longest(axes, rows, labels, fillvalue=""):
+        for ax, image in zip_longest(row_axes, row):
+            if image is None:
+                ax.axis("off")
+                continue
+            ax.imshow(to_pixels(image), "gray", Normalize(0, 1))
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(next(titles, ""), fontsize=10)
+            ax.set_ylabel(label, fontsize=10)
+            label = ""
+    return fig, axes
+
+
+def _outline(ax: Axes, mask: np.ndarray | None, colour: str) -> None:
+    """Outline a mask of any size on the image in ``ax``; None and an empty mask have no outline."""
     if mask is None or not mask.any():
         return
-    # Pixel centres of the mask, and its edges, in the picture's coordinates; 0 outside.
+    shape = ax.images[0].get_size()
+    # Pixel centres of the mask, and its edges, in the coordinates of the image; 0 outside.
     centres = [(np.arange(N) + 0.5) * n / N - 0.5 for n, N in zip(shape, mask.shape, strict=True)]
     y, x = (np.r_[-0.5, c, n - 0.5] for c, n in zip(centres, shape, strict=True))
-    ax.contour(x, y, np.pad(mask, 1), [0.5], colors=colour or COLOURS[4], linewidths=1)
-
-
-def _caption(fig: Figure, caption: str) -> None:
-    if caption:
-        fig.supxlabel(caption, fontsize=10)
+    ax.contour(x, y, np.pad(mask, 1), [0.5], colors=colour, linewidths=1)
 
 
 @styled
@@ -95,27 +134,18 @@ def show_images(
     titles: Sequence[str] | None = None,
     *,
     columns: int = 8,
-    caption: str = "",
 ) -> Result:
-    """A grid of images.
+    """Show a grid of images.
 
     Args:
         images: (N, C, H, W) in [-1, 1], or a sequence of such images.
         titles: one for each image.
         columns: at most.
-        caption: a sentence under the figure.
     """
-    n = len(images)
-    columns = min(columns, n)
-    rows = -(-n // columns)
-    size = (1.35 * columns, (1.6 if titles else 1.4) * rows + (0.3 if caption else 0))
-    fig, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for i, ax in enumerate(axes.flat):
-        if i < n:
-            _draw(ax, images[i], titles[i] if titles else "")
-        else:
-            ax.axis("off")
-    _caption(fig, caption)
+    columns = min(columns, len(images))
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    size = (1.35 * columns, (1.6 if titles else 1.4) * len(rows))
+    fig, _ = _draw_gallery(rows, titles or (), columns=columns, size=size)
     return fig, {"images": images}
 
 
@@ -131,13 +161,13 @@ def show_detections(
     threshold: float | None = None,
     caption: str = "",
 ) -> Result:
-    """One column an image: image, reconstruction, anomaly map, and the true mask as an outline.
+    """Show a column for each image: image, reconstruction, anomaly map with the mask's outline.
 
     Args:
         images: (N, C, H, W) in [-1, 1].
         maps: anomaly maps (N, H, W); all share one colour scale.
         reconstructions: (N, C, H, W), or None for methods without any.
-        masks: a bool array for each image, at any size, or None.
+        masks: the ground truth, a bool array of any size for each image, or None.
         titles: one for each image.
         scale: lowest and highest value of the colour scale; default, that of these maps.
         threshold: marked on the colour bar.
@@ -147,84 +177,63 @@ def show_detections(
         the figure, and ``{"maps", "scale"}``.
     """
     n = len(images)
-    rows = ["image", "reconstruction", "anomaly map"]
-    if reconstructions is None:
-        rows.remove("reconstruction")
-    low, high = scale or (float(maps.min()), float(maps.max()))
+    rows = {"image": images, "reconstruction": reconstructions, "anomaly map": images}
+    rows = {label: row for label, row in rows.items() if row is not None}
     size = (1.35 * n + 1.1, 1.45 * len(rows) + 0.6)
-    fig, axes = plt.subplots(len(rows), n, figsize=size, squeeze=False)
-    for j in range(n):
-        _draw(axes[0, j], images[j], titles[j] if titles else "")
-        if reconstructions is not None:
-            _draw(axes[1, j], reconstructions[j])
-        _draw(axes[-1, j], np.zeros(maps.shape[1:]))
-        shown = axes[-1, j].imshow(np.asarray(maps[j]), cmap=MAP_COLOURS, vmin=low, vmax=high)
-        if masks is not None:
-            _outline(axes[-1, j], masks[j], maps.shape[1:], "white")
-    for i, name in enumerate(rows):
-        axes[i, 0].set_ylabel(name, fontsize=10)
-    bar = fig.colorbar(shown, ax=axes[-1, :], shrink=0.9, label="map value", extend="both")
-    if threshold is not None and low < threshold < high:
-        bar.ax.axhline(threshold, color="white", linewidth=2)
-    _caption(fig, caption)
-    return fig, {"maps": maps, "scale": (low, high)}
+    fig, axes = _draw_gallery([*rows.values()], titles or (), rows, columns=n, size=size)
+    scale = scale or (float(maps.min()), float(maps.max()))
+    for j, ax in enumerate(axes[-1]):
+        drawn = ax.imshow(np.asarray(maps[j]), MAP_COLOURS, Normalize(*scale))  # over the image
+        _outline(ax, None if masks is None else masks[j], "white")
+    bar = {"shrink": 0.9, "label": "map value", "extend": "both"}
+    draw_colour_bar(fig, drawn, threshold, ax=axes[-1], **bar)
+    if caption:
+        fig.supxlabel(caption, fontsize=10)
+    return fig, {"maps": maps, "scale": scale}
 
 
 @styled
-def show_kinds(data: AnomalyData, *, columns: int = 8, caption: str = "") -> Result:
-    """A contact sheet of a test set: one row for each kind.
+def show_kinds(data: AnomalyData) -> Result:
+    """Show a contact sheet of a test set: one row of eight pictures for each kind.
 
-    Where masks are known, every anomalous image stands twice, plain and with its mask outlined.
+    Where masks are known, every anomalous image is shown twice: plain, and with its mask outlined.
 
-    Args:
-        data: any data set.
-        columns: images of each kind.
-        caption: a sentence under the figure.
+    Returns:
+        the figure, and ``{"ids"}``: kind -> the images shown.
     """
-    kinds = sorted(set(data.defect_types), key=lambda kind: (kind != "good", kind))
-    size = (1.35 * columns, 1.4 * len(kinds) + 0.3)
-    fig, axes = plt.subplots(len(kinds), columns, figsize=size, squeeze=False)
-    shown = {}
-    for row, kind in zip(axes, kinds, strict=True):
-        index = [i for i, found in enumerate(data.defect_types) if found == kind]
-        masks = None if kind == "good" else data.test_masks
-        shown[kind] = [data.test_ids[i] for i in index[: columns // (2 if masks else 1)]]
-        for column, ax in enumerate(row):
-            which = column // 2 if masks else column
-            if which >= len(index):
-                ax.axis("off")
-                continue
-            _draw(ax, data.test_images[index[which]])
-            if masks and column % 2:
-                _outline(ax, masks[index[which]], data.test_images.shape[-2:])
-        row[0].set_ylabel(kind, fontsize=10)
-    _caption(fig, caption)
-    return fig, {"ids": shown}
+    columns, rows, shown = 8, [], {}
+    for kind in sorted(set(data.defect_types), key=lambda kind: (kind != "good", kind)):
+        copies = 2 if data.test_masks and kind != "good" else 1
+        indices = [i for i, name in enumerate(data.defect_types) if name == kind]
+        shown[kind] = indices[: columns // copies]
+        rows.append([data.test_images[i] for i in shown[kind] for _ in range(copies)])
+    size = (1.35 * columns, 1.4 * len(rows) + 0.3)
+    fig, axes = _draw_gallery(rows, labels=shown, columns=columns, size=size)
+    for row_axes, (kind, indices) in zip(axes, shown.items(), strict=True):
+        if data.test_masks and kind != "good":
+            for ax, i in zip(row_axes[1::2], indices, strict=False):
+                _outline(ax, data.test_masks[i], COLOURS[4])
+    return fig, {"ids": {kind: [data.test_ids[i] for i in shown[kind]] for kind in shown}}
 
 
 @styled
-def show_trajectory(steps: Sequence[Step], *, index: int = 0, count: int = 8) -> Result:
-    """The states of a sampler for one image, and below each the clean image it predicts.
+def show_trajectory(steps: Sequence[Step]) -> Result:
+    """Show a sampler's states of the first image, each above the clean image that it predicts.
 
     Args:
-        steps: what a sampler yielded.
-        index: which image of the batch.
-        count: how many states, spread evenly.
+        steps: all steps of the sampler, of which at most eight are shown, evenly spaced.
+
+    Returns:
+        the figure, and ``{"t"}``: the timesteps shown.
     """
-    keep = np.unique(np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int))
-    fig, axes = plt.subplots(2, len(keep), figsize=(1.35 * len(keep), 3.1), squeeze=False)
-    for column, i in enumerate(keep):
-        step = steps[i]
-        label = "clean" if step.t < 0 else f"t = {step.t}"
-        _draw(axes[0, column], step.x[index], label)
-        if step.x0_hat is None:
-            axes[1, column].axis("off")
-        else:
-            _draw(axes[1, column], step.x0_hat[index])
-    axes[0, 0].set_ylabel(r"state $x_t$", fontsize=10)
-    if len(keep) > 1:
-        axes[1, 1].set_ylabel(r"estimate $\hat x_0$", fontsize=10)
-    return fig, {"t": [steps[i].t for i in keep]}
+    shown = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, 8).round().astype(int))]
+    states = [step.x[0] for step in shown]
+    estimates = [None if step.x0_hat is None else step.x0_hat[0] for step in shown]
+    titles = ["clean" if step.t < 0 else f"t = {step.t}" for step in shown]
+    size = (1.35 * len(shown), 3.1)
+    labels = [r"state $x_t$", r"estimate $\hat x_0$"]
+    fig, _ = _draw_gallery([states, estimates], titles, labels, columns=len(shown), size=size)
+    return fig, {"t": [step.t for step in shown]}
 
 
 @styled
@@ -238,13 +247,12 @@ def show_curves(
     log: str = "",
     markers: bool = False,
 ) -> Result:
-    """Named curves over a common axis.
+    """Show named curves over a common axis.
 
     Args:
         x: (n,).
         curves: name -> values (n,).
-        xlabel: with its unit.
-        ylabel: with its unit.
+        xlabel, ylabel: labels of the axes, with units.
         title: of the figure.
         log: ``"x"``, ``"y"`` or ``"xy"`` for logarithmic axes.
         markers: mark the measured points.
@@ -272,13 +280,13 @@ def show_scores(
     threshold: float | None = None,
     xlabel: str = "image score",
 ) -> Result:
-    """Histograms of normal and anomalous scores, with the threshold.
+    """Show histograms of normal and anomalous scores, with the threshold.
 
     Args:
         labels: (n,), 0 normal, 1 anomalous.
         scores: (n,).
-        threshold: drawn as a line.
-        xlabel: what the score is.
+        threshold: drawn as a line, or None.
+        xlabel: name of the score.
 
     Returns:
         the figure, and the image metrics in the title.
@@ -307,13 +315,13 @@ def show_bars(
     xlabel: str,
     start: float = 0.5,
 ) -> Result:
-    """Horizontal points with intervals, one row a name.
+    """Show values with their intervals, one row per name.
 
     Args:
         values: name -> value.
         intervals: name -> (low, high).
-        xlabel: what the value is.
-        start: left end of the axis, which gives way to lower intervals.
+        xlabel: name of the value.
+        start: left end of the axis, unless an interval starts below it.
     """
     start = min(start, *(low - 0.02 for low, _ in intervals.values()))
     fig, ax = plt.subplots(figsize=(6.2, 0.45 * len(values) + 1.1))

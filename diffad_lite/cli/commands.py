@@ -1,68 +1,162 @@
-"""What each sub-command of ``diffad`` does; torch is imported only when work starts."""
+"""The commands of ``diffad``: options, help and work of each, in one place.
+
+``@command`` turns a function into a command: its name is that of the command, its docstring is the
+help, its options are listed above it. Functions import torch only when they start to work.
+"""
 
 import argparse
+import inspect
 import json
 import math
 import shlex
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffad_lite.experiments.run import Run
 
-
-def say(what: object) -> None:
-    """One line on stderr, whatever line breaks a library or a file name has put into it."""
-    print("diffad:", " ".join(str(what).splitlines()), file=sys.stderr)
+Work = Callable[[argparse.Namespace], int]
+Option = tuple[str, dict[str, Any]]
 
 
-def _run_of(arguments: argparse.Namespace) -> "Run":
+@dataclass(frozen=True)
+class Command:
+    """A command of ``diffad``."""
+
+    work: Work  # returns the exit code
+    help: str  # one line for the list of commands, then the details
+    example: str  # a call that works
+    options: tuple[Option, ...]
+
+
+COMMANDS: dict[str, Command] = {}  # by name, in the order of the help
+
+
+def command(example: str, *options: Option, notes: str = "") -> Callable[[Work], Work]:
+    """Register a function as a command; ``notes`` follow its docstring in the help."""
+
+    def register(work: Work) -> Work:
+        words = f"{inspect.getdoc(work)}\n\n{notes}".rstrip()
+        COMMANDS[work.__name__] = Command(work, words, example, options)
+        return work
+
+    return register
+
+
+def option(name: str, **keywords: Any) -> Option:
+    """Describe an option by its name and the keywords of ``ArgumentParser.add_argument``."""
+    return name, keywords
+
+
+def say(message: object) -> None:
+    """Print a message as one line on stderr, even if it contains line breaks."""
+    print("diffad:", " ".join(str(message).splitlines()), file=sys.stderr)
+
+
+REPEATED: dict[str, Any] = {"action": "append", "default": []}
+SETTING: dict[str, Any] = {"metavar": "KEY=VALUE", **REPEATED}
+JSON = "values are JSON; may be repeated"
+FOLDER: dict[str, Any] = {"type": Path, "required": True}
+DATASET = "name in the list of 'diffad datasets'"
+DATA = (
+    option("--category", help="mono or poly (elpv), a sub-folder of --root (folder)"),
+    option("--root", help="folder of your images"),
+    option("--image-size", type=int, help="side in pixels; without it 64, for paper 256"),
+    option("--resize", default="squash", help="squash, or pad to keep the aspect ratio"),
+)
+PLANT = option(
+    "--plant",
+    help="plant defects with exact masks on the normal test images: cells, lesions; development "
+    "or uncertain choose settings without the test set",
+)
+PROFILE = option("--profile", default="lite", help="ci, lite or paper")
+RUN = (
+    option("--dataset", default="elpv", help=DATASET),
+    *DATA,
+    PROFILE,
+    option("--seed", type=int, default=0, help="random seed of the training"),
+    option("--variant", default="default", help="name of the settings of --set in tables"),
+    option("--out", help="folder of the run", **FOLDER),
+    option("--max-minutes", type=float, help="time limit of the training"),
+    option("--set", help=f"a field of the configuration, e.g. train.steps=100; {JSON}", **SETTING),
+    option("--quiet", action="store_true", help="no progress bars"),
+)
+LAYOUT = """A folder of your own (--dataset folder --root DIR) in MVTec layout:
+  DIR/train/good             normal images; they may also lie in DIR itself
+  DIR/test/good              more normal images (else some of train/good are held out)
+  DIR/test/<defect>          anomalous images, one folder for each kind of defect
+  DIR/ground_truth/<defect>  their masks: <stem>_mask.png, or <stem>.png, or a folder <stem>
+  DIR/calibration/good       normal images for thresholds (else 20 % of train/good)
+With --category NAME all of this lies in DIR/NAME."""
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the settings of ``--set KEY=VALUE``, their values as text."""
+    for setting in arguments.set:
+        if "=" not in setting:
+            fix = "write it like --set train.steps=100"
+            raise ValueError(f"--set must be KEY=VALUE, got {setting!r}; {fix}")
+    return dict(setting.split("=", 1) for setting in arguments.set)
+
+
+def _exit_code(failures: list[str]) -> int:
+    """Print one line for each failure and return the exit code."""
+    for line in failures:
+        say(line)
+    return 1 if failures else 0
+
+
+def _run_from(arguments: argparse.Namespace) -> "Run":
     from diffad_lite.experiments.run import Run
 
-    settings = {}
-    for assignment in arguments.set:
-        key, separator, value = assignment.partition("=")
-        if not separator:
-            raise ValueError(f"--set takes KEY=VALUE, got {assignment!r}")
-        settings[key] = value
-    names = ("method", "dataset", "category", "root", "image_size", "resize", "plant", "profile")
+    names = ("method", "dataset", "category", "root", "image_size", "resize", "profile")
     values = {name: getattr(arguments, name) for name in (*names, "seed", "variant")}
-    return Run(**values, settings=settings)
+    plant = getattr(arguments, "plant", None)  # training has no such option
+    return Run(**values, plant=plant, settings=_settings(arguments))
 
 
 def _budget(arguments: argparse.Namespace) -> float | None:
+    """Return the time budget of a training in seconds, None for no limit."""
     minutes = arguments.max_minutes
     if minutes is not None and not 0 < 60 * minutes < math.inf:
-        raise ValueError(f"--max-minutes takes a number above 0, got {minutes}; or leave it out")
+        raise ValueError(f"--max-minutes must be a number above 0, got {minutes}; or leave it out")
     return None if minutes is None else 60 * minutes
 
 
-def _method_of(checkpoint: str | None) -> str:
-    """The method of a checkpoint's folder."""
-    from diffad_lite.methods.checkpoints import read_record
-
-    if checkpoint in (None, "bundled"):
-        raise ValueError("--method is missing; 'diffad methods' lists them")
-    return read_record(Path(checkpoint))["method"]
-
-
+@command(
+    "diffad evaluate --method pca --out runs/pca",
+    option("--method", help="name in the list of 'diffad methods'; a --checkpoint folder has it"),
+    *RUN,
+    PLANT,
+    option("--checkpoint", help="load this folder, or 'bundled', instead of training"),
+    option("--maps", action="store_true", help="also write all anomaly maps as TIFF"),
+    notes=LAYOUT,
+)
 def evaluate(arguments: argparse.Namespace) -> int:
-    """Train or load, score, record."""
+    """Train or load a method, score a test set, record it.
+
+    Writes result.json (metrics with intervals, configuration, seeds, versions), scores.csv
+    and figure.png into --out. The same call continues an interrupted run.
+    """
     from diffad_lite.data.datasets import bundled_checkpoints
     from diffad_lite.experiments.evaluate import bundled_checkpoint, evaluate
+    from diffad_lite.methods.checkpoints import read_record
 
     checkpoint = arguments.checkpoint
     if arguments.method is None:
-        arguments.method = _method_of(checkpoint)
-    run = _run_of(arguments)
+        if checkpoint in (None, "bundled"):
+            raise ValueError("--method is missing; 'diffad methods' lists them")
+        arguments.method = read_record(Path(checkpoint))["method"]
+    run = _run_from(arguments)
     if checkpoint == "bundled":
         checkpoint = bundled_checkpoint(run.method, run.dataset, run.category)
         if not checkpoint.is_dir():
             raise ValueError(
                 f"no weights are bundled for {checkpoint.name}, only for: "
-                f"{', '.join(bundled_checkpoints())}; "
-                "leave --checkpoint out to train"
+                f"{', '.join(bundled_checkpoints())}; leave --checkpoint out to train"
             )
     result = evaluate(
         run,
@@ -80,8 +174,17 @@ def evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    "diffad score --checkpoint runs/pca/checkpoint --images new_images --out runs/new",
+    option("--checkpoint", help="its folder: that of a run, or data/checkpoints/...", **FOLDER),
+    option("--images", help="folder of the images", **FOLDER),
+    option("--out", help="folder of the results", **FOLDER),
+)
 def score(arguments: argparse.Namespace) -> int:
-    """Score images that have no labels."""
+    """Score a folder of images that have no labels.
+
+    Writes scores.csv, anomaly maps as TIFF and a gallery into --out.
+    """
     from diffad_lite.data.images import list_images
     from diffad_lite.experiments.folders import score_folder, survey
     from diffad_lite.methods.base import load_pretrained
@@ -100,12 +203,21 @@ def score(arguments: argparse.Namespace) -> int:
     return 0
 
 
+@command(
+    "diffad train --method anoddpm --max-minutes 8 --out runs/anoddpm",
+    option("--method", required=True, help="name in the list of 'diffad methods'"),
+    *RUN,
+    option("--bundle", action="store_true", help="for maintainers: bundle the checkpoint"),
+)
 def train(arguments: argparse.Namespace) -> int:
-    """Train, and keep the checkpoint."""
+    """Train a method and keep its checkpoint.
+
+    The same call continues an interrupted training.
+    """
     from diffad_lite.experiments.evaluate import bundle, train
     from diffad_lite.training import processes
 
-    run = _run_of(arguments)
+    run = _run_from(arguments)
     data = run.load_data()
     progress = not arguments.quiet
     method = train(run, data, arguments.out, budget=_budget(arguments), progress=progress)
@@ -115,20 +227,56 @@ def train(arguments: argparse.Namespace) -> int:
         print(f"{stage}: {report['steps']:.0f} steps in {report['seconds']:.0f} s")
     print(f"checkpoint: {arguments.out / 'checkpoint'}")
     if arguments.bundle:
-        words = ["--method", run.method, "--dataset", run.dataset, "--seed", str(run.seed)]
-        words += ["--category", data.info["category"], "--profile", run.profile]
-        words += ["--image-size", str(run.image_size), "--resize", run.resize]
-        words += [] if run.root is None else ["--root", "ROOT"]  # where it lies is not told
-        if arguments.max_minutes is not None:
-            words += ["--max-minutes", str(arguments.max_minutes)]
-        words += [word for pair in arguments.set for word in ("--set", pair)]
-        command = shlex.join(["diffad", "train", *words, "--out", "runs/bundle", "--bundle"])
-        print(f"bundled: {bundle(run, data, method, command=command)}")
+        call = _bundling_call(run, data.info["category"], arguments)
+        print(f"bundled: {bundle(run, data, method, command=call)}")
     return 0
 
 
+def _bundling_call(run: "Run", category: str, arguments: argparse.Namespace) -> str:
+    """Return the command that trains this bundled checkpoint, without the path of its images."""
+    options = {"method": run.method, "dataset": run.dataset, "seed": run.seed}
+    options |= {"category": category, "profile": run.profile, "image-size": run.image_size}
+    options |= {"resize": run.resize, "root": None if run.root is None else "ROOT"}
+    options |= {"max-minutes": arguments.max_minutes}
+    words = [w for key, v in options.items() if v is not None for w in (f"--{key}", str(v))]
+    words += [word for setting in arguments.set for word in ("--set", setting)]
+    return shlex.join(["diffad", "train", *words, "--out", "runs/bundle", "--bundle"])
+
+
+@command("diffad methods")
+def methods(arguments: argparse.Namespace) -> int:
+    """List the methods.
+
+    Whether each trains a network or fits statistics, and for which data its weights are bundled.
+    """
+    from diffad_lite.data.datasets import bundled_checkpoints
+    from diffad_lite.methods import METHODS
+
+    try:
+        folders = bundled_checkpoints()
+    except FileNotFoundError:
+        folders = []
+    for name, method in METHODS.items():
+        bundled = [f.removesuffix(f"-{name}") for f in folders if f.endswith(f"-{name}")]
+        weights = f"bundled: {', '.join(bundled)}" if bundled else "-"
+        kind = "trained" if method.trained else "fitted"
+        print(f"{name:16} {kind:8} {weights:20} {(method.__doc__ or '').splitlines()[0]}")
+    return 0
+
+
+@command(
+    "diffad datasets --dataset elpv --category mono --sheet sheet.png",
+    option("--dataset", help=DATASET),
+    *DATA,
+    PLANT,
+    option("--sheet", type=Path, help="write a contact sheet of the test set"),
+    notes=LAYOUT,
+)
 def datasets(arguments: argparse.Namespace) -> int:
-    """List data sets, or show what one holds."""
+    """List data sets, or show what one holds.
+
+    With --dataset: counts, remarks and, with --sheet, a contact sheet.
+    """
     from diffad_lite.data.datasets import load_dataset
     from diffad_lite.data.readers import READERS
 
@@ -150,30 +298,61 @@ def datasets(arguments: argparse.Namespace) -> int:
         from diffad_lite.plots import show_kinds
 
         fig, _ = show_kinds(data)
-        form = arguments.sheet.suffix[1:] or "png"
-        write_atomically(arguments.sheet, lambda path: fig.savefig(path, format=form))
+        suffix = arguments.sheet.suffix[1:] or "png"
+        write_atomically(arguments.sheet, lambda path: fig.savefig(path, format=suffix))
     return 0
 
 
-def methods(arguments: argparse.Namespace) -> int:
-    """List the methods."""
-    from diffad_lite.data.datasets import bundled_checkpoints
-    from diffad_lite.methods import METHODS
+@command(
+    "diffad notebooks --profile ci --only 01 --set seed=3",
+    PROFILE,
+    option("--set", help=f"a parameter of the lessons, e.g. seed=3; {JSON}", **SETTING),
+    option(
+        "-p", help="--set in papermill's syntax", nargs=2, metavar=("NAME", "VALUE"), **REPEATED
+    ),
+    option(
+        "--only", help="lessons whose names start so; may be repeated", metavar="NN", **REPEATED
+    ),
+    option("--folder", type=Path, default=Path("notebooks"), help="folder of the lessons"),
+    option("--out", type=Path, default=Path("runs/notebooks"), help="folder of executed copies"),
+)
+def notebooks(arguments: argparse.Namespace) -> int:
+    """Execute the lessons into copies.
 
-    try:
-        folders = bundled_checkpoints()
-    except FileNotFoundError:
-        folders = []
-    for name, method in METHODS.items():
-        bundled = [f.removesuffix(f"-{name}") for f in folders if f.endswith(f"-{name}")]
-        weights = f"bundled: {', '.join(bundled)}" if bundled else "-"
-        kind = "trained" if method.trained else "fitted"
-        print(f"{name:16} {kind:8} {weights:20} {(method.__doc__ or '').splitlines()[0]}")
-    return 0
+    The same call continues an interrupted series. A complete series is executed again, and so is
+    one of which a lesson or the package has changed.
+    """
+    from diffad_lite.notebook.runner import run_notebooks
+
+    parameters = {"profile": arguments.profile}
+    for name, text in (_settings(arguments) | dict(arguments.p)).items():
+        try:
+            parameters[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            parameters[name] = text
+    failures = run_notebooks(
+        arguments.folder, arguments.out, parameters=parameters, only=arguments.only
+    )
+    return _exit_code(failures)
 
 
+@command(
+    "diffad sweep data/grid.yaml --dry-run",
+    option("grid", type=Path, help="YAML file, e.g. data/grid.yaml"),
+    option("--out", type=Path, help="folder of the runs"),
+    option(
+        "--dry-run",
+        action="store_true",
+        help="list the runs without a record in --out, or else in the records of the course",
+    ),
+    option("--workers", type=int, help="number of parallel runs on this machine, by Dask"),
+    option("--scheduler", help="address of a Dask scheduler, whose workers execute the runs"),
+)
 def sweep(arguments: argparse.Namespace) -> int:
-    """Run a grid."""
+    """Run a grid of a YAML file.
+
+    Finished runs are skipped, interrupted ones continue; failures are listed at the end.
+    """
     from diffad_lite.experiments.grid import read_grid, sweep
 
     grid = read_grid(arguments.grid)
@@ -187,23 +366,21 @@ def sweep(arguments: argparse.Namespace) -> int:
         from diffad_lite.experiments.dask import sweep_on_dask
 
         workers = 1 if arguments.workers is None else arguments.workers
-        more = {"scheduler": arguments.scheduler, "workers": workers}
-        failures = sweep_on_dask(grid, arguments.out, **more)
-    for line in failures:
-        say(line)
-    return 1 if failures else 0
+        failures = sweep_on_dask(
+            grid, arguments.out, scheduler=arguments.scheduler, workers=workers
+        )
+    return _exit_code(failures)
 
 
 def _dry_run(grid: dict[str, Any], out: Path | None) -> int:
-    """Say what a sweep would do, by the records in ``out`` or those that come with the course."""
+    """Print the runs of a grid without a record in ``out``, or in the records of the course."""
     from diffad_lite.data.datasets import data_dir
     from diffad_lite.evaluation.records import read_results
     from diffad_lite.experiments.grid import missing
 
-    folder = data_dir() / "results" if out is None else out
     try:
-        records = read_results(folder)
-    except FileNotFoundError:  # nothing is finished yet
+        records = read_results(data_dir() / "results" if out is None else out)
+    except FileNotFoundError:  # no run is finished
         records = []
     names, count = missing(grid, records)
     for name in names:
@@ -212,8 +389,34 @@ def _dry_run(grid: dict[str, Any], out: Path | None) -> int:
     return 0
 
 
+@command("diffad doctor")
+def doctor(arguments: argparse.Namespace) -> int:
+    """Check this installation.
+
+    One line for each thing that a run needs, with the fix if it is missing.
+    """
+    from diffad_lite.experiments.machine import checks
+
+    ok = True
+    for check in checks():
+        print(check)
+        ok &= check.ok
+    return 0 if ok else 1
+
+
+@command(
+    "diffad report --runs runs/grid README.md data/README.md",
+    option("--runs", type=Path, help="first copy the records of this folder of runs"),
+    option("--results", type=Path, default=Path("data/results"), help="folder of the records"),
+    option("documents", nargs="*", type=Path, help="Markdown files to refresh"),
+)
 def report(arguments: argparse.Namespace) -> int:
-    """Render tables."""
+    """Render the tables of the course from records (for maintainers).
+
+    Writes tables.md into --results and refreshes the marked tables of documents. With --runs, the
+    record of each run goes to <grid>.jsonl, after the grid beside --results that names it, or
+    after the folder of runs if no grid does.
+    """
     from diffad_lite.evaluation.records import collect
     from diffad_lite.evaluation.tables import render
     from diffad_lite.experiments.grid import homes
@@ -224,32 +427,3 @@ def report(arguments: argparse.Namespace) -> int:
     for path in render(arguments.results, arguments.documents):
         print(f"rendered {path}")
     return 0
-
-
-def notebooks(arguments: argparse.Namespace) -> int:
-    """Execute the series."""
-    from diffad_lite.notebook.runner import run_notebooks
-
-    parameters = {"profile": arguments.profile}
-    for name, text in arguments.p:
-        try:
-            parameters[name] = json.loads(text)
-        except (ValueError, RecursionError):
-            parameters[name] = text
-    failures = run_notebooks(
-        arguments.folder, arguments.out, parameters=parameters, only=arguments.only
-    )
-    for line in failures:
-        say(line)
-    return 1 if failures else 0
-
-
-def doctor(arguments: argparse.Namespace) -> int:
-    """Check this installation."""
-    from diffad_lite.experiments.machine import checks
-
-    ok = True
-    for check in checks():
-        print(check)
-        ok &= check.ok
-    return 0 if ok else 1

@@ -1,4 +1,4 @@
-"""Files: written complete or not at all; JSON, YAML and CSV whose errors name the file."""
+"""Write files completely or not at all; read JSON, YAML and CSV with errors that name the file."""
 
 import csv
 import json
@@ -14,45 +14,48 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-LARGEST_YAML = 100_000  # entries, those behind an alias as often as they are meant
+LARGEST_YAML = 100_000  # entries; those behind an alias count once per use
 
 
 def check_writable(folder: Path) -> None:
-    """Check that files can be written below ``folder``, which need not exist; creates nothing.
+    """Check that files can be written below ``folder``, which need not exist; create nothing.
 
     Raises:
-        NotADirectoryError: it, or a part of its path, is a file.
-        PermissionError: it, or the folder in which it would be made, cannot be written.
+        NotADirectoryError: ``folder``, or a part of its path, is a file.
+        PermissionError: ``folder``, or the nearest parent that exists, cannot be written.
     """
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there} is a file, not a folder; choose another output folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{there} cannot be written; choose another output folder")
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is a file, not a folder; choose another output folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{parent} cannot be written; choose another output folder")
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Errors of the operating system inside name ``path``, not a temporary file or nothing."""
+    """Make errors of the operating system inside the block name ``path``.
+
+    Otherwise they would name a temporary file, or no file.
+    """
     try:
         yield
-    except FileNotFoundError:  # it names what was to be read
+    except FileNotFoundError:  # it names the file to read
         raise
     except (OSError, SafetensorError) as error:
-        stated = re.search(r"os error (\d+)", str(error))  # as safetensors words it
-        number = int(stated[1]) if stated else getattr(error, "errno", None)
+        match = re.search(r"os error (\d+)", str(error))  # in messages of safetensors
+        number = int(match[1]) if match else getattr(error, "errno", None)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it into place.
+    """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
 
-    A reader, or a process that is killed half-way, never leaves or meets half a file.
+    So ``path`` is always complete, even if the process is killed while it writes.
 
     Raises:
-        OSError: the disk is full, or the place cannot be written; its ``filename`` is ``path``.
+        OSError: the disk is full, or the folder cannot be written; its ``filename`` is ``path``.
     """
     check_writable(path.parent)
     with writing(path):
@@ -76,19 +79,23 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path, what: str, fix: str = "") -> Any:
-    """Read JSON; a missing or broken file raises an error that names ``what`` it should be.
+    """Read JSON.
 
     Args:
         path: of the file.
-        what: it should be.
-        fix: what a reader of the error can do.
+        what: name of the file's content in error messages.
+        fix: end of error messages: how to fix the error.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not JSON.
     """
     fix = f"; {fix}" if fix else ""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no {what} at {path}{fix}") from None
-    except (ValueError, RecursionError) as error:  # also of too many digits, or no text
+    except (ValueError, RecursionError) as error:  # also for too many digits, or not text
         raise ValueError(f"{path} is not a readable {what}: {error}{fix}") from None
 
 
@@ -97,14 +104,14 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not YAML, or aliases that make it very large or endless.
+        ValueError: not YAML, or very large or infinite because of aliases.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         size = _entries(values, {})
     except OSError:
         raise
-    except Exception as error:  # values of a wrong form escape PyYAML as they come
+    except Exception as error:  # PyYAML raises errors of many types for malformed values
         words = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{path} is not valid YAML: {words}; correct it there") from None
     if size > LARGEST_YAML:
@@ -113,7 +120,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def _entries(value: Any, known: dict[int, float]) -> float:
-    """How many values there are, all levels together; infinitely many where one holds itself."""
+    """Return the number of values, nested ones included; infinity if a value contains itself."""
     if not isinstance(value, (dict, list, tuple, set)):
         return 1
     if id(value) not in known:
@@ -128,7 +135,7 @@ def read_rows(path: Path) -> list[list[str]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not text in UTF-8, or not a table.
+        ValueError: not UTF-8 text, or not a table.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -138,10 +145,10 @@ def read_rows(path: Path) -> list[list[str]]:
 
 
 def write_rows(path: Path, rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table of comma-separated values, complete or not at all; the first row is its head.
+    """Write a table of comma-separated values atomically; the first row is the header.
 
     Raises:
-        OSError: the disk is full, or the place cannot be written.
+        OSError: the disk is full, or the folder cannot be written.
     """
 
     def write(temporary: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small checks and counts on numbers that several rooms share."""
+"""Helpers for numbers that several rooms use."""
 
 import math
 from fractions import Fraction
@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 
 
 def top_count(fraction: float, n: int) -> int:
-    """ceil(fraction n), at least 1; 0.07 of 100 is 7, in floats a bit more, its ceiling 8."""
+    """Return ceil(fraction n), at least 1, exactly; with floats, ceil(0.07 * 100) would be 8."""
     return max(1, math.ceil(Fraction(str(fraction)) * n))
 
 
 def check_finite(values: NDArray, name: str) -> None:
-    """Raise ValueError for NaN or infinity in ``values``, which the message calls ``name``."""
+    """Raise ValueError if ``values`` contain NaN or infinity; ``name`` is for the message."""
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         where = f"{name} has {len(bad)} NaN or infinite values, the first at {bad[0].tolist()}"

@@ -1,4 +1,4 @@
-"""What the lessons call: explorers with sliders, and the runner of the series."""
+"""Explorers with sliders for the lessons, and the runner that executes all lessons."""
 
 from diffad_lite.notebook.explore import PLACES, explore, explore_planting, plant_at, show_grid
 from diffad_lite.notebook.runner import resolve_profile, run_notebooks

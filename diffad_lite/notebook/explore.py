@@ -1,8 +1,8 @@
-"""Sliders over pictures that were made beforehand, with a printed fallback.
+"""Sliders over figures that are drawn in advance, with printed figures as fallback.
 
-While a slider moves, nothing is computed and nothing is drawn: the browser has all pictures and
-shows another one. What has to be computed (:func:`explore_planting`) waits for a button. Without a
-live front end (continuous integration, a printed page) the same calls print a few pictures.
+Moving a slider neither computes nor draws anything: the browser holds all figures and shows another
+one. :func:`explore_planting`, which must compute, waits for a button. Without a live front end
+(continuous integration, a printed page) the same calls print a few figures.
 """
 
 import io
@@ -27,59 +27,65 @@ from numpy.typing import ArrayLike
 from diffad_lite.data.images import image_keys, resize_image, to_float
 from diffad_lite.data.planting import KINDS, plant_defect
 from diffad_lite.methods.base import Method
-from diffad_lite.plots import MAP_COLOURS, Result, styled
+from diffad_lite.plots import MAP_COLOURS, Result, draw_colour_bar, styled, to_pixels
 
 MAX_FRAMES = 400
-TILE = 128 / 90  # side of a tile in inches; at 90 dpi 64 pixels are drawn as 128
+TILE = 128 / 90  # width of a picture in inches; at 90 dpi, 64 pixels are drawn as 128
 PLACES = {"top left": (0.2, 0.2), "top right": (0.2, 0.8), "middle": (0.5, 0.5)}  # row, column
 PLACES |= {"bottom left": (0.8, 0.2), "bottom right": (0.8, 0.8)}
 SIZES = (0.3, 0.5, 0.7, 1.0)
 SEVERITIES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-PICTURE = {"max_width": "100%", "align_self": "flex-start"}  # its own size, or the cell's width
-TRIES = 24  # defects that are drawn to find one near the wanted place
+FIT = {"max_width": "100%", "align_self": "flex-start"}  # the figure's size, or the cell's width
+DRAWS = 24  # random defects of which the nearest to the requested place is planted
 
 
 def is_live() -> bool:
-    """Whether a person can move a slider: a kernel, and neither ``CI`` nor ``DIFFAD_STATIC`` is set
-    in the environment; ``diffad notebooks`` sets the latter."""
+    """Return whether a person can move a slider.
+
+    This needs a kernel, and neither ``CI`` nor ``DIFFAD_STATIC`` in the environment;
+    ``diffad notebooks`` sets the latter.
+    """
     unattended = os.environ.get("CI") or os.environ.get("DIFFAD_STATIC")
     return not unattended and getattr(get_ipython(), "kernel", None) is not None
 
 
 def render_png(figure: Figure, data: Mapping[str, Any] | None = None) -> bytes:
-    """A figure as PNG bytes, with few colours where ``data["grey"]``; the figure is closed."""
+    """Return a figure as PNG bytes, with few colours if ``data["grey"]``, and close it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
     plt.close(figure)
     if (data or {}).get("grey"):
-        greys = np.repeat(np.r_[0:249:4, 255][:, None], 3, axis=1)  # Pillow compares six bits
+        greys = np.repeat(np.r_[0:249:4, 255][:, None], 3, axis=1)  # Pillow compares 6 bits
         maps = plt.get_cmap(MAP_COLOURS)(np.linspace(0, 1, 192), bytes=True)[:, :3]
         palette = PIL.Image.new("P", (1, 1))
         palette.putpalette(np.concatenate([greys, maps]).astype(np.uint8).tobytes())
-        picture = PIL.Image.open(buffer).convert("RGB")
-        picture = picture.quantize(palette=palette, dither=PIL.Image.Dither.NONE)
-        picture.save(buffer := io.BytesIO(), format="png")
+        image = PIL.Image.open(buffer).convert("RGB")
+        image = image.quantize(palette=palette, dither=PIL.Image.Dither.NONE)
+        image.save(buffer := io.BytesIO(), format="png")
     return buffer.getvalue()
 
 
 def explore(
     render: Callable[..., Result], *, static: Sequence[Mapping[str, Any]] = (), **controls: Sequence
 ) -> None:
-    """Show ``render(**values)`` with one slider for each control.
+    """Show the figure ``render(**values)`` with one slider for each control.
 
     Args:
         render: returns (figure, data), as the functions of :mod:`diffad_lite.plots` do.
-        static: settings printed where there is no front end; default, the middle of each control.
-        controls: name -> the values its slider takes; all combinations are drawn beforehand.
+        static: settings printed without a front end; default, the middle value of each control.
+        controls: name -> values of its slider; all combinations are drawn in advance.
 
-    Raises ValueError for no control, an empty one, or too many combinations.
+    Raises:
+        ValueError: no control, a control without values, or too many combinations.
     """
     if not controls or not all(len(values) for values in controls.values()):
-        raise ValueError("explore needs at least one control, each with at least one value")
+        raise ValueError(
+            f"explore needs at least one control, each with at least one value, got {controls}"
+        )
     combinations = list(itertools.product(*controls.values()))
     if len(combinations) > MAX_FRAMES:
         raise ValueError(
-            f"{len(combinations)} combinations are too many to draw beforehand (at most "
+            f"{len(combinations)} combinations are too many to draw in advance (at most "
             f"{MAX_FRAMES}); give fewer values for: {', '.join(controls)}"
         )
     if not is_live():
@@ -98,19 +104,22 @@ def explore(
     bar.close()
 
 
-def _stack(sliders: Sequence, frames: Mapping[tuple, bytes], *chosen: Any) -> ipywidgets.Widget:
-    """All pictures, one of them seen: a link in the browser, so that a busy kernel delays none."""
+def _stack(sliders: Sequence, frames: Mapping[tuple, bytes], *values: Any) -> ipywidgets.Widget:
+    """Stack all frames and show the one that the sliders choose.
+
+    The link between them is in the browser, so that a busy kernel does not delay it.
+    """
     if not sliders:
-        return ipywidgets.Image(value=frames[chosen], format="png", layout=PICTURE)
+        return ipywidgets.Image(value=frames[values], format="png", layout=FIT)
     first, *others = sliders
-    pictures = [_stack(others, frames, *chosen, value) for value in first.options]
-    stack = ipywidgets.Stack(pictures, selected_index=first.index)
+    children = [_stack(others, frames, *values, value) for value in first.options]
+    stack = ipywidgets.Stack(children, selected_index=first.index)
     ipywidgets.jslink((first, "index"), (stack, "selected_index"))
     return stack
 
 
 def _slider(name: str, values: Sequence, start: Any = None) -> ipywidgets.Widget:
-    """A slider over values; names are chosen from a list. Arrow keys move either."""
+    """Return a slider over values, or a list for names; arrow keys move both."""
     start = values[len(values) // 2] if start is None else start
     kind = ipywidgets.Dropdown if isinstance(start, str) else ipywidgets.SelectionSlider
     return kind(options=list(values), value=start, description=name)
@@ -126,105 +135,104 @@ def show_grid(
     label: str = "map value",
     masks: Sequence[np.ndarray | None] = (),
 ) -> Result:
-    """Rows of small pictures in one axes: images in grey, maps in colour with one scale.
+    """Show rows of small pictures: images in grey, maps in colour with one scale.
+
+    All pictures are drawn in one axes, because explorers draw hundreds of such figures.
 
     Args:
         rows: images (C, H, W) in [-1, 1] and maps (H, W), all of one size.
-        titles: one for each, in the same form.
+        titles: one for each picture, in the same form.
         scale: lowest and highest value of the colour scale.
         threshold: marked on the colour bar.
         label: of the colour bar.
-        masks: for each row, a bool array of any size that is outlined on its maps, or None.
+        masks: for each row, a bool array of any size to outline on its maps, or None.
 
     Returns:
         the figure, and ``{"scale", "grey"}``: whether every image is grey.
     """
-    colours = plt.get_cmap(MAP_COLOURS)
     H, W = np.shape(rows[0][0])[-2:]
-    h, w = H + H // 6, W + max(1, W // 16)  # with room for a title, and between
+    h, w = H + H // 6, W + max(1, W // 16)  # with the title, and the gap to the next picture
     grid = np.ones((len(rows) * h, len(rows[0]) * w, 3))
     outline = np.zeros(grid.shape[:2])
+    colours = ScalarMappable(Normalize(*scale), MAP_COLOURS)
     inch, with_maps = TILE / W, any(np.ndim(x) == 2 for row in rows for x in row)
     size = inch * grid.shape[1] + 0.9 * with_maps, inch * grid.shape[0]
     fig = plt.figure(figsize=size, layout="none")
     ax = fig.add_axes((0, 0, inch * grid.shape[1] / size[0], 1))
     for i, row in enumerate(rows):
         for j, x in enumerate(row):
-            x, here = np.asarray(x), np.s_[(i + 1) * h - H : (i + 1) * h, j * w : j * w + W]
-            if x.ndim == 2:
-                grid[here] = colours(Normalize(*scale)(x))[..., :3]
+            tile = np.s_[(i + 1) * h - H : (i + 1) * h, j * w : j * w + W]
+            if np.ndim(x) == 3:
+                grid[tile] = np.atleast_3d(to_pixels(x))
+            else:
+                grid[tile] = colours.to_rgba(np.asarray(x))[..., :3]
                 if masks and masks[i] is not None:
                     mask = torch.from_numpy(np.asarray(masks[i], np.float32))
                     mask = F.adaptive_max_pool2d(mask[None], (H, W))
-                    outline[here] = F.max_pool2d(mask, 5, 1, 2)[0]  # and beside it
-            else:
-                x = x if len(x) == 3 else x[:1]
-                grid[here] = (x.transpose(1, 2, 0).clip(-1, 1) + 1) / 2
+                    outline[tile] = F.max_pool2d(mask, 5, 1, 2)[0]  # 2 pixels wider
             ax.text(j * w + W / 2, i * h + h - H - 2, titles[i][j], fontsize=9, ha="center")
     ax.imshow(grid)
     if outline.any():
-        for colour, width in (("black", 1.6), ("white", 0.7)):  # seen on either end of the map
+        for colour, width in (("black", 1.6), ("white", 0.7)):  # visible on dark and bright maps
             ax.contour(outline, [0.5], colors=colour, linewidths=width)
     ax.axis("off")
     if with_maps:
-        where = fig.add_axes((1 - 0.8 / size[0], 0.1, 0.12 / size[0], 0.7))
-        mapped = ScalarMappable(Normalize(*scale), colours)
-        bar = fig.colorbar(mapped, cax=where, extend="max", label=label)
+        bar_axes = fig.add_axes((1 - 0.8 / size[0], 0.1, 0.12 / size[0], 0.7))
+        bar = draw_colour_bar(fig, colours, threshold, cax=bar_axes, extend="max", label=label)
         bar.ax.tick_params(labelsize=9)
-        if threshold is not None:
-            bar.ax.axhline(threshold, color="white", linewidth=2)
     return fig, {"scale": scale, "grey": all(np.shape(x)[0] != 3 for row in rows for x in row)}
 
 
 def plant_at(
     image: np.ndarray, kind: str, *, place: Sequence[float], size: float, severity: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Plant a defect in a window of an image, the nearest to a place out of some draws.
+    """Plant a defect in a window of an image: of several random ones, the nearest to ``place``.
 
     Args:
         image: uint8 (C, H, W), at least 16 pixels a side.
         kind: see :data:`diffad_lite.data.planting.KINDS`.
-        place: (row, column) as shares of the image.
-        size: side of the window as a share of the image; lengths of the defect follow it.
+        place: (row, column) as fractions of the image's height and width.
+        size: side of the window as a fraction of the image; the defect's lengths scale with it.
         severity: in (0, 2].
 
     Returns:
         the image with the defect, and its mask, bool (H, W).
 
     Raises:
-        ValueError: a share out of range, or what ``plant_defect`` refuses.
+        ValueError: a fraction is out of range, or ``plant_defect`` refuses the defect.
     """
     if not (0 < size <= 1 and 0 <= min(place) <= max(place) <= 1):
-        raise ValueError(f"place {place} and size {size} are shares of the image; stay in 0..1")
+        raise ValueError(f"place and size must be shares of the image in 0..1, got {place}, {size}")
     shape, centre = np.array(image.shape[-2:]), np.asarray(place)
     sides = (size * shape).round().astype(int).clip(min(16, *shape), shape)
     corner = (centre * shape - sides / 2).round().astype(int).clip(0, shape - sides)
-    here = tuple(slice(a, a + n) for a, n in zip(corner, sides, strict=True))
-    drawn = [plant_defect(image[:, *here], kind, seed=s, severity=severity) for s in range(TRIES)]
-    aim = centre * shape - corner
-    off = [np.hypot(*(np.argwhere(mask).mean(0) - aim)) for _, mask in drawn]
+    window = tuple(slice(a, a + n) for a, n in zip(corner, sides, strict=True))
+    part = image[:, *window]
+    defects = [plant_defect(part, kind, seed=s, severity=severity) for s in range(DRAWS)]
+    target = centre * shape - corner
+    distances = [np.hypot(*(np.argwhere(mask).mean(0) - target)) for _, mask in defects]
     planted, mask = image.copy(), np.zeros(tuple(shape), bool)
-    planted[:, *here], mask[here] = drawn[int(np.argmin(off))]
+    planted[:, *window], mask[window] = defects[int(np.argmin(distances))]
     return planted, mask
 
 
 def in_units(values: torch.Tensor, method: Method) -> torch.Tensor:
-    """Scores or map values with 0 at a usual normal score (the median) and 1 at the threshold.
+    """Rescale scores or map values: 0 is the median normal score, 1 is the threshold.
 
-    An increasing straight line, fixed by calibration images: no order and no decision changes.
+    The map is linear and increasing, fixed by calibration images: order and decisions stay.
     """
     assert method.calibration_scores_ is not None and method.threshold_ is not None  # fitted
-    usual = float(np.median(method.calibration_scores_))
-    return (values - usual) / max(method.threshold_ - usual, 1e-12)
+    median = float(np.median(method.calibration_scores_))
+    return (values - median) / max(method.threshold_ - median, 1e-12)
 
 
 def show_planted(
     image: np.ndarray, methods: Mapping[str, Method], *, tick: Callable = str, **defect: Any
 ) -> Result:
-    """What methods make of a planted defect, above what they make of the clean image.
+    """Show the maps of several methods for a planted defect, above those for the clean image.
 
     Args:
-        image: uint8 (C, H, W), normal.
+        image: normal image, uint8 (C, H, W).
         methods: name -> fitted method, all for one image size.
         tick: called with the name of each method before it starts.
         defect: see :func:`plant_at`.
@@ -235,14 +243,14 @@ def show_planted(
     planted, mask = plant_at(image, **defect)
     side = next(iter(methods.values())).config.image_size
     pair = to_float(np.stack([resize_image(x, side, "squash") for x in (planted, image)]))
-    keys = 2 * image_keys(pair[1:])  # a defect does not draw other noise
+    keys = 2 * image_keys(pair[1:])  # the same noise for both images
     rows, titles, scores = [[x] for x in pair], [[defect["kind"]], ["without"]], {}
     for name, method in methods.items():
         tick(name)
-        found = method.predict(pair, keys=keys)
-        scores[name] = tuple(in_units(found.image_score, method).tolist())
+        prediction = method.predict(pair, keys=keys)
+        scores[name] = tuple(in_units(prediction.image_score, method).tolist())
         for i, score in enumerate(scores[name]):
-            rows[i].append(in_units(found.anomaly_map[i], method))
+            rows[i].append(in_units(prediction.anomaly_map[i], method))
             titles[i].append(f"{name} {score:.2f}")
     label, masks = "0: usual normal score; 1: threshold", [mask, None]
     fig, data = show_grid(rows, titles, scale=(0, 1.5), threshold=1, label=label, masks=masks)
@@ -256,13 +264,13 @@ def explore_planting(
     kinds: Sequence[str] = KINDS["cells"],
     static: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Choose an image and a defect, press a button, and see what every method makes of it.
+    """Let a person choose an image and a defect, and show the maps of every method.
 
     Args:
         images: name -> normal image, uint8 (C, H, W), at its original size.
         methods: see :func:`show_planted`.
         kinds: of defects to choose from.
-        static: changes to the first choice that are printed where there is no front end.
+        static: changes to the first choice; each is printed if there is no front end.
     """
     choices: dict[str, Sequence] = {"image": list(images), "kind": kinds, "place": list(PLACES)}
     choices |= {"size": SIZES, "severity": SEVERITIES}
@@ -277,10 +285,10 @@ def explore_planting(
         for changes in static or [{}]:
             display(Image(render(**{**first, **changes})))
         return
-    chosen = {name: _slider(name, values, first[name]) for name, values in choices.items()}
+    widgets = {name: _slider(name, values, first[name]) for name, values in choices.items()}
     button = ipywidgets.Button(description="Plant and score", button_style="primary")
     bar, note = ipywidgets.IntProgress(max=len(methods)), ipywidgets.Label()
-    picture = ipywidgets.Image(format="png", layout=PICTURE)
+    picture = ipywidgets.Image(format="png", layout=FIT)
 
     def tick(name: str) -> None:
         note.value, bar.value = name, bar.value + 1
@@ -288,9 +296,9 @@ def explore_planting(
     def press(_: Any = None) -> None:
         button.disabled, bar.value = True, 0
         try:
-            picture.value = render(tick, **{name: w.value for name, w in chosen.items()})
+            picture.value = render(tick, **{name: w.value for name, w in widgets.items()})
             note.value = "done"
-        except Exception as error:  # of a callback, a front end shows nothing by itself
+        except Exception as error:  # a front end does not show the error of a callback
             note.value = f"{type(error).__name__}: {error}"
             raise
         finally:
@@ -298,4 +306,4 @@ def explore_planting(
 
     button.on_click(press)
     press()
-    display(ipywidgets.VBox([*chosen.values(), ipywidgets.HBox([button, bar, note]), picture]))
+    display(ipywidgets.VBox([*widgets.values(), ipywidgets.HBox([button, bar, note]), picture]))

@@ -1,4 +1,4 @@
-"""Run the notebook series with papermill, into copies; and what a notebook's set-up cell calls."""
+"""Execute copies of the notebooks with papermill; choose the profile of a notebook."""
 
 import hashlib
 import os
@@ -11,13 +11,13 @@ from typing import Any
 from diffad_lite.core.config import check_profile, config_hash, convert, unknown_name
 from diffad_lite.core.files import check_writable, read_json, write_atomically, write_json
 
-UNFINISHED = ".unfinished.json"  # beside the executed copies, until all notebooks have run
+UNFINISHED = ".unfinished.json"  # beside the executed copies, until all notebooks are executed
 
 
 def resolve_profile(profile: str) -> str:
-    """The profile to use: the environment variable ``DIFFAD_PROFILE`` if set, else ``profile``.
+    """Return the environment variable ``DIFFAD_PROFILE`` if it is set, else ``profile``.
 
-    nbval cannot inject parameters into a notebook; the variable is its way to choose one.
+    The variable is for nbval, which cannot set the parameters of a notebook.
 
     Raises:
         ValueError: unknown profile.
@@ -28,11 +28,11 @@ def resolve_profile(profile: str) -> str:
 
 
 def find_notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
-    """Lessons in ``folder``, in order; ``only`` keeps those whose names start so.
+    """Return the lessons in ``folder``, in order; ``only`` keeps those whose names start so.
 
     Raises:
-        FileNotFoundError: no notebooks there.
-        ValueError: an entry of ``only`` matches none.
+        FileNotFoundError: ``folder`` has no notebooks.
+        ValueError: an entry of ``only`` matches no notebook.
     """
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not paths:
@@ -46,33 +46,32 @@ def find_notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
 def run_notebooks(
     folder: Path, out: Path, *, parameters: Mapping[str, Any], only: Sequence[str] = ()
 ) -> list[str]:
-    """Execute notebooks into ``out``, leaving the originals as they are.
+    """Execute copies of notebooks in ``out``; the originals do not change.
 
-    A copy appears in ``out`` when its notebook has come to an end, be it by an error. After an
-    interruption the same call goes on with what was not finished, unless a notebook, a parameter
-    or the package has changed. A call that came to its end leaves nothing to go on with: the next
-    one executes everything anew.
+    A copy appears in ``out`` when its notebook has finished or failed. After an interruption, the
+    same call continues with the unfinished notebooks, unless a notebook, a parameter or the package
+    has changed. After a complete call, the next one executes all notebooks again.
 
     Args:
         folder: of the notebooks.
-        out: where the executed copies go.
+        out: folder of the executed copies.
         parameters: papermill's, for every notebook that has a parameter of that name.
-        only: starts of the names to run, e.g. ``("01",)``.
+        only: first characters of the names to run, e.g. ``("01",)``.
 
     Returns:
         one line for each notebook that failed.
 
     Raises:
-        FileNotFoundError: no notebooks.
+        FileNotFoundError: ``folder`` has no notebooks.
         ValueError: a parameter that no notebook has, an unknown profile, a broken notebook.
         OSError: ``out`` cannot be written, or the disk is full.
     """
     paths = find_notebooks(folder, only)
-    known = {path: _parameter_names(path) for path in paths}
-    everywhere = {name for names in known.values() for name in names}
+    names_of = {path: _parameter_names(path) for path in paths}
+    known = set().union(*names_of.values())
     for name in parameters:
-        if name not in everywhere:
-            raise unknown_name("parameter", name, everywhere)
+        if name not in known:
+            raise unknown_name("parameter", name, known)
     check_profile(parameters.get("profile", "lite"))
     check_writable(out)
     record, key, failures = out / UNFINISHED, _series_key(paths, parameters), []
@@ -83,9 +82,9 @@ def run_notebooks(
             continue
         print(f"{path.name} ...", flush=True)
         started = time.monotonic()
-        chosen = {name: value for name, value in parameters.items() if name in known[path]}
+        values = {name: value for name, value in parameters.items() if name in names_of[path]}
         with _unattended():
-            failure = _execute(path, out / path.name, chosen)
+            failure = _execute(path, out / path.name, values)
         if failure:
             failures.append(f"{path.name}: {failure}")
             print(f"{path.name} failed: {failure}", flush=True)
@@ -99,19 +98,19 @@ def run_notebooks(
 
 @contextmanager
 def _unattended() -> Iterator[None]:
-    """Kernels started inside know that nobody is there to move a slider."""
+    """Tell kernels that are started inside that nobody can move a slider."""
     before = os.environ.get("DIFFAD_STATIC")
     os.environ["DIFFAD_STATIC"] = "1"
     try:
         yield
     finally:
-        os.environ.pop("DIFFAD_STATIC")
+        del os.environ["DIFFAD_STATIC"]
         if before is not None:
             os.environ["DIFFAD_STATIC"] = before
 
 
 def _execute(path: Path, target: Path, parameters: Mapping[str, Any]) -> str | None:
-    """Execute one notebook; what failed, if anything did. ``target`` is never half executed."""
+    """Execute a notebook and return its error, or None; ``target`` is written complete."""
     import papermill
     from nbclient.exceptions import DeadKernelError
 
@@ -122,20 +121,20 @@ def _execute(path: Path, target: Path, parameters: Mapping[str, Any]) -> str | N
             papermill.execute_notebook(
                 path, temporary, parameters, cwd=path.parent, progress_bar=True, log_output=False
             )
-        except papermill.PapermillExecutionError as error:  # the copy shows it
+        except papermill.PapermillExecutionError as error:  # the copy shows the traceback
             failures.append(f"{error.ename}: {error.evalue}")
 
-    for left in target.parent.glob(f".{target.name}.*"):
-        left.unlink()  # of a call that was killed
+    for temporary in target.parent.glob(f".{target.name}.*"):
+        temporary.unlink()  # of a call that was killed
     try:
         write_atomically(target, execute)
     except DeadKernelError as error:
-        failures.append(f"{error}; perhaps the memory did not suffice")
+        failures.append(f"{error}; perhaps out of memory: use a smaller profile")
     return failures[0] if failures else None
 
 
 def _parameter_names(path: Path) -> list[str]:
-    """What papermill may set in a notebook."""
+    """Return the names of a notebook's parameters, which papermill can set."""
     import nbformat
     import papermill
 
@@ -147,14 +146,14 @@ def _parameter_names(path: Path) -> list[str]:
 
 
 def _series_key(paths: Sequence[Path], parameters: Mapping[str, Any]) -> str:
-    """Identifies what is executed: notebooks, parameters, and the code of this package."""
+    """Return a hash of what is executed: notebooks, parameters, and the code of this package."""
     files = [*paths, *sorted(Path(__file__).parents[1].rglob("*.py"))]
     digests = {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     return config_hash({"parameters": dict(parameters), "files": digests})
 
 
 def _finished_before(record: Path, key: str) -> list[str]:
-    """The notebooks that an interrupted call of this very series has finished."""
+    """Return the notebooks that an interrupted call with the same key has finished."""
     if not record.exists():
         return []
     values = read_json(record, "record of an interrupted run", "delete it")

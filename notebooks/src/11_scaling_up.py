@@ -200,8 +200,8 @@ assert said == "5 6 10"
 # `diffad notebooks` for names that no notebook has. For the series:
 #
 # ```console
-# diffad notebooks --profile ci                        # all, into runs/notebooks
-# diffad notebooks --only 00 --profile ci -p seed 3    # one, with a parameter
+# diffad notebooks --profile ci                          # all, into runs/notebooks
+# diffad notebooks --only 00 --profile ci --set seed=3   # one, with a parameter; papermill's -p seed 3 works, too
 # DIFFAD_PROFILE=ci pytest --nbval-lax notebooks/00_start_here.ipynb
 # ```
 #

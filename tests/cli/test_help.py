@@ -2,13 +2,16 @@
 
 import argparse
 import shlex
+from dataclasses import replace
 
 import pytest
 
 import diffad_lite
 from diffad_lite.cli import commands
-from diffad_lite.cli.main import COMMANDS, build_parser, main
+from diffad_lite.cli.commands import COMMANDS
+from diffad_lite.cli.main import build_parser, main
 from diffad_lite.methods import METHODS
+from diffad_lite.notebook import runner
 
 
 def children() -> dict[str, argparse.ArgumentParser]:
@@ -32,7 +35,7 @@ def test_every_command_has_words_defaults_and_an_example(name, capsys):
     with pytest.raises(SystemExit):
         main([name, "--help"])
     said = capsys.readouterr().out
-    assert COMMANDS[name].details.split("\n")[0] in said
+    assert COMMANDS[name].help in said
     assert f"example:\n  {COMMANDS[name].example}" in said
     for action in children()[name]._actions:
         assert action.help, f"{name} {action.option_strings} has no help"
@@ -41,7 +44,7 @@ def test_every_command_has_words_defaults_and_an_example(name, capsys):
     words = shlex.split(COMMANDS[name].example)
     assert words[:2] == ["diffad", name]
     parsed = build_parser().parse_args(words[1:])
-    assert parsed.command is getattr(commands, name)
+    assert parsed.work is getattr(commands, name)
 
 
 def test_evaluate_says_how_a_folder_lies(capsys):
@@ -83,6 +86,16 @@ def test_the_method_of_a_checkpoint_need_not_be_named(tmp_path, capsys):
     assert "image AUROC" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "words", [["--set", "seed=3", "--set", "name=a=b"], ["-p", "seed", "3", "-p", "name", "a=b"]]
+)
+def test_settings_of_notebooks_are_written_as_those_of_runs_or_as_papermills(words, monkeypatch):
+    calls = []
+    monkeypatch.setattr(runner, "run_notebooks", lambda *_, **options: calls.append(options) or [])
+    assert main(["notebooks", "--profile", "ci", *words]) == 0
+    assert calls[0]["parameters"] == {"profile": "ci", "seed": 3, "name": "a=b"}
+
+
 @pytest.mark.parametrize("place", ["before", "behind"])
 def test_a_traceback_on_request(place, capsys):
     words = ["score", "--checkpoint", "gone", "--images", "gone", "--out", "o"]
@@ -101,10 +114,10 @@ def test_an_error_inside_of_a_library_is_not_passed_off_as_the_users(monkeypatch
     def refused(arguments):
         raise ValueError("choose another")
 
-    monkeypatch.setattr(commands, "doctor", broken)
+    monkeypatch.setitem(COMMANDS, "doctor", replace(COMMANDS["doctor"], work=broken))
     with pytest.raises(ValueError, match="Normal"):
         main(["doctor"])
-    monkeypatch.setattr(commands, "doctor", refused)
+    monkeypatch.setitem(COMMANDS, "doctor", replace(COMMANDS["doctor"], work=refused))
     assert main(["doctor"]) == 2
 
 
@@ -112,5 +125,5 @@ def test_an_environment_called_torch_makes_no_error_a_librarys(monkeypatch):
     where = "/opt/envs/torch/lib/site-packages/diffad_lite/core/config.py"
     names = {"__name__": "diffad_lite.core.config"}
     exec(compile("def f(a): raise ValueError('choose another')", where, "exec"), names)
-    monkeypatch.setattr(commands, "doctor", names["f"])
+    monkeypatch.setitem(COMMANDS, "doctor", replace(COMMANDS["doctor"], work=names["f"]))
     assert main(["doctor"]) == 2

@@ -64,7 +64,7 @@ for line in sys.stdin:
         os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-INTERRUPTED = "diffad: interrupted; the same command goes on from here\n"
+INTERRUPTED = "diffad: interrupted; call the same command again to continue\n"
 SHAPES = ("--dataset", "shapes", "--profile", "ci", "--image-size", "16", "--quiet")
 DENOISER = ("train.steps=12", "base_channels=8", "channel_mults=[1,2]", "attention_levels=[]")
 SETTINGS = tuple(f"denoiser.{field}" for field in DENOISER)

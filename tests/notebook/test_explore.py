@@ -35,7 +35,7 @@ PNG = b"\x89PNG"
 
 
 @pytest.fixture
-def short_repr(monkeypatch):
+def shown(monkeypatch):
     displayed = []
     monkeypatch.setattr(module, "display", displayed.append)
     return displayed
@@ -121,14 +121,14 @@ def test_every_figure_draws_and_returns_its_numbers():
     diffusion = GaussianDiffusion(NoiseSchedule.named("linear", 50))
     x_t = randn(images, torch.Generator().manual_seed(0))
     steps = list(diffusion.ddim_sample(lambda x, t: x, x_t, diffusion.schedule.timesteps(49, 10)))
-    assert drawn(plots.show_trajectory(steps, count=4))["t"][-1] == -1
+    assert drawn(plots.show_trajectory(steps))["t"][-1] == -1
     labels, scores = [0, 0, 1, 1], [0.1, 0.4, 0.3, 0.9]
     assert drawn(plots.show_scores(labels, scores, threshold=0.35))["image_auroc"] == 0.75
     bars = drawn(plots.show_bars({"a": 0.9}, {"a": (0.8, 0.95)}, xlabel="AUROC"))
     assert bars == {"a": (0.9, 0.8, 0.95)}
-    sheet = drawn(plots.show_kinds(load_dataset("shapes", image_size=16), columns=4))
-    assert len(sheet["ids"]["good"]) == 4
-    assert len(sheet["ids"]["dent"]) == 2, "anomalous images stand twice"
+    sheet = drawn(plots.show_kinds(load_dataset("shapes", image_size=16)))
+    assert len(sheet["ids"]["good"]) == 8
+    assert len(sheet["ids"]["dent"]) == 4, "anomalous images stand twice"
 
 
 # --- grids, and a defect of one's own
