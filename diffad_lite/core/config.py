@@ -26,6 +26,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Widths = Annotated[tuple[Count, ...], Field(min_length=1)]  # of U-Net levels, in base widths
 WORDS = {  # of pydantic, in messages
+    "Input should": "must",
+    "Tuple should have at least 1 item after validation, not 0": "must not be empty",
     "an object": "a mapping",
     "a valid array": "a list",
     "greater than or equal to": "at least",
@@ -140,10 +142,10 @@ def _explained(error: ValidationError, where: str, kind: Any) -> ValueError:
         known = [field.name for field in dataclasses.fields(kind)]
         return unknown_name(f"{kind.__qualname__} field", str(name), known)
     place = ".".join([where, *(short_repr(part).strip("'") for part in fault["loc"])])
-    expected = fault["msg"].removeprefix("Input should be ")
+    message = fault["msg"]
     for theirs, ours in WORDS.items():
-        expected = expected.replace(theirs, ours)
-    return ValueError(f"{place} must be {expected}, got {short_repr(fault['input'])}")
+        message = message.replace(theirs, ours)
+    return ValueError(f"{place} {message}, got {short_repr(fault['input'])}")
 
 
 def override(config: Config, assignments: Mapping[str, str]) -> Config:

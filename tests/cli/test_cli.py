@@ -41,7 +41,10 @@ FIELDS = set(
         (["evaluate", "--method", "pcaa", "--out", "o"], "unknown method 'pcaa'; did you mean"),
         (["evaluate", "--method", "pca", "--dataset", "elvp", "--out", "o"], "did you mean 'elpv'"),
         (["evaluate", "--method", "pca", "--category", "nono", "--out", "o"], "mono, poly"),
-        (["evaluate", "--method", "pca", "--profile", "big", "--out", "o"], "ci, lite, paper"),
+        (
+            ["evaluate", "--method", "pca", "--profile", "big", "--out", "o"],
+            "'ci', 'lite' or 'paper'",
+        ),
         (["evaluate", "--method", "pca", "--set", "smoth=1", "--out", "o"], "unknown field"),
         (["evaluate", "--method", "pca", "--set", "smooth", "--out", "o"], "KEY=VALUE"),
         (["evaluate", "--method", "pca", "--plant", "cell", "--out", "o"], "did you mean 'cells'"),
@@ -155,8 +158,10 @@ def test_inference_settings_change_on_a_checkpoint_and_training_ones_do_not(tmp_
     raw = Run("anoddpm", "shapes", profile="ci", image_size=16, settings={"calibrate": "false"})
     result = evaluate(raw, tmp_path / "raw", checkpoint=checkpoint)
     assert result["config"]["calibrate"] is False
-    wider = Run("anoddpm", "shapes", profile="ci", image_size=16, settings={"unshuffle": "1"})
-    with pytest.raises(ValueError, match="unshuffle cannot be changed on a trained model"):
+    wider = Run(
+        "anoddpm", "shapes", profile="ci", image_size=16, settings={"denoiser.unshuffle": "1"}
+    )
+    with pytest.raises(ValueError, match=r"denoiser\.unshuffle cannot be changed on a trained model"):
         evaluate(wider, tmp_path / "wider", checkpoint=checkpoint)
     assert not (tmp_path / "wider").exists()
 

@@ -98,5 +98,5 @@ def test_the_paper_profile_is_as_large_as_the_published_network(channels):
 def test_sizes_below_one_are_refused(field):
     with pytest.raises(ValueError, match=f"AutoencoderConfig.{field} must be"):
         replace(TINY, **{field: 0})
-    with pytest.raises(ValueError, match=r"channel_mults are numbers from 1 on"):
+    with pytest.raises(ValueError, match=r"channel_mults\.1 must be at least 1, got 0"):
         replace(TINY, channel_mults=(1, 0))

@@ -66,5 +66,5 @@ def test_the_loss_is_finite_at_extreme_logits():
 def test_sizes_below_one_are_refused():
     with pytest.raises(ValueError, match=r"SegmentationConfig.base_channels must be"):
         SegmentationConfig(base_channels=0)
-    with pytest.raises(ValueError, match=r"channel_mults are numbers from 1 on"):
+    with pytest.raises(ValueError, match=r"channel_mults must not be empty"):
         SegmentationConfig(channel_mults=())
