@@ -16,7 +16,7 @@ SCORES = "id,label,defect_type,image_score\ngood/a,0,good,{}\nhole/b,1,hole,0.75
 def record(**changes):
     words = {"method": "pca", "dataset": "shapes", "category": "disc", "resize": "squash"}
     words |= {"profile": "ci", "variant": "default", "training": "", "plant": None, "seed": 0}
-    words |= dict.fromkeys(records.NUMBERS, 0.5) | dict.fromkeys(records.MASKED)
+    words |= dict.fromkeys(records.NUMBERS, 0.5) | dict.fromkeys(records.PIXEL_METRICS)
     more = {"image_size": 64, "config": {"calibrate": True}, "per_defect": {}}
     return words | more | changes
 
