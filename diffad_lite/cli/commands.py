@@ -83,7 +83,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def score(arguments: argparse.Namespace) -> int:
     """Score images that have no labels."""
     from diffad_lite.data.images import list_images
-    from diffad_lite.experiments.folders import score_folder, survey
+    from diffad_lite.experiments.unlabelled import score_folder, survey
     from diffad_lite.methods.base import load_pretrained
     from diffad_lite.methods.checkpoints import read_record
 
@@ -198,14 +198,14 @@ def _dry_run(grid: dict[str, Any], out: Path | None) -> int:
     """Say what a sweep would do, by the records in ``out`` or those that come with the course."""
     from diffad_lite.data.datasets import data_dir
     from diffad_lite.evaluation.records import read_results
-    from diffad_lite.experiments.grid import missing
+    from diffad_lite.experiments.grid import find_missing
 
     folder = data_dir() / "results" if out is None else out
     try:
         records = read_results(folder)
     except FileNotFoundError:  # nothing is finished yet
         records = []
-    names, count = missing(grid, records)
+    names, count = find_missing(grid, records)
     for name in names:
         print(f"to do: {name}")
     print(f"{count - len(names)} of {count} are done; {len(names) or 'nothing'} left to do")
@@ -216,10 +216,10 @@ def report(arguments: argparse.Namespace) -> int:
     """Render tables."""
     from diffad_lite.evaluation.records import collect
     from diffad_lite.evaluation.tables import render
-    from diffad_lite.experiments.grid import homes
+    from diffad_lite.experiments.grid import grids_by_scoring
 
     if arguments.runs is not None:
-        grids, name = homes(arguments.results.parent), arguments.runs.resolve().name
+        grids, name = grids_by_scoring(arguments.results.parent), arguments.runs.resolve().name
         print(f"{collect(arguments.runs, arguments.results, name, grids)} records copied")
     for path in render(arguments.results, arguments.documents):
         print(f"rendered {path}")
@@ -246,10 +246,10 @@ def notebooks(arguments: argparse.Namespace) -> int:
 
 def doctor(arguments: argparse.Namespace) -> int:
     """Check this installation."""
-    from diffad_lite.experiments.machine import checks
+    from diffad_lite.experiments.machine import run_checks
 
     ok = True
-    for check in checks():
+    for check in run_checks():
         print(check)
         ok &= check.ok
     return 0 if ok else 1

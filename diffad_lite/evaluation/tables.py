@@ -282,10 +282,8 @@ def diffusers_table(record: Record) -> str:
     rows = []
     for pair, label in PAIRS.items():
         sides = [record["diffusers"][pair][side] for side in ("ours", "theirs")]
-        weights, step, images, mb = (
-            [np.array(side[key]) for side in sides]
-            for key in ("parameters", "step", "images", "mb")
-        )
+        weights, mb = ([side[key] for side in sides] for key in ("parameters", "mb"))
+        step, images = ([np.array(side[key]) for side in sides] for key in ("step", "images"))
         rows.append(
             [
                 label,

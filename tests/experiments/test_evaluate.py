@@ -10,7 +10,7 @@ from diffad_lite.cli.main import main
 from diffad_lite.core.files import read_json
 from diffad_lite.data.readers import READERS
 from diffad_lite.evaluation.metrics import pixel_metrics
-from diffad_lite.experiments.evaluate import PIXEL_METRICS
+from diffad_lite.evaluation.records import PIXEL_METRICS
 from diffad_lite.experiments.run import Run
 
 

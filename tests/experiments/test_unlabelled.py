@@ -10,8 +10,8 @@ from PIL import Image
 from diffad_lite.cli.main import main
 from diffad_lite.data.images import list_images
 from diffad_lite.experiments.evaluate import train
-from diffad_lite.experiments.folders import read_images, score_folder, shifts, survey
 from diffad_lite.experiments.run import Run
+from diffad_lite.experiments.unlabelled import find_shifts, read_images, score_folder, survey
 
 
 def write(folder: Path, n: int, *, offset: int = 0, size=(20, 24), seed: int = 0) -> list[Path]:
@@ -47,7 +47,7 @@ def test_each_fault_is_named_with_its_files(tmp_path):
     assert "1 files cannot be read: cannot read" in said
     assert "008.png" in said
     assert "such as 007.png of 003.png" in said
-    assert "by their brightness, such as 009.png" in said
+    assert "outliers in brightness, such as 009.png" in said
     assert "58 images are grey and 1 in colour" in said
 
 
@@ -55,19 +55,19 @@ def test_few_images_and_mixed_shapes_are_named(tmp_path):
     write(tmp_path, 10)
     Image.new("L", (60, 20), 90).save(tmp_path / "wide.png")
     said = warned(list_images(tmp_path))
-    assert "11 images are few: with less than 50" in said
+    assert "only 11 images; below 50 the model may memorise them" in said
     assert "width / height goes from 1.20 to 3.00" in said
-    assert survey([]).warnings()[0].startswith("0 images are few")
+    assert survey([]).warnings()[0].startswith("only 0 images")
 
 
 def test_what_all_new_images_share_is_a_shift(tmp_path):
     normal, alike = survey(write(tmp_path / "a", 30)), survey(write(tmp_path / "b", 30, seed=1))
     brighter = survey(write(tmp_path / "c", 30, offset=40, seed=2))
-    assert shifts(normal, alike) == []
-    (said,) = shifts(normal, brighter)
+    assert find_shifts(normal, alike) == []
+    (said,) = find_shifts(normal, brighter)
     assert said.startswith("the new images are brighter than the normal ones in 100%")
-    assert shifts(brighter, normal)[0].startswith("the new images are darker")
-    assert shifts(normal, survey([])) == []
+    assert find_shifts(brighter, normal)[0].startswith("the new images are darker")
+    assert find_shifts(normal, survey([])) == []
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_a_folder_without_labels_is_scored(trained, tmp_path, capsys):
     assert main(["score", *map(str, command), "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr()
     assert "ALARM  004.png" in said.out
-    assert "few" not in said.err, "advice for training"
+    assert "only" not in said.err, "advice for training"
     with (tmp_path / "out" / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["file"] == "004.png"
