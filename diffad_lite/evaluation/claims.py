@@ -127,13 +127,7 @@ def _check_settings(claim: Claim) -> None:
 
 
 def judge(claim: Claim, results: Sequence[Result], speeds: Mapping[str, Any]) -> Judged:
-    """Measure the effect behind a claim and give its verdict.
-
-    Args:
-        claim: see :class:`Claim`.
-        results: records of runs.
-        speeds: settings that ``make bench TOPICS=speed`` measured in one run, by name.
-    """
+    """Measure the effect behind a claim, from records or ``read_speeds``, and give its verdict."""
     if claim.measure is None:
         return Judged(claim, NOT_TESTABLE)
     effect = _difference(claim, results) if claim.measure == "auroc" else _ratio(claim, speeds)

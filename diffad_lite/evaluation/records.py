@@ -94,7 +94,7 @@ def _read_lines(path: Path) -> dict[str, Result]:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
             if number == len(lines):  # without a line break at its end: writing was interrupted
-                warnings.warn(f"{where} is cut short and left out", stacklevel=3)
+                warnings.warn(f"{where} is truncated and skipped", stacklevel=3)
                 continue
             raise ValueError(f"{where} is not JSON ({str(error)[:200]}); delete it") from None
         name = values.get("name") if isinstance(values, dict) else None
@@ -347,7 +347,7 @@ def auroc_over_seeds(group: Sequence[Result]) -> tuple[float, float, float]:
 def _scores_over_seeds(group: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
     """Return labels (n,) and scores (seeds, n); ValueError if runs scored different images."""
     labels, scores = zip(*map(read_scores, group), strict=True)
-    if not all(np.array_equal(labels[0], others) for others in labels):
+    if not all(np.array_equal(labels[0], row) for row in labels):
         raise ValueError(f"these runs did not score the same test images: {_names_of(group)}")
     return labels[0], np.stack(scores)
 

@@ -183,13 +183,8 @@ def render(results: str | Path, documents: Iterable[Path]) -> list[Path]:
     """Write ``tables.md`` into ``results`` and refresh the marked tables of documents.
 
     Claims are judged if ``claims.yaml`` stands beside that folder. A marked table stands between
-    ``<!-- table NAME: rendered by 'make tables' -->`` and ``<!-- end -->``.
-
-    Returns:
-        the files that changed.
-
-    Raises:
-        ValueError: a document asks for an unknown table, or ``claims.yaml`` is broken.
+    ``<!-- table NAME: rendered by 'make tables' -->`` and ``<!-- end -->``. Returns the files that
+    changed. Raises ValueError for an unknown table in a document, or a broken ``claims.yaml``.
     """
     records = read_results(results)
     rendered = every_table(records, judge_all(records, results), results)

@@ -31,12 +31,7 @@ from diffad_lite.data.datasets import AnomalyData, data_dir
 from diffad_lite.data.images import Resize, pad_box
 from diffad_lite.data.readers import LICENCES
 from diffad_lite.data.source import DEFAULT_CATEGORIES
-from diffad_lite.evaluation.metrics import (
-    bootstrap_auroc,
-    f1_at_threshold,
-    image_metrics,
-    pixel_metrics,
-)
+from diffad_lite.evaluation import metrics
 from diffad_lite.evaluation.records import PIXEL_METRICS, ScoreTable
 from diffad_lite.experiments.machine import machine_record
 from diffad_lite.experiments.run import Run, fields_of, run_hash
@@ -58,10 +53,10 @@ def train(
     Several processes may call it at once, see :mod:`diffad_lite.training.processes`. Raises
     ValueError if the checkpoint there is of another configuration, seed, data or ``budget`` (s).
     """
-    check_writable(out / "state")
+    checkpoint, state = out / "checkpoint", out / "state"
+    check_writable(state)
     config = run.configure(data)
     identity = {"method": run.method, **_provenance(run, data), "budget": budget}
-    checkpoint = out / "checkpoint"
     if (checkpoint / "config.json").exists():
         stored = read_record(checkpoint)
         same_run = {key: stored.get(key) for key in identity} == identity
@@ -76,13 +71,9 @@ def train(
             f"{checkpoint} was trained with another configuration, seed, data or time budget; "
             "choose another --out, or delete that folder to train anew"
         )
-    method = get_method(run.method)(config).fit(
-        data.train,
-        data.calibration,
-        seed=run.seed,
-        budget=budget,
-        workdir=out / "state",
-        progress=progress,
+    method = get_method(run.method)(config)
+    method.fit(
+        data.train, data.calibration, seed=run.seed, budget=budget, workdir=state, progress=progress
     )
     if processes.rank() == 0:
         method.save_pretrained(checkpoint, **_provenance(run, data), budget=budget)
@@ -107,10 +98,10 @@ def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
             f"{stored.get('fingerprint')}, this data has {data.info['fingerprint']}); its "
             "training images may be among these test images: train on this data instead"
         )
-    for key, wanted in provenance.items():
-        if stored.get(key) != wanted:
+    for key, expected in provenance.items():
+        if stored.get(key) != expected:
             raise ValueError(
-                f"{folder} was trained with {key} {stored.get(key)!r}, not {wanted!r}; "
+                f"{folder} was trained with {key} {stored.get(key)!r}, not {expected!r}; "
                 f"give the same {key}, or choose another checkpoint"
             )
     method = get_method(run.method).from_pretrained(folder)
@@ -153,7 +144,7 @@ def bundle(run: Run, data: AnomalyData, method: Method, *, command: str) -> Path
         "command": command,
         **record,
         "config": to_dict(stored.config),
-        "metrics": image_metrics(data.test_labels, scores),
+        "metrics": metrics.image_metrics(data.test_labels, scores),
         "scores": {n: float(s) for n, s in zip(data.test_ids, scores, strict=True) if n in sample},
         "reports": stored.reports_,
         "licence": LICENCES.get(run.dataset, "see the data set"),
@@ -163,13 +154,9 @@ def bundle(run: Run, data: AnomalyData, method: Method, *, command: str) -> Path
 
 
 def pretrained_or_train(
-    run: Run,
-    data: AnomalyData,
-    *,
-    retrain: bool = False,
-    out_dir: str | Path = "runs/notebooks",
+    run: Run, data: AnomalyData, *, retrain: bool = False, out_dir: str | Path = "runs/notebooks"
 ) -> Method:
-    """Load the bundled lite weights in notebooks on ci or lite; else, or to ``retrain``, train.
+    """Load the bundled weights in a notebook on ci or lite; train if there are none, or to retrain.
 
     Bundled weights are of seed 0, whatever ``run.seed`` is. Each run trains into its folder in
     ``out_dir``, and resumes there after an interruption.
@@ -202,13 +189,10 @@ def evaluate(
     """Train or load, score the test set, write the run folder, and return its ``result.json``.
 
     Args:
-        run: what to run.
-        out: the run folder.
         checkpoint: load this instead of training; ``run.settings`` may then change inference
             settings only.
         budget: seconds of training.
         save_maps: write every anomaly map at its original size, in MVTec's layout (float32 TIFF).
-        progress: show progress bars.
 
     Raises:
         ValueError: the test set has one class only, several processes call it, or loading or
@@ -293,21 +277,21 @@ def measure_quality(data: AnomalyData, prediction: Prediction, threshold: float)
         maps = [anomaly_map for i, (_, anomaly_map) in pairs.items() if chosen[i]]
         if not any(mask.any() for mask in masks):
             return dict.fromkeys(PIXEL_METRICS)
-        return pixel_metrics(masks, maps)
+        return metrics.pixel_metrics(masks, maps)
 
     per_defect = {}
     for kind in sorted(set(kinds[labels == 1])):
         chosen = (labels == 0) | (kinds == kind)
         per_defect[kind] = {
             "n": int((kinds == kind).sum()),
-            "image_auroc": image_metrics(labels[chosen], scores[chosen])["image_auroc"],
+            "image_auroc": metrics.image_metrics(labels[chosen], scores[chosen])["image_auroc"],
             **pixel_quality(chosen),
         }
     return {
-        **image_metrics(labels, scores),
-        "image_auroc_ci": list(bootstrap_auroc(labels, scores)),
+        **metrics.image_metrics(labels, scores),
+        "image_auroc_ci": list(metrics.bootstrap_auroc(labels, scores)),
         "threshold": threshold,
-        "f1_at_normal_threshold": f1_at_threshold(labels, scores, threshold),
+        "f1_at_normal_threshold": metrics.f1_at_threshold(labels, scores, threshold),
         "false_alarms_at_normal_threshold": float((scores[labels == 0] > threshold).mean()),
         **pixel_quality(np.ones(len(labels), dtype=bool)),
         "per_defect": per_defect,

@@ -61,9 +61,8 @@ GRID_TYPES = {"profile": str} | SHARED_TYPES | {"data": tuple[Any, ...], "settin
 def read_grid(path: str | Path) -> dict[str, Any]:
     """Read and check a grid.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, an unknown key, a value of another type, or no methods or data.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not YAML, has an unknown
+    key or a value of another type, or names no methods or no data.
     """
     try:
         grid = read_yaml(Path(path))
@@ -95,12 +94,8 @@ def _check_values(values: Grid, types: Mapping[str, Any], path: str | Path, what
 def trainings(grid: Grid, *, expand_roots: bool = True) -> Iterator[tuple[Run, Grid]]:
     """Yield each run to train with its grid, in the order data, methods, trainings, seeds.
 
-    Args:
-        grid: as :func:`read_grid` returns it.
-        expand_roots: replace environment variables in ``root``; False if no image is read.
-
-    Raises:
-        ValueError: a root names an environment variable that is not set.
+    ``expand_roots`` replaces environment variables in ``root`` and raises ValueError for one that
+    is not set; where no image is read, it can be False.
     """
     profile: Profile = grid.get("profile") or "lite"
     for entry in grid["data"]:
@@ -160,12 +155,9 @@ def folder_of(run: Run, out: Path) -> Path:
 def sweep(grid: Grid, out: str | Path, *, progress: bool = True) -> list[str]:
     """Run a grid: skip finished scorings, resume an interrupted training.
 
-    Returns:
-        one line for each failure; its traceback is in ``error.txt`` of the run's folder.
-
-    Raises:
-        ValueError: impossible fields of a run, such as a negative seed.
-        OSError: ``out`` cannot be written, or the disk is full.
+    Returns one line for each failure; its traceback is in ``error.txt`` of the run's folder. Raises
+    ValueError for impossible fields of a run, such as a negative seed, and OSError if ``out``
+    cannot be written or the disk is full.
     """
     out, failures = Path(out), []
     check_writable(out)
@@ -257,18 +249,11 @@ def _is_record_of(scoring: Run, record: Mapping[str, Any], trained: MethodConfig
 
 
 def find_missing(grid: Grid, records: Iterable[Mapping[str, Any]]) -> tuple[list[str], int]:
-    """Compare a grid with records, without reading images or training anything.
+    """Return the names of the scorings that a sweep would make, and the number of all scorings.
 
-    Args:
-        grid: as :func:`read_grid` returns it.
-        records: as :func:`diffad_lite.evaluation.records.read_results` returns them.
-
-    Returns:
-        the names of the scorings that a sweep would make, and the number of all scorings.
-
-    Raises:
-        ValueError: an unknown method, or impossible fields of a run. A setting that no
-            configuration has shows only where there is a record, or in the sweep.
+    Compares the grid with ``records``, as :func:`~diffad_lite.evaluation.records.read_results`
+    returns them; reads no image and trains nothing. Raises ValueError for an unknown method or
+    impossible fields of a run. A setting that no configuration has shows only in the sweep.
     """
     by_name = {record["name"]: record for record in records}
     planned = list(named_scorings(grid))

@@ -28,7 +28,7 @@ relaxed = settings(deadline=None)  # a first call that imports or warms up is no
 
 
 def brute_force_aupro(masks, maps, limit):
-    """The definition word by word: one boolean prediction a threshold, one average a region."""
+    """Follow the definition: one boolean prediction per threshold, one average per region."""
     regions = []
     for i, mask in enumerate(masks):
         labelled, n = ndimage.label(mask, np.ones((3, 3)))
@@ -54,7 +54,7 @@ eight_by_eight = st.just((8, 8))
 
 @st.composite
 def pixel_data(draw, shapes=eight_by_eight):
-    """One to three images with both kinds of pixels; integer scores, so that ties abound."""
+    """Draw one to three images with both kinds of pixels; integer scores give many ties."""
     sizes = [draw(shapes) for _ in range(draw(st.integers(1, 3)))]
     masks = [draw(arrays(np.uint8, size, elements=st.integers(0, 1))) for size in sizes]
     top = draw(st.sampled_from([1, 4, 1000]))
@@ -323,7 +323,7 @@ def test_conformal_threshold_refuses(scores, q, message):
 
 
 def resampled_aurocs(labels, rows, n_boot, seed):
-    """scikit-learn on the same resampled images: counts of defects first, then of normal ones."""
+    """Compute AUROCs by scikit-learn on the same resamples: first defects, then normal images."""
     n_defects, n_normal = int(labels.sum()), int((1 - labels).sum())
     rng = RNG(seed)
     defects = rng.multinomial(n_defects, np.full(n_defects, 1 / n_defects), size=n_boot)
@@ -458,8 +458,8 @@ def test_cross_fit_uses_the_other_folds_only():
     changed[5] += 100  # fold 0
     z_changed = MapCalibration.cross_fit(changed, folds=5, shrink=3.0)
     np.testing.assert_array_equal(z_changed[[0, 10]], z[[0, 10]])
-    own = MapCalibration.fit(maps).apply(maps)
-    assert (MapCalibration.cross_fit(maps) ** 2).mean() > (own**2).mean()
+    fitted = MapCalibration.fit(maps).apply(maps)
+    assert (MapCalibration.cross_fit(maps) ** 2).mean() > (fitted**2).mean()
 
 
 def test_calibration_refuses():
