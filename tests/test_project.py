@@ -17,7 +17,7 @@ import yaml
 
 from diffad_lite.evaluation.records import read_results
 from diffad_lite.evaluation.tables import render
-from diffad_lite.experiments.grid import missing, read_grid
+from diffad_lite.experiments.grid import find_missing, read_grid
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "diffad_lite"
@@ -91,7 +91,7 @@ def test_the_committed_grids_are_valid_and_done():
     records = read_results(ROOT / "data" / "results")
     for path in (ROOT / "data" / f"{name}.yaml" for name in grids):
         grid = read_grid(path)
-        left, count = missing(grid, records)
+        left, count = find_missing(grid, records)
         assert count > 30
         assert left == [], f"{path.name} has runs without a record"
 

@@ -186,7 +186,7 @@ def score(arguments: argparse.Namespace) -> int:
     Writes scores.csv, anomaly maps as TIFF and a gallery into --out.
     """
     from diffad_lite.data.images import list_images
-    from diffad_lite.experiments.folders import score_folder, survey
+    from diffad_lite.experiments.unlabelled import score_folder, survey
     from diffad_lite.methods.base import load_pretrained
     from diffad_lite.methods.checkpoints import read_record
 
@@ -376,13 +376,13 @@ def _dry_run(grid: dict[str, Any], out: Path | None) -> int:
     """Print the runs of a grid without a record in ``out``, or in the records of the course."""
     from diffad_lite.data.datasets import data_dir
     from diffad_lite.evaluation.records import read_results
-    from diffad_lite.experiments.grid import missing
+    from diffad_lite.experiments.grid import find_missing
 
     try:
         records = read_results(data_dir() / "results" if out is None else out)
     except FileNotFoundError:  # no run is finished
         records = []
-    names, count = missing(grid, records)
+    names, count = find_missing(grid, records)
     for name in names:
         print(f"to do: {name}")
     print(f"{count - len(names)} of {count} are done; {len(names) or 'nothing'} left to do")
@@ -395,10 +395,10 @@ def doctor(arguments: argparse.Namespace) -> int:
 
     One line for each thing that a run needs, with the fix if it is missing.
     """
-    from diffad_lite.experiments.machine import checks
+    from diffad_lite.experiments.machine import run_checks
 
     ok = True
-    for check in checks():
+    for check in run_checks():
         print(check)
         ok &= check.ok
     return 0 if ok else 1
@@ -419,10 +419,10 @@ def report(arguments: argparse.Namespace) -> int:
     """
     from diffad_lite.evaluation.records import collect
     from diffad_lite.evaluation.tables import render
-    from diffad_lite.experiments.grid import homes
+    from diffad_lite.experiments.grid import grids_by_scoring
 
     if arguments.runs is not None:
-        grids, name = homes(arguments.results.parent), arguments.runs.resolve().name
+        grids, name = grids_by_scoring(arguments.results.parent), arguments.runs.resolve().name
         print(f"{collect(arguments.runs, arguments.results, name, grids)} records copied")
     for path in render(arguments.results, arguments.documents):
         print(f"rendered {path}")

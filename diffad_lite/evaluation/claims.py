@@ -1,8 +1,8 @@
-"""What the papers claim, what an experiment of ours says of it, and a verdict made by rule.
+"""Claims of the papers, our experiment for each, and a verdict by rule.
 
-``data/claims.yaml`` names for each claim two settings, *with* and *without* what it praises. The
+``data/claims.yaml`` names two settings for each claim, *with* and *without* what it praises. The
 effect is their difference in image AUROC, paired over images and seeds, or their ratio of times or
-memory in one run of ``make bench TOPICS=speed``; the verdict follows from its interval alone.
+memory in one run of ``make bench TOPICS=speed``. Its interval alone decides the verdict.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from diffad_lite.core.config import from_dict, unknown_name
 from diffad_lite.core.files import read_yaml
 from diffad_lite.evaluation.metrics import verdict
 from diffad_lite.evaluation.records import (
-    FORMS,
+    FIELD_TYPES,
     METHOD_NAMES,
     Result,
     difference_of,
@@ -29,25 +29,26 @@ from diffad_lite.evaluation.records import (
 MEASURES = {"auroc": "image AUROC", "time": "time saved", "memory": "memory saved"}
 NOT_TESTABLE = "not testable at this scale"
 NOT_MEASURED = "not measured yet"
-# What a setting is where the claim does not say otherwise.
+# Fields of a setting that the claim does not name.
 DEFAULT_ROW = {"dataset": "elpv", "category": "mono", "plant": None, "image_size": 64}
 DEFAULT_ROW |= {"training": "", "variant": "default"}
+Effect = tuple[float, float, float, list[int]]  # effect, ends of its interval, seeds
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim, and the experiment that stands for it.
+    """One claim, and the experiment that tests it.
 
     Attributes:
         method: whose paper it is from.
         claim: in our words.
         source: where it was read.
-        measure: what is compared; None where nothing of ours can, and ``remark`` says why.
-        better: fields of the results that have what is praised, ``method`` at least; of times
+        measure: what is compared; None if we cannot test it, and ``remark`` says why.
+        better: result fields of the setting with what is praised, ``method`` at least; for times
             and memory the ``name`` that ``tests/bench/speed.py`` gives.
-        than: likewise without it.
-        minimum: what the effect must exceed: a difference of AUROC, or a ratio "times less",
-            which must be named.
+        than: the same without it.
+        minimum: the effect must exceed it: a difference of AUROC, or a ratio "times less". A
+            ratio needs one, at least 1.
         remark: what a reader of the verdict must know.
     """
 
@@ -63,31 +64,30 @@ class Claim:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim with its effect; None where the experiment has not been made.
+    """A claim with its verdict and, once the experiment was run, its effect.
 
     Attributes:
         claim: the claim.
+        verdict: "holds", "does not hold", "inconclusive", or why there is none.
         effect: difference of AUROC (above 0: it helps), or ratio (above 1: it saves).
         low: lower end of its 95 % interval.
         high: upper end.
         seeds: training seeds behind it.
-        verdict: "holds", "does not hold", "inconclusive", or why there is none.
     """
 
     claim: Claim
-    effect: float | None
-    low: float | None
-    high: float | None
-    seeds: list[int]
     verdict: str
+    effect: float | None = None
+    low: float | None = None
+    high: float | None = None
+    seeds: list[int] = field(default_factory=list)
 
 
 def read_claims(path: str | Path) -> list[Claim]:
-    """The claims of a YAML file.
+    """Read the claims of a YAML file.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is no list of claims; the broken one is named.
+    Raises FileNotFoundError if there is none, ValueError (which names the broken claim) if it is
+    not a list of claims.
     """
     path = Path(path)
     if not path.exists():
@@ -109,64 +109,58 @@ def read_claims(path: str | Path) -> list[Claim]:
 
 
 def _check_settings(claim: Claim) -> None:
-    """Raise ValueError for settings that results or times cannot have."""
-    for own in (claim.better, claim.than) if claim.measure else ():
-        known = FORMS if claim.measure == "auroc" else ("name",)
-        for key in own:
+    """Raise ValueError for settings that no result or time can have."""
+    if claim.measure is None:
+        return
+    is_ratio = claim.measure != "auroc"
+    if is_ratio and claim.minimum < 1:
+        raise ValueError(f"a ratio's minimum is at least 1, got {claim.minimum}")
+    known = ("name",) if is_ratio else tuple(FIELD_TYPES)
+    for setting in (claim.better, claim.than):
+        for key in setting:
             if key not in known:
                 raise unknown_name("key of a setting", key, known)
-        if claim.measure != "auroc" and claim.minimum < 1:
-            raise ValueError(f"a ratio's minimum is at least 1, got {claim.minimum}")
-        if claim.measure != "auroc" and not isinstance(own.get("name"), str):
+        if is_ratio and not isinstance(setting.get("name"), str):
             raise ValueError("a setting has no name")
-        if claim.measure == "auroc" and own.get("method") not in list(METHOD_NAMES):
-            raise unknown_name("method", str(own.get("method")), METHOD_NAMES)
+        if not is_ratio and setting.get("method") not in list(METHOD_NAMES):
+            raise unknown_name("method", str(setting.get("method")), METHOD_NAMES)
 
 
 def judge(claim: Claim, results: Sequence[Result], speeds: Mapping[str, Any]) -> Judged:
-    """The effect behind a claim, and its verdict.
-
-    Args:
-        claim: see :class:`Claim`.
-        results: records of runs.
-        speeds: settings that ``make bench TOPICS=speed`` measured in one run, by name.
-    """
+    """Measure the effect behind a claim, from records or ``read_speeds``, and give its verdict."""
     if claim.measure is None:
-        return Judged(claim, None, None, None, [], NOT_TESTABLE)
-    found = _difference(claim, results) if claim.measure == "auroc" else _ratio(claim, speeds)
-    if found is None:
-        return Judged(claim, None, None, None, [], NOT_MEASURED)
-    effect, low, high, seeds = found
-    return Judged(claim, effect, low, high, seeds, verdict(low, high, claim.minimum))
+        return Judged(claim, NOT_TESTABLE)
+    effect = _difference(claim, results) if claim.measure == "auroc" else _ratio(claim, speeds)
+    if effect is None:
+        return Judged(claim, NOT_MEASURED)
+    return Judged(claim, verdict(*effect[1:3], claim.minimum), *effect)
 
 
-def _difference(
-    claim: Claim, results: Sequence[Result]
-) -> tuple[float, float, float, list[int]] | None:
-    """Image AUROC of both settings, subtracted, with its paired interval, on common seeds."""
-    both = []
-    for own in (claim.better, claim.than):
-        groups = list(grouped(select(results, **DEFAULT_ROW | dict(own))).values())
-        both.append(groups[0] if groups else [])
-    seeds = sorted(set.intersection(*({r["seed"] for r in group} for group in both)))
-    return (*difference_of(*both), seeds) if seeds else None
+def _difference(claim: Claim, results: Sequence[Result]) -> Effect | None:
+    """Subtract the image AUROC of both settings, paired, on the seeds that both have."""
+    pair = []
+    for setting in (claim.better, claim.than):
+        groups = list(grouped(select(results, **DEFAULT_ROW | dict(setting))).values())
+        pair.append(groups[0] if groups else [])
+    seeds = sorted(set.intersection(*({r["seed"] for r in group} for group in pair)))
+    return (*difference_of(*pair), seeds) if seeds else None
 
 
-def _ratio(claim: Claim, speeds: Mapping[str, Any]) -> tuple[float, float, float, list[int]] | None:
-    """How many times less the praised setting takes: median, least and most of the rounds."""
-    if not {claim.better["name"], claim.than["name"]} <= speeds.keys():
+def _ratio(claim: Claim, speeds: Mapping[str, Any]) -> Effect | None:
+    """Return how many times less the praised setting takes: median, least and most of rounds."""
+    names = [setting["name"] for setting in (claim.better, claim.than)]
+    if not set(names) <= speeds.keys():
         return None
-    key = {"time": "ms", "memory": "mb"}[claim.measure or ""]
-    less, more = (np.array(speeds[own["name"]][key]) for own in (claim.better, claim.than))
+    key = "ms" if claim.measure == "time" else "mb"
+    less, more = (np.array(speeds[name][key]) for name in names)
     ratios = np.atleast_1d(more / less)  # of each round
     return float(np.median(ratios)), float(ratios.min()), float(ratios.max()), []
 
 
 def judge_all(results: Sequence[Result], folder: str | Path) -> list[Judged]:
-    """Every claim of ``claims.yaml`` beside the folder of results, judged; none without that file.
+    """Judge every claim of ``claims.yaml`` beside the folder of results; none without that file.
 
-    Raises:
-        ValueError: the file is broken.
+    Raises ValueError if the file is broken.
     """
     path = Path(folder).parent / "claims.yaml"
     if not path.exists():
@@ -176,35 +170,33 @@ def judge_all(results: Sequence[Result], folder: str | Path) -> list[Judged]:
 
 
 def claims_table(judged: Sequence[Judged]) -> str:
-    """The claims as Markdown, with experiment, effect and verdict."""
+    """Return the claims as Markdown, with experiment, effect and verdict."""
     rows = []
-    for one in judged:
-        claim = one.claim
-        verdict_ = one.verdict + (f" ({claim.remark})" if claim.remark else "")
-        cells = [claim.claim, claim.method, _experiment(claim), _effect(one), verdict_]
-        rows.append(cells)
+    for j in judged:
+        claim = j.claim
+        remark = f" ({claim.remark})" if claim.remark else ""
+        experiment = "-"
+        if claim.measure is not None:
+            pair = " against ".join(_name(s, claim.measure) for s in (claim.better, claim.than))
+            experiment = f"{MEASURES[claim.measure]}: {pair}"
+        rows.append([claim.claim, claim.method, experiment, _effect(j), j.verdict + remark])
     return markdown_table(["claim", "paper", "experiment", "effect [95 %]", "verdict"], rows)
 
 
-def _experiment(claim: Claim) -> str:
-    if claim.measure is None:
-        return "-"
-    a, b = (_words(own, claim.measure) for own in (claim.better, claim.than))
-    return f"{MEASURES[claim.measure]}: {a} against {b}"
-
-
-def _words(own: Mapping[str, Any], measure: str) -> str:
-    """How the table names a setting."""
+def _name(setting: Mapping[str, Any], measure: str) -> str:
+    """Return a setting's name in the table."""
     if measure != "auroc":
-        return own["name"]
-    more = [str(own[key]) for key in ("training", "variant", "category") if own.get(key)]
-    return ", ".join([METHOD_NAMES[own["method"]], *more])
+        return setting["name"]
+    details = [str(setting[key]) for key in ("training", "variant", "category") if setting.get(key)]
+    return ", ".join([METHOD_NAMES[setting["method"]], *details])
 
 
-def _effect(one: Judged) -> str:
-    if one.effect is None:
+def _effect(judged: Judged) -> str:
+    """Return an effect with its interval, as the table writes it."""
+    if judged.effect is None:
         return "-"
-    if one.claim.measure == "auroc":
-        seeds = f"{len(one.seeds)} seed" + ("s" if len(one.seeds) > 1 else "")
-        return f"{one.effect:+.3f} [{one.low:+.3f}, {one.high:+.3f}], {seeds}"
-    return f"{one.effect:.1f} times [{one.low:.1f}, {one.high:.1f}]"
+    effect, low, high = judged.effect, judged.low, judged.high
+    if judged.claim.measure != "auroc":
+        return f"{effect:.1f} times [{low:.1f}, {high:.1f}]"
+    seeds = f"{len(judged.seeds)} seed" + ("s" if len(judged.seeds) > 1 else "")
+    return f"{effect:+.3f} [{low:+.3f}, {high:+.3f}], {seeds}"

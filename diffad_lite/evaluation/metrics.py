@@ -1,7 +1,7 @@
 """Metrics of images and pixels, and their intervals.
 
-Scores are ranked raw, never squashed. Whatever is tuned on the labels that it is scored with
-carries ``oracle`` in its name. NaN and infinity have no rank: every function refuses them.
+Scores are ranked raw, never squashed. A metric whose threshold is chosen on the labels that it is
+scored with has ``oracle`` in its name. NaN and infinity have no rank: every function rejects them.
 """
 
 import math
@@ -14,15 +14,17 @@ from sklearn.metrics import average_precision_score, f1_score, roc_auc_score, ro
 
 from diffad_lite.core.numbers import check_finite
 
-Images = Sequence[ArrayLike]  # one (H_i, W_i) array an image, or one (N, H, W) array
+Images = Sequence[ArrayLike]  # one (H_i, W_i) array per image, or one (N, H, W) array
+CONFIDENCE = 0.95  # of all intervals
 
 
 def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
-    """AUROC, average precision and the best F1 of image scores, by scikit-learn.
+    """Compute AUROC, average precision and the best F1 of image scores, by scikit-learn.
 
     `labels` (n,) are 0 normal, 1 anomalous; `scores` (n,) are finite, higher = more anomalous.
-    Returns, in [0, 1], ``image_auroc``, ``image_ap``, ``image_f1max_oracle`` (of the threshold best
-    on these labels). ValueError for unequal lengths, NaN or infinity, other labels, only one class.
+    Returns ``image_auroc``, ``image_ap`` and ``image_f1max_oracle`` (at the best threshold for
+    these labels), in [0, 1]. Raises ValueError for unequal lengths, NaN or infinity, other labels,
+    or only one class.
     """
     labels, scores = _checked_images(labels, scores)
     fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
@@ -35,10 +37,10 @@ def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
 
 
 def f1_at_threshold(labels: ArrayLike, scores: ArrayLike, threshold: float) -> float:
-    """F1 in [0, 1] of the prediction ``score > threshold``; 0 when nothing is predicted.
+    """Compute F1 in [0, 1] of the prediction ``score > threshold``; 0 if nothing is predicted.
 
-    Errors as in `image_metrics`, and for a NaN threshold; it comes from normal images, never from
-    these labels (n,).
+    The threshold comes from normal images, never from these `labels` (n,). Raises ValueError as
+    `image_metrics`, and for a NaN threshold.
     """
     labels, scores = _checked_images(labels, scores)
     if math.isnan(threshold):
@@ -47,19 +49,20 @@ def f1_at_threshold(labels: ArrayLike, scores: ArrayLike, threshold: float) -> f
 
 
 def pixel_metrics(masks: Images, maps: Images, limit: float = 0.3) -> dict[str, float]:
-    """Pixel AUROC, pixel AP, the best Dice and AUPRO up to `limit`, from one ranking of all pixels.
+    """Compute pixel AUROC, pixel AP, the best Dice and AUPRO from one ranking of all pixels.
 
-    `masks` and `maps` hold one (H_i, W_i) array an image; sizes may differ. A mask is 0 on normal
+    `masks` and `maps` hold one (H_i, W_i) array per image; sizes may differ. A mask is 0 on normal
     pixels, else anomalous; a map is finite, higher = more anomalous, ranked in its own dtype.
-    Returns, in [0, 1], ``pixel_auroc`` and ``pixel_ap`` (as scikit-learn on the pooled pixels, with
-    ties), ``dice_oracle`` (pooled, best threshold on these masks), ``aupro``. Errors as `aupro`.
+    Returns ``pixel_auroc`` and ``pixel_ap`` (as scikit-learn on the pooled pixels, with ties),
+    ``dice_oracle`` (pooled, best threshold for these masks) and ``aupro`` up to `limit`, each in
+    [0, 1]. Raises ValueError as `aupro`.
     """
     if not 0 < limit <= 1:
         raise ValueError(f"limit is {limit}: give a false-positive rate in (0, 1], usually 0.3")
     false, true, overlap, n_normal = _rank_pixels(masks, maps)
-    recall = np.diff(true, prepend=0) / true[-1]  # what each level adds
+    recall = np.diff(true, prepend=0) / true[-1]  # what each threshold adds
     x = np.concatenate([[0], false.ravel() / n_normal, [1]])
-    y = np.concatenate([[0, 0], np.repeat(overlap, 2)])  # a level starts at the overlap before it
+    y = np.concatenate([[0, 0], np.repeat(overlap, 2)])  # a threshold starts at the last overlap
     inside = x <= limit
     x, y = np.append(x[inside], limit), np.append(y[inside], np.interp(limit, x, y))
     area = np.diff(x) @ (y[1:] + y[:-1]) / 2
@@ -72,24 +75,26 @@ def pixel_metrics(masks: Images, maps: Images, limit: float = 0.3) -> dict[str, 
 
 
 def aupro(masks: Images, maps: Images, limit: float = 0.3) -> float:
-    """Exact area under the per-region-overlap curve up to a false-positive rate of `limit`.
+    """Compute the exact area under the per-region-overlap curve up to a false-positive `limit`.
 
-    Arguments as in `pixel_metrics`; `limit` in (0, 1]. Each distinct score is one point: x = share
-    of all normal pixels at or above it, y = covered share of a region, averaged over the regions
-    (8-connected) of all masks. Points are joined linearly, cut at x = `limit`, and the area is
-    divided by `limit`: in [0, 1], perfect = 1, unchanged by strictly increasing maps.
-    Raises ValueError for no anomalous region, no normal pixel, NaN or infinity, unequal numbers or
-    shapes, `limit` out of range. Source: Bergmann et al., IJCV 2021; no grid of thresholds here.
+    Arguments as in `pixel_metrics`; `limit` in (0, 1]. Each distinct score is one point: x is the
+    fraction of all normal pixels at or above it; y is the covered fraction of a region, averaged
+    over the regions (8-connected) of all masks. Points are joined linearly and cut at x = `limit`.
+    The area is divided by `limit`: in [0, 1], perfect = 1, unchanged by strictly increasing
+    transforms. Raises ValueError for no anomalous region, no normal pixel, NaN or infinity, unequal
+    numbers or shapes, or `limit` out of range. Source: Bergmann et al., IJCV 2021; but exact,
+    without their grid of thresholds.
     """
     return pixel_metrics(masks, maps, limit)["aupro"]
 
 
 def _rank_pixels(masks: Images, maps: Images) -> tuple[NDArray, NDArray, NDArray, int]:
-    """Counts at the L distinct scores of anomalous pixels (levels), the highest first.
+    """Count pixels at the L thresholds, the distinct scores of anomalous pixels, highest first.
 
-    Normal pixels (above, at or above) (L, 2), anomalous ones at or above (L,), mean overlap of the
-    regions (L,), number of normal pixels. Between two levels only normal pixels come in and the
-    curves run straight: the levels hold the exact curves, and no argsort of all pixels is needed.
+    Returns the normal pixels (above, at or above) each threshold (L, 2), the anomalous ones at or
+    above it (L,), the mean overlap of regions (L,), and the number of normal pixels. Between two
+    thresholds only normal pixels are added, so the curves are straight there: these points give
+    the exact curves without an argsort of all pixels.
     """
     normal, anomalous, weights = [], [], []
     for mask, scores in _checked_pixels(masks, maps):
@@ -99,28 +104,28 @@ def _rank_pixels(masks: Images, maps: Images) -> tuple[NDArray, NDArray, NDArray
         anomalous.append(scores[mask])
     n_normal, n_anomalous = sum(map(len, normal)), sum(map(len, anomalous))
     if not n_normal or not n_anomalous:
-        found = f"{len(masks)} masks hold {n_anomalous} anomalous and {n_normal} normal pixels"
-        raise ValueError(f"{found}: give both kinds, or leave the pixel metrics out (null)")
-    known = np.sort(np.concatenate(normal))
-    levels, level = np.unique(np.concatenate(anomalous), return_inverse=True)
-    below = np.stack([np.searchsorted(known, levels, side) for side in ("right", "left")], axis=1)
-    overlap = np.bincount(level, np.concatenate(weights))[::-1].cumsum()
-    true = np.bincount(level)[::-1].cumsum()
+        counts = f"{len(masks)} masks hold {n_anomalous} anomalous and {n_normal} normal pixels"
+        raise ValueError(f"{counts}: give both kinds, or leave the pixel metrics out (null)")
+    ranked = np.sort(np.concatenate(normal))
+    thresholds, index = np.unique(np.concatenate(anomalous), return_inverse=True)
+    below = np.stack([np.searchsorted(ranked, thresholds, s) for s in ("right", "left")], axis=1)
+    overlap = np.bincount(index, np.concatenate(weights))[::-1].cumsum()
+    true = np.bincount(index)[::-1].cumsum()
     return n_normal - below[::-1], true, overlap / overlap[-1], n_normal
 
 
 def bootstrap_auroc(
-    labels: ArrayLike, scores: ArrayLike, *, n_boot: int = 1000, seed: int = 0, level: float = 0.95
+    labels: ArrayLike, scores: ArrayLike, *, n_boot: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval (low, high) of the image AUROC over resampled images, in [0, 1].
+    """Compute the 95 % percentile interval (low, high) of the image AUROC over resampled images.
 
-    `labels` (n,); `scores` (n,), or (n_seeds, n): every seed sees the same resampled images and
-    their AUROCs are averaged (list the seeds beside it: no spread of training is in here).
-    Images are resampled within each class; `n_boot` >= 1; `level` in (0, 1). AUROC = 1 gives
-    (1, 1): a bootstrap cannot invent harder images. ValueError as in `image_metrics`, and for
-    `n_boot`, `level`. Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993.
+    `labels` (n,); `scores` (n,) or (n_seeds, n). Every seed sees the same resampled images, and
+    the AUROCs are averaged over seeds; the interval does not cover the spread of training, so list
+    the seeds beside it. Images are resampled within each class. AUROC = 1 gives (1, 1): a bootstrap
+    cannot invent harder images. Raises ValueError as `image_metrics`, and for `n_boot` < 1.
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993.
     """
-    return _interval(_wins(labels, scores), n_boot, seed, level)
+    return _interval(_wins(labels, scores), n_boot, seed)
 
 
 def paired_bootstrap_auroc(
@@ -130,39 +135,39 @@ def paired_bootstrap_auroc(
     *,
     n_boot: int = 1000,
     seed: int = 0,
-    level: float = 0.95,
 ) -> tuple[float, float, float]:
-    """AUROC of a minus AUROC of b with its interval: (difference, low, high), each in [-1, 1].
+    """Compute AUROC of a minus AUROC of b with its interval: (difference, low, high) in [-1, 1].
 
     Arguments, errors and source as in `bootstrap_auroc`. Both methods see the same resampled
-    images; their numbers of seeds may differ. `verdict` reads the interval.
+    images; their numbers of seeds may differ. `verdict` judges the interval.
     """
     wins = _wins(labels, scores_a) - _wins(labels, scores_b)
-    return float(wins.mean()), *_interval(wins, n_boot, seed, level)
+    return float(wins.mean()), *_interval(wins, n_boot, seed)
 
 
 def _wins(labels: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
-    """Defect beats normal image: 1, tie: 1/2, (n_defects, n_normal); its mean is the AUROC."""
+    """Score each pair (n_defects, n_normal): defect above normal 1, tie 1/2; the mean is AUROC."""
     seeds = np.atleast_2d(np.asarray(scores)) if np.size(scores) else [scores]
     rows = [_checked_images(labels, row) for row in seeds]
     return 0.5 + 0.5 * sum(np.sign(row[d, None] - row[~d]) for d, row in rows) / len(rows)
 
 
-def _interval(wins: NDArray, n_boot: int, seed: int, level: float) -> tuple[float, float]:
-    if n_boot < 1 or not 0 < level < 1:
-        raise ValueError(f"n_boot {n_boot}, level {level}: need n_boot >= 1 and 0 < level < 1")
+def _interval(wins: NDArray, n_boot: int, seed: int) -> tuple[float, float]:
+    if n_boot < 1:
+        raise ValueError(f"n_boot is {n_boot}: give at least 1 resampling")
     rng = np.random.default_rng(seed)  # how often each image is drawn: defects, then normal ones
     defects, normal = (rng.multinomial(n, np.full(n, 1 / n), size=n_boot) for n in wins.shape)
     means = ((defects @ wins) * normal).sum(axis=1) / wins.size
-    return tuple(np.quantile(means, [(1 - level) / 2, (1 + level) / 2]).tolist())
+    return tuple(np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist())
 
 
 def verdict(low: float, high: float, minimum: float = 0.0) -> str:
-    """Verdict on the claim "the effect is larger than `minimum`" from its interval [low, high].
+    """Judge the claim "the effect is larger than `minimum`" by the interval [low, high].
 
     "holds": low > minimum, every value agrees with the claim. "does not hold": high <= minimum,
-    every value contradicts it (no effect at all included). "inconclusive": values of both kinds.
-    "not testable at this scale" is for a human to say. Raises ValueError for NaN or low > high.
+    every value contradicts it (also when there is no effect at all). "inconclusive": the interval
+    has both kinds of values. A human decides "not testable at this scale". Raises ValueError for
+    NaN or low > high.
     """
     if not low <= high or math.isnan(minimum):
         raise ValueError(f"low {low}, high {high}, minimum {minimum}: need low <= high and no NaN")
@@ -172,7 +177,7 @@ def verdict(low: float, high: float, minimum: float = 0.0) -> str:
 def _checked_images(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray, NDArray]:
     labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if labels.ndim != 1 or labels.shape != scores.shape:
-        raise ValueError(f"labels {labels.shape}, scores {scores.shape}: give one of each an image")
+        raise ValueError(f"labels {labels.shape}, scores {scores.shape}: give both for each image")
     check_finite(scores, "scores")
     classes = np.unique(labels).tolist()
     if classes != [0, 1]:
@@ -182,7 +187,7 @@ def _checked_images(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray, NDAr
 
 def _checked_pixels(masks: Images, maps: Images) -> Iterator[tuple[NDArray, NDArray]]:
     if len(masks) != len(maps):
-        raise ValueError(f"{len(masks)} masks, {len(maps)} maps: give one mask and map an image")
+        raise ValueError(f"{len(masks)} masks, {len(maps)} maps: give one mask and map per image")
     for i in range(len(masks)):
         mask, scores = np.asarray(masks[i]) != 0, np.asarray(maps[i])
         if mask.ndim != 2 or mask.shape != scores.shape:

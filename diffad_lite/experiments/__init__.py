@@ -1,4 +1,4 @@
-"""Runs: one, a grid, a grid on Dask; your own images; the machine."""
+"""Runs: one, a grid, a grid on Dask; your own unlabelled images; the machine."""
 
 from diffad_lite.experiments.dask import sweep_on_dask
 from diffad_lite.experiments.evaluate import (
@@ -8,14 +8,15 @@ from diffad_lite.experiments.evaluate import (
     pretrained_or_train,
     train,
 )
-from diffad_lite.experiments.folders import read_images, score_folder, shifts, survey
 from diffad_lite.experiments.grid import folder_of, read_grid, scorings, sweep, trainings
 from diffad_lite.experiments.run import Run
+from diffad_lite.experiments.unlabelled import find_shifts, read_images, score_folder, survey
 
 __all__ = [
     "Run",
     "bundled_checkpoint",
     "evaluate",
+    "find_shifts",
     "folder_of",
     "load_checkpoint",
     "pretrained_or_train",
@@ -23,7 +24,6 @@ __all__ = [
     "read_images",
     "score_folder",
     "scorings",
-    "shifts",
     "survey",
     "sweep",
     "sweep_on_dask",

@@ -1,11 +1,12 @@
-"""One run: a method on a data set with a profile and a seed, to a folder with its record.
+"""One run: train or load a method, score a data set, and write a folder with the record.
 
-A run folder holds ``state/`` (training to go on with), ``checkpoint/``, ``result.json``,
-``scores.csv`` and ``figure.png``. The result is written last, so its presence means "done".
+A run folder holds ``state/`` (to resume training), ``checkpoint/``, ``scores.csv``,
+``figure.png`` and ``result.json``. The result is written last, so its presence means "done".
 """
 
 import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -29,12 +31,8 @@ from diffad_lite.data.datasets import AnomalyData, data_dir
 from diffad_lite.data.images import Resize, pad_box
 from diffad_lite.data.readers import LICENCES
 from diffad_lite.data.source import DEFAULT_CATEGORIES
-from diffad_lite.evaluation.metrics import (
-    bootstrap_auroc,
-    f1_at_threshold,
-    image_metrics,
-    pixel_metrics,
-)
+from diffad_lite.evaluation import metrics
+from diffad_lite.evaluation.records import PIXEL_METRICS, ScoreTable
 from diffad_lite.experiments.machine import machine_record
 from diffad_lite.experiments.run import Run, fields_of, run_hash
 from diffad_lite.methods.base import Method, Prediction, get_method, load_pretrained
@@ -50,14 +48,15 @@ SAMPLE = 16  # test images whose scores the index of bundled weights keeps
 def train(
     run: Run, data: AnomalyData, out: Path, *, budget: float | None = None, progress: bool = True
 ) -> Method:
-    """Train into ``out/state`` and ``out/checkpoint``; a second call goes on or loads.
+    """Train into ``out/state`` and ``out/checkpoint``; a second call resumes or loads.
 
-    It may be called by several processes at once, see :mod:`diffad_lite.training.processes`.
+    Several processes may call it at once, see :mod:`diffad_lite.training.processes`. Raises
+    ValueError if the checkpoint there is of another configuration, seed, data or ``budget`` (s).
     """
-    check_writable(out / "state")
+    checkpoint, state = out / "checkpoint", out / "state"
+    check_writable(state)
     config = run.configure(data)
     identity = {"method": run.method, **_provenance(run, data), "budget": budget}
-    checkpoint = out / "checkpoint"
     if (checkpoint / "config.json").exists():
         stored = read_record(checkpoint)
         same_run = {key: stored.get(key) for key in identity} == identity
@@ -72,13 +71,9 @@ def train(
             f"{checkpoint} was trained with another configuration, seed, data or time budget; "
             "choose another --out, or delete that folder to train anew"
         )
-    method = get_method(run.method)(config).fit(
-        data.train,
-        data.calibration,
-        seed=run.seed,
-        budget=budget,
-        workdir=out / "state",
-        progress=progress,
+    method = get_method(run.method)(config)
+    method.fit(
+        data.train, data.calibration, seed=run.seed, budget=budget, workdir=state, progress=progress
     )
     if processes.rank() == 0:
         method.save_pretrained(checkpoint, **_provenance(run, data), budget=budget)
@@ -86,14 +81,14 @@ def train(
 
 
 def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
-    """Load a checkpoint for ``data``, which must be split as it was in training.
+    """Load a checkpoint for ``data``, which must be split as in training.
 
-    ``run.settings`` are applied; statistics and threshold are taken anew where they, or the
-    calibration images, are not those of the checkpoint.
+    Applies ``run.settings``; then calibrates again if the settings or the calibration images are
+    not those of the checkpoint.
 
     Raises:
-        ValueError: it is of another method, seed or profile than ``run``, or was fitted on other
-            images, so that test images of ``data`` may have been training images.
+        ValueError: the checkpoint is of another method, seed or profile than ``run``, or was
+            fitted on another split, so test images of ``data`` may have been training images.
     """
     stored = read_record(Path(folder))
     provenance = _provenance(run, data)
@@ -103,10 +98,10 @@ def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
             f"{stored.get('fingerprint')}, this data has {data.info['fingerprint']}); its "
             "training images may be among these test images: train on this data instead"
         )
-    for key, wanted in provenance.items():
-        if stored.get(key) != wanted:
+    for key, expected in provenance.items():
+        if stored.get(key) != expected:
             raise ValueError(
-                f"{folder} was trained with {key} {stored.get(key)!r}, not {wanted!r}; "
+                f"{folder} was trained with {key} {stored.get(key)!r}, not {expected!r}; "
                 f"give the same {key}, or choose another checkpoint"
             )
     method = get_method(run.method).from_pretrained(folder)
@@ -122,16 +117,16 @@ def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
 
 
 def bundled_checkpoint(method: str, dataset: str, category: str | None) -> Path:
-    """Where the repository keeps lite weights for this data."""
+    """Return the folder of the lite weights for this data in the repository."""
     category = category or DEFAULT_CATEGORIES.get(dataset)
     return data_dir() / "checkpoints" / "-".join(filter(None, (dataset, category, method)))
 
 
 def bundle(run: Run, data: AnomalyData, method: Method, *, command: str) -> Path:
-    """Store a trained method in ``data/checkpoints`` in float16, with its line in the index.
+    """Store a trained method in ``data/checkpoints`` in float16, with its entry in the index.
 
-    The metrics in the index are those of the stored float16 weights on the test set; its scores, of
-    16 test images, show whether a later version still scores as this one does.
+    Metrics in the index are those of the stored float16 weights on the test set. Its scores, of 16
+    test images, show whether a later version still scores as this one does.
     """
     folder = bundled_checkpoint(run.method, run.dataset, data.info["category"])
     record = _provenance(run, data)
@@ -149,7 +144,7 @@ def bundle(run: Run, data: AnomalyData, method: Method, *, command: str) -> Path
         "command": command,
         **record,
         "config": to_dict(stored.config),
-        "metrics": image_metrics(data.test_labels, scores),
+        "metrics": metrics.image_metrics(data.test_labels, scores),
         "scores": {n: float(s) for n, s in zip(data.test_ids, scores, strict=True) if n in sample},
         "reports": stored.reports_,
         "licence": LICENCES.get(run.dataset, "see the data set"),
@@ -159,16 +154,12 @@ def bundle(run: Run, data: AnomalyData, method: Method, *, command: str) -> Path
 
 
 def pretrained_or_train(
-    run: Run,
-    data: AnomalyData,
-    *,
-    retrain: bool = False,
-    out_dir: str | Path = "runs/notebooks",
+    run: Run, data: AnomalyData, *, retrain: bool = False, out_dir: str | Path = "runs/notebooks"
 ) -> Method:
-    """For notebooks: the bundled lite weights in ci and lite, else (or on demand) training.
+    """Load the bundled weights in a notebook on ci or lite; train if there are none, or to retrain.
 
-    Bundled weights are those of seed 0, whatever ``run.seed`` says. A training goes to a folder
-    of its own in ``out_dir``, and goes on from there when it was interrupted.
+    Bundled weights are of seed 0, whatever ``run.seed`` is. Each run trains into its folder in
+    ``out_dir``, and resumes there after an interruption.
     """
     folder = bundled_checkpoint(run.method, run.dataset, data.info["category"])
     if not retrain and run.profile != "paper" and folder.is_dir():
@@ -178,7 +169,7 @@ def pretrained_or_train(
 
 
 def _provenance(run: Run, data: AnomalyData) -> dict[str, Any]:
-    """What a checkpoint remembers of its training beside its configuration."""
+    """Return what a checkpoint records of its training besides its configuration."""
     info = {key: data.info[key] for key in ("fingerprint", "split_seed", "resize")}
     return {"seed": run.seed, "profile": run.profile, **info}
 
@@ -195,23 +186,17 @@ def evaluate(
     save_maps: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train or load, score the test set, and write the record.
+    """Train or load, score the test set, write the run folder, and return its ``result.json``.
 
     Args:
-        run: what to run.
-        out: the run folder.
         checkpoint: load this instead of training; ``run.settings`` may then change inference
             settings only.
         budget: seconds of training.
         save_maps: write every anomaly map at its original size, in MVTec's layout (float32 TIFF).
-        progress: show progress bars.
-
-    Returns:
-        the contents of ``result.json``.
 
     Raises:
-        ValueError: no anomalous test images, several processes, or anything that loading and
-            training raise.
+        ValueError: the test set has one class only, several processes call it, or loading or
+            training fails.
     """
     if processes.count() > 1:
         raise ValueError(
@@ -223,7 +208,7 @@ def evaluate(
     data = run.load_data()
     if len(set(data.test_labels.tolist())) < 2:
         raise ValueError(
-            "the test set has only one class, so that there is nothing to measure; add "
+            "the test set has only one class, so there is nothing to measure; add "
             "test/<defect> images, or use --plant cells to score planted defects"
         )
     if checkpoint is None:
@@ -238,7 +223,7 @@ def evaluate(
     n = len(data.test_labels)
     result = {
         **_identity(run, data, method, checkpoint),
-        **quality(data, prediction, method.threshold_),
+        **measure_quality(data, prediction, method.threshold_),
         "train_seconds": sum(r["seconds"] for r in method.reports_.values()),
         "train_steps": sum(r["steps"] for r in method.reports_.values()),
         "ms_per_image": 1000 * seconds / n,
@@ -247,7 +232,7 @@ def evaluate(
         **machine_record(method.device),
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "result.json").unlink(missing_ok=True)  # it stands for all that is written before it
+    (out / "result.json").unlink(missing_ok=True)  # its presence means that all else is written
     write_scores(out / "scores.csv", data, prediction)
     write_figure(out / "figure.png", data, prediction, method)
     if save_maps:
@@ -276,49 +261,45 @@ def _identity(
 
 # --------------------------------------------------------------- from predictions to numbers, files
 
-PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "aupro", "dice_oracle")
 
-
-def quality(data: AnomalyData, prediction: Prediction, threshold: float) -> dict[str, Any]:
-    """All metrics of one run; pixel metrics are None where no mask is known."""
+def measure_quality(data: AnomalyData, prediction: Prediction, threshold: float) -> dict[str, Any]:
+    """Compute all metrics of one run; pixel metrics are None if no mask is known."""
     labels, scores = data.test_labels, prediction.image_score.numpy()
-    kinds, maps = np.array(data.defect_types), _maps_with_masks(data, prediction.anomaly_map)
+    kinds = np.array(data.defect_types)
+    pairs = {  # test image -> its mask and its map, both at original size
+        i: (mask, map_at_original_size(data, prediction.anomaly_map, i))
+        for i, mask in enumerate(data.test_masks or [])
+        if mask is not None
+    }
+
+    def pixel_quality(chosen: np.ndarray) -> Mapping[str, float | None]:
+        masks = [mask for i, (mask, _) in pairs.items() if chosen[i]]
+        maps = [anomaly_map for i, (_, anomaly_map) in pairs.items() if chosen[i]]
+        if not any(mask.any() for mask in masks):
+            return dict.fromkeys(PIXEL_METRICS)
+        return metrics.pixel_metrics(masks, maps)
+
     per_defect = {}
     for kind in sorted(set(kinds[labels == 1])):
         chosen = (labels == 0) | (kinds == kind)
         per_defect[kind] = {
             "n": int((kinds == kind).sum()),
-            "image_auroc": image_metrics(labels[chosen], scores[chosen])["image_auroc"],
-            **_pixel_quality(maps, chosen),
+            "image_auroc": metrics.image_metrics(labels[chosen], scores[chosen])["image_auroc"],
+            **pixel_quality(chosen),
         }
     return {
-        **image_metrics(labels, scores),
-        "image_auroc_ci": list(bootstrap_auroc(labels, scores)),
+        **metrics.image_metrics(labels, scores),
+        "image_auroc_ci": list(metrics.bootstrap_auroc(labels, scores)),
         "threshold": threshold,
-        "f1_at_normal_threshold": f1_at_threshold(labels, scores, threshold),
+        "f1_at_normal_threshold": metrics.f1_at_threshold(labels, scores, threshold),
         "false_alarms_at_normal_threshold": float((scores[labels == 0] > threshold).mean()),
-        **_pixel_quality(maps, np.ones(len(labels), dtype=bool)),
+        **pixel_quality(np.ones(len(labels), dtype=bool)),
         "per_defect": per_defect,
     }
 
 
-def _maps_with_masks(data: AnomalyData, maps: Tensor) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Test image -> its mask and its map at the mask's size, where a mask is known."""
-    masks = {i: m for i, m in enumerate(data.test_masks or []) if m is not None}
-    return {i: (mask, map_at_original_size(data, maps, i)) for i, mask in masks.items()}
-
-
-def _pixel_quality(
-    maps: dict[int, tuple[np.ndarray, np.ndarray]], chosen: np.ndarray
-) -> dict[str, Any]:
-    pairs = [pair for i, pair in maps.items() if chosen[i]]
-    if not any(mask.any() for mask, _ in pairs):
-        return dict.fromkeys(PIXEL_METRICS)
-    return pixel_metrics([mask for mask, _ in pairs], [own for _, own in pairs])
-
-
 def map_at_original_size(data: AnomalyData, maps: Tensor, i: int) -> np.ndarray:
-    """The map of test image ``i`` (of (N, H, W)) at the size its mask has."""
+    """Return the map of test image ``i``, of maps (N, H, W), at the size of its mask."""
     size, info = data.original_sizes[i], data.info
     return at_original_size(maps[i], size, info["resize"], info["image_size"])
 
@@ -326,7 +307,7 @@ def map_at_original_size(data: AnomalyData, maps: Tensor, i: int) -> np.ndarray:
 def at_original_size(
     anomaly_map: Tensor, size: tuple[int, int], resize: Resize, image_size: int
 ) -> np.ndarray:
-    """A map (H, W) of a resized image, bilinear, at the (height, width) that the image had."""
+    """Resize a map (H, W) of a resized image, bilinearly, to its original (height, width)."""
     if resize == "pad":
         top, left, h, w = pad_box(*size, image_size)
         anomaly_map = anomaly_map[top : top + h, left : left + w]
@@ -336,46 +317,54 @@ def at_original_size(
 def export_maps(data: AnomalyData, maps: Tensor, folder: Path) -> None:
     """Write maps as ``<folder>/test/<defect>/<id>.tiff``, as MVTec's evaluation script reads."""
     for i, name in enumerate(data.test_ids):
-        pixels = map_at_original_size(data, maps, i).astype(np.float32)
         path = folder / "test" / data.defect_types[i] / f"{Path(name).name}.tiff"
-        write_atomically(path, Image.fromarray(pixels).save)
+        write_map(path, map_at_original_size(data, maps, i))
+
+
+def write_map(path: Path, anomaly_map: np.ndarray) -> None:
+    """Write a map as a float32 TIFF."""
+    write_atomically(path, Image.fromarray(anomaly_map.astype(np.float32)).save)
 
 
 def write_scores(path: Path, data: AnomalyData, prediction: Prediction) -> None:
-    """One row a test image: id, label, defect_type, image_score."""
+    """Write one row per test image: id, label, defect_type, image_score."""
     scores = [f"{score:.6g}" for score in prediction.image_score.tolist()]
     rows = zip(data.test_ids, data.test_labels, data.defect_types, scores, strict=True)
-    write_rows(path, [("id", "label", "defect_type", "image_score"), *rows])
+    write_rows(path, [ScoreTable._fields, *rows])
 
 
-def plain(name: str) -> str:
-    """A name of a file or folder for a figure, which would read $...$ as mathematics."""
+def escape_dollars(name: str) -> str:
+    """Escape a file or folder name for a figure, which would read $...$ as mathematics."""
     return name.replace("$", r"\$")
 
 
 def write_figure(path: Path, data: AnomalyData, prediction: Prediction, method: Method) -> None:
-    """Two normal and six anomalous test images, the first of each kind of defect first."""
+    """Show two normal and six anomalous test images, the first of each kind of defect first."""
     order = np.argsort(data.test_ids, kind="stable")
     kinds = np.array(data.defect_types)[order]
-    first = {kind: order[kinds == kind] for kind in sorted(set(kinds))}
-    anomalous = [v for k, v in first.items() if k != "good"]
-    turn = [v[i] for i in range(6) for v in anomalous if i < len(v)][:6]
-    chosen = [*first["good"][:2], *turn]
+    by_kind = {kind: order[kinds == kind] for kind in sorted(set(kinds))}
+    anomalous = [images for kind, images in by_kind.items() if kind != "good"]
+    in_turn = [images[i] for i in range(6) for images in anomalous if i < len(images)]
+    chosen = [*by_kind["good"][:2], *in_turn[:6]]
+    reconstructions, masks = prediction.reconstruction, data.test_masks
     normal_maps = prediction.anomaly_map[data.test_labels == 0]
     top = float(np.quantile(normal_maps.numpy(), 0.999))
     fig, _ = show_detections(
         data.test_images[chosen],
         prediction.anomaly_map[chosen],
-        reconstructions=None
-        if prediction.reconstruction is None
-        else prediction.reconstruction[chosen],
-        masks=[data.test_masks[i] for i in chosen] if data.test_masks else None,
-        titles=[plain(data.defect_types[i]) for i in chosen],
+        reconstructions=None if reconstructions is None else reconstructions[chosen],
+        masks=[masks[i] for i in chosen] if masks else None,
+        titles=[escape_dollars(data.defect_types[i]) for i in chosen],
         scale=(0.0, 2 * max(top, 1e-6)),
-        caption=plain(
+        caption=escape_dollars(
             f"{method.name} on {data.info['name']} {data.info['category']}; the colour scale "
             "ends at twice the 99.9 % quantile of normal pixels"
         ),
     )
+    save_figure(path, fig)
+
+
+def save_figure(path: Path, fig: Figure) -> None:
+    """Write a figure, complete or not at all, and close it."""
     write_atomically(path, fig.savefig)
     plt.close(fig)

@@ -15,11 +15,11 @@ A grid is a YAML file (or the same as a dictionary)::
     trainings:                       # settings that are trained each for itself, as for ablations
       one-component: {n_components: 1}
 
-An entry of ``data`` may have its own ``methods``, ``seeds``, ``plants``, ``variants`` and
-``trainings``, and environment variables in its ``root``. One training serves all plants and
-variants of its (method, data, seed). A scoring is skipped when its ``result.json`` carries the hash
-of the same run and configuration. Methods that begin with AnoDDPM's own training take it over from
-the AnoDDPM of the same data and seed in the same folder; the time it took is counted as theirs.
+An entry of ``data`` may replace ``methods``, ``seeds``, ``plants``, ``variants`` and ``trainings``
+for itself, and may use environment variables in its ``root``. One training serves all plants and
+variants of its (method, data, seed). A scoring is skipped if its ``result.json`` carries the hash
+of the same run and configuration. A method that begins with AnoDDPM's training copies it from the
+AnoDDPM of the same data and seed in the same folder; that training time counts as its own.
 """
 
 import errno
@@ -46,94 +46,76 @@ from diffad_lite.methods.base import MethodConfig
 from diffad_lite.methods.denoiser import STAGE, DenoisingConfig
 
 Grid = Mapping[str, Any]
-DATA_KEYS = ("dataset", "category", "root", "image_size", "resize")
-# What an entry of data may set in the place of the grid.
-OWN_KEYS = ("methods", "seeds", "plants", "variants", "trainings")
-KEYS = ("profile", *OWN_KEYS, "data", "settings")
-# What stands under each key of a grid, or of an entry of its data.
-FORMS = {
-    "profile": str,
+# Types of the values under each key.
+DATA_TYPES = dict.fromkeys(("dataset", "category", "root", "resize"), str) | {"image_size": int}
+SHARED_TYPES = {  # keys of a grid that an entry of its data may replace for itself
     "methods": tuple[str, ...],
     "seeds": tuple[int, ...],
-    "data": tuple[Any, ...],
     "plants": tuple[str | None, ...],
     "variants": dict[str, dict[str, Any] | None],
     "trainings": dict[str, dict[str, Any] | None],
-    "settings": dict[str, Any],
-    "dataset": str,
-    "category": str,
-    "root": str,
-    "image_size": int,
-    "resize": str,
 }
+GRID_TYPES = {"profile": str} | SHARED_TYPES | {"data": tuple[Any, ...], "settings": dict[str, Any]}
 
 
 def read_grid(path: str | Path) -> dict[str, Any]:
     """Read and check a grid.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not YAML, an unknown key, a value of another form, or no methods or data.
+    Raises FileNotFoundError if there is no such file, ValueError if it is not YAML, has an unknown
+    key or a value of another type, or names no methods or no data.
     """
     try:
         grid = read_yaml(Path(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"no grid at {path}; see data/grid.yaml for one") from None
     if not isinstance(grid, dict):
-        raise ValueError(f"{path} must be a mapping with the keys {', '.join(KEYS)}")
-    for key in grid:
-        if key not in KEYS:
-            raise unknown_name(f"key in {path}", str(key), KEYS)
+        raise ValueError(f"{path} must be a mapping with the keys {', '.join(GRID_TYPES)}")
+    _check_values(grid, GRID_TYPES, path, "key")
     for key in ("methods", "data"):
         if not grid.get(key):
             raise ValueError(f"{path} names no {key}; add them, as in data/grid.yaml")
-    _check_forms(grid, path)
     for entry in grid["data"]:
         if not isinstance(entry, dict) or "dataset" not in entry:
-            like = f"{path}: each entry of data is like {{dataset: elpv}}"
-            raise ValueError(f"{like}, got {short_repr(entry)}")
-        for key in entry:
-            if key not in (*DATA_KEYS, *OWN_KEYS):
-                raise unknown_name(f"key of data in {path}", str(key), (*DATA_KEYS, *OWN_KEYS))
-        _check_forms(entry, path)
+            example = f"{path}: each entry of data is like {{dataset: elpv}}"
+            raise ValueError(f"{example}, got {short_repr(entry)}")
+        _check_values(entry, DATA_TYPES | SHARED_TYPES, path, "key of data")
     return grid
 
 
-def _check_forms(values: Grid, path: str | Path) -> None:
-    """Raise ValueError for what is not of its form; nothing (``seeds:``) is the default."""
+def _check_values(values: Grid, types: Mapping[str, Any], path: str | Path, what: str) -> None:
+    """Raise ValueError for an unknown key or a wrong type; no value (``seeds:``) is the default."""
     for key, value in values.items():
+        if key not in types:
+            raise unknown_name(f"{what} in {path}", str(key), types)
         if value is not None:
-            convert(value, FORMS[key], f"{path}: {key}")
+            convert(value, types[key], f"{path}: {key}")
 
 
 def trainings(grid: Grid, *, expand_roots: bool = True) -> Iterator[tuple[Run, Grid]]:
-    """The runs that are trained, in order: data, then methods, then seeds; each with its grid.
+    """Yield each run to train with its grid, in the order data, methods, trainings, seeds.
 
-    Args:
-        grid: see above.
-        expand_roots: replace environment variables in folders of images; False where none is read.
-
-    Raises:
-        ValueError: a root names an environment variable that is not set.
+    ``expand_roots`` replaces environment variables in ``root`` and raises ValueError for one that
+    is not set; where no image is read, it can be False.
     """
     profile: Profile = grid.get("profile") or "lite"
     for entry in grid["data"]:
-        own = {**grid, **{key: entry[key] for key in OWN_KEYS if entry.get(key)}}
-        data = {key: entry[key] for key in DATA_KEYS if entry.get(key) is not None}
+        entry_grid = {**grid, **{key: entry[key] for key in SHARED_TYPES if entry.get(key)}}
+        data = {key: entry[key] for key in DATA_TYPES if entry.get(key) is not None}
         if "root" in data and expand_roots:
             data["root"] = os.path.expandvars(data["root"])
             if "$" in data["root"]:
                 raise ValueError(f"set the environment variable in the grid's root {data['root']}")
-        named = own.get("trainings") or {"": {}}
-        choices = itertools.product(own["methods"], named.items(), own.get("seeds") or [0])
+        named = entry_grid.get("trainings") or {"": {}}
+        seeds = entry_grid.get("seeds") or [0]
+        choices = itertools.product(entry_grid["methods"], named.items(), seeds)
         for method, (training, changes), seed in choices:
             settings = _as_json((grid.get("settings") or {}) | (changes or {}))
-            more = {"seed": seed, "training": training, "settings": settings}
-            yield Run(method=method, profile=profile, **more, **data), own
+            options = {"seed": seed, "training": training, "settings": settings}
+            yield Run(method=method, profile=profile, **options, **data), entry_grid
 
 
 def scorings(grid: Grid, run: Run) -> Iterator[Run]:
-    """What one training is scored on: every plant with every variant."""
+    """Yield what one training is scored on: every plant with every variant."""
     variants = grid.get("variants") or {"default": {}}
     plants = grid.get("plants") or [None]
     for plant, (name, changes) in itertools.product(plants, variants.items()):
@@ -151,49 +133,45 @@ def _as_json(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def named_scorings(grid: Grid) -> Iterator[tuple[str, Run, Run]]:
-    """Each scoring of a grid: its place below a folder of runs, its training, and itself."""
-    for run, own in trainings(grid, expand_roots=False):
-        for scoring in scorings(own, run):
+    """Yield each scoring of a grid as (its path below a folder of runs, its training, itself)."""
+    for run, entry_grid in trainings(grid, expand_roots=False):
+        for scoring in scorings(entry_grid, run):
             yield (folder_of(run, Path()) / scoring_name(scoring)).as_posix(), run, scoring
 
 
+def scoring_name(scoring: Run) -> str:
+    """Return the name of a scoring's folder in that of its training."""
+    return "-".join(filter(None, (scoring.variant, scoring.plant)))
+
+
 def folder_of(run: Run, out: Path) -> Path:
-    """``out/<method>/<data>[/<training>]/s<seed>``, of one training."""
-    parts = [run.dataset, run.category]
-    parts += [] if run.image_size == 64 else [f"{run.image_size}px"]
-    parts += [] if run.resize == "squash" else [run.resize]
-    data = "-".join(filter(None, parts))
+    """Return the folder of a training, ``out/<method>/<data>[/<training>]/s<seed>``."""
+    size = None if run.image_size == 64 else f"{run.image_size}px"
+    resize = None if run.resize == "squash" else run.resize
+    data = "-".join(filter(None, (run.dataset, run.category, size, resize)))
     return out / run.method / data / run.training / f"s{run.seed}"
 
 
 def sweep(grid: Grid, out: str | Path, *, progress: bool = True) -> list[str]:
-    """Run a grid; finished scorings are skipped, an interrupted training goes on.
+    """Run a grid: skip finished scorings, resume an interrupted training.
 
-    Returns:
-        one line for each failure; each also stands in ``error.txt`` of its folder.
-
-    Raises:
-        ValueError: a run that cannot be, such as a negative seed.
-        OSError: ``out`` cannot be written, or the disk is full.
+    Returns one line for each failure; its traceback is in ``error.txt`` of the run's folder. Raises
+    ValueError for impossible fields of a run, such as a negative seed, and OSError if ``out``
+    cannot be written or the disk is full.
     """
     out, failures = Path(out), []
     check_writable(out)
     runs = list(trainings(grid))
-    for i, (run, own) in enumerate(runs, 1):
-        folder = folder_of(run, out)
-        print(f"[{i}/{len(runs)}] {folder.relative_to(out)}", flush=True)
-        failures += attempt(own, run, out, progress=progress)
+    for i, (run, entry_grid) in enumerate(runs, 1):
+        print(f"[{i}/{len(runs)}] {folder_of(run, out).relative_to(out)}", flush=True)
+        failures += attempt(entry_grid, run, out, progress=progress)
     return failures
 
 
 def attempt(grid: Grid, run: Run, out: Path, *, progress: bool = True) -> list[str]:
-    """Make one run of a grid; a failure is noted in ``error.txt`` of its folder.
+    """Train and score one run; on failure write ``error.txt`` and return one line that names it.
 
-    Returns:
-        a line for the failure, if there is one.
-
-    Raises:
-        OSError: the disk is full.
+    Raises OSError if the disk is full.
     """
     folder = folder_of(run, out)
     try:
@@ -209,7 +187,28 @@ def attempt(grid: Grid, run: Run, out: Path, *, progress: bool = True) -> list[s
         return [f"{folder}: {type(error).__name__}: {error}"]
 
 
-def share_denoiser(run: Run, config: MethodConfig, out: Path) -> None:
+def _run_one(grid: Grid, run: Run, out: Path, progress: bool) -> None:
+    """Train one run, unless that is done, and make the missing scorings."""
+    folder, data = folder_of(run, out), run.load_data()
+    config, planned = run.configure(data), list(scorings(grid, run))
+    for scoring in planned:  # a misspelt setting fails before the training, not after it
+        override(config, scoring.settings)
+        check_arguments(run.dataset, scoring.plant, run.resize, run.side)
+    copy_denoiser(run, config, out)
+    trained = train(run, data, folder, progress=progress).config
+    del data  # each scoring loads its own
+    for scoring in planned:
+        name = scoring_name(scoring)
+        if is_done(scoring, folder / name / "result.json", trained):
+            print(f"  {name}: done before", flush=True)
+            continue
+        result = evaluate(
+            scoring, folder / name, checkpoint=folder / "checkpoint", progress=progress
+        )
+        print(f"  {name}: image AUROC {result['image_auroc']:.3f}", flush=True)
+
+
+def copy_denoiser(run: Run, config: MethodConfig, out: Path) -> None:
     """Copy the denoiser that AnoDDPM trained for the same data and seed in the same way.
 
     Nothing happens where there is none, where the run trains no denoiser on normal images alone,
@@ -238,106 +237,64 @@ def trained_denoiser(record: Path, seed: int) -> dict[str, Any] | None:
     return None
 
 
-def _run_one(grid: Grid, run: Run, out: Path, progress: bool) -> None:
-    """Train one run, unless that is done, and make the scorings that are missing."""
-    folder, data = folder_of(run, out), run.load_data()
-    planned = list(scorings(grid, run))
-    for scoring in planned:  # a misspelt setting fails before the training, not after it
-        override(run.configure(data), scoring.settings)
-        check_arguments(run.dataset, scoring.plant, run.resize, run.side)
-    share_denoiser(run, run.configure(data), out)
-    trained = train(run, data, folder, progress=progress).config
-    del data  # each scoring loads its own
-    for scoring in planned:
-        name = scoring_name(scoring)
-        if is_done(scoring, folder / name / "result.json", trained):
-            print(f"  {name}: done before", flush=True)
-            continue
-        result = evaluate(
-            scoring, folder / name, checkpoint=folder / "checkpoint", progress=progress
-        )
-        print(f"  {name}: image AUROC {result['image_auroc']:.3f}", flush=True)
+def is_done(scoring: Run, path: Path, trained: MethodConfig) -> bool:
+    """Tell whether ``path`` is the result of this very scoring; a broken file is not, and is named.
 
-
-def is_done(run: Run, path: Path, trained: MethodConfig) -> bool:
-    """Whether ``path`` is the result of this very run; a broken file is named and redone.
-
-    ``trained`` is the configuration of the checkpoint, to which the run's settings apply.
+    ``trained`` is the configuration of the checkpoint, to which the scoring's settings apply.
     """
     if not path.exists():
         return False
     try:
-        return is_record_of(run, read_json(path, "result"), trained)
+        return _is_record_of(scoring, read_json(path, "result"), trained)
     except (ValueError, KeyError, TypeError) as error:
         print(f"  {path} is broken and is made again: {error}", flush=True)
         return False
 
 
-def is_record_of(run: Run, result: Mapping[str, Any], trained: MethodConfig) -> bool:
-    """Whether a record is of this very run, scored with ``trained`` under the run's settings.
+def _is_record_of(scoring: Run, record: Mapping[str, Any], trained: MethodConfig) -> bool:
+    """Compare fields and configuration; raise ValueError, KeyError or TypeError for no record."""
+    config = override(trained, scoring.settings)
+    run = replace(scoring, category=record["category"])
+    same_run = record["config_hash"] == run_hash(run, record["config"])
+    return same_run and from_dict(type(config), record["config"]) == config
 
-    Raises:
-        ValueError, KeyError, TypeError: it is no record.
+
+def find_missing(grid: Grid, records: Iterable[Mapping[str, Any]]) -> tuple[list[str], int]:
+    """Return the names of the scorings that a sweep would make, and the number of all scorings.
+
+    Compares the grid with ``records``, as :func:`~diffad_lite.evaluation.records.read_results`
+    returns them; reads no image and trains nothing. Raises ValueError for an unknown method or
+    impossible fields of a run. A setting that no configuration has shows only in the sweep.
     """
-    config = override(trained, run.settings)
-    wanted = replace(run, category=result["category"])
-    same_run = result["config_hash"] == run_hash(wanted, result["config"])
-    return same_run and from_dict(type(config), result["config"]) == config
-
-
-def missing(grid: Grid, records: Iterable[Mapping[str, Any]]) -> tuple[list[str], int]:
-    """Compare a grid with records, without reading images or training anything.
-
-    Args:
-        grid: see above.
-        records: as :func:`diffad_lite.evaluation.records.read_results` returns them.
-
-    Returns:
-        the scorings that no record is of, by their place in a folder of runs; and how many the
-        grid has in all.
-
-    Raises:
-        ValueError: an unknown method, or fields that a run cannot have. Settings that a
-            configuration does not have show only where there is a record, or in the sweep.
-    """
-    known, left, count = {record["name"]: record for record in records}, [], 0
-    for name, run, scoring in named_scorings(grid):
+    by_name = {record["name"]: record for record in records}
+    planned = list(named_scorings(grid))
+    missing = []
+    for name, run, scoring in planned:
         get_method(run.method)
-        count += 1
-        record = known.get(name)
-        if record is None or not _is_current(scoring, record, run):
-            left.append(name)
-    return left, count
+        try:
+            record = by_name[name]
+            info = {"channels": record["config"]["channels"], "category": record["category"]}
+            trained = run.configure_for(info | {"flip_axes": FLIP_AXES.get(run.dataset, ())})
+            done = _is_record_of(scoring, record, trained)
+        except (ValueError, KeyError, TypeError):  # no record, or one that a sweep makes again
+            done = False
+        if not done:
+            missing.append(name)
+    return missing, len(planned)
 
 
-def _is_current(scoring: Run, record: Mapping[str, Any], run: Run) -> bool:
-    """Whether a sweep would skip a scoring of a training, as :func:`is_done` does."""
-    try:
-        channels, category = record["config"]["channels"], record["category"]
-        axes = FLIP_AXES.get(run.dataset, ())
-        info = {"channels": channels, "category": category, "flip_axes": axes}
-        return is_record_of(scoring, record, run.configure_for(info))
-    except (ValueError, KeyError, TypeError):
-        return False
+def grids_by_scoring(folder: Path) -> dict[str, str]:
+    """Map each scoring of the grids in a folder to its grid, by name.
 
-
-def homes(folder: Path) -> dict[str, str]:
-    """Return for each scoring of the grids in a folder, by its name, the name of its grid.
-
-    What several grids share belongs to the first of them; YAML files that are no grids are passed
-    over.
+    A scoring that several grids share belongs to the first one. YAML files that are no grids are
+    skipped.
     """
-    found: dict[str, str] = {}
+    grids: dict[str, str] = {}
     for path in sorted(folder.glob("*.yaml")):
         try:
             grid = read_grid(path)
         except ValueError:
             continue
         for name, _, _ in named_scorings(grid):
-            found.setdefault(name, path.stem)
-    return found
-
-
-def scoring_name(scoring: Run) -> str:
-    """Name of a scoring's folder in that of its training."""
-    return "-".join(filter(None, (scoring.variant, scoring.plant)))
+            grids.setdefault(name, path.stem)
+    return grids

@@ -1,4 +1,4 @@
-"""What machine this is: the record that goes into every result, and ``diffad doctor``."""
+"""Describe this machine: for the record of every result, and for ``diffad doctor``."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ MIN_FREE_GB = 2.0
 
 
 def machine_record(device: torch.device) -> dict[str, Any]:
-    """What the numbers were made on."""
+    """Return what the numbers of a run were computed on."""
     return {
         "peak_memory_mb": peak_memory_mb(device),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -34,7 +34,7 @@ def machine_record(device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory_mb(device: torch.device) -> float | None:
-    """Largest memory so far: of the GPU, or of the process; None where the system cannot say."""
+    """Return the peak memory of the GPU, else of the process; None if the system has no count."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -46,23 +46,22 @@ def peak_memory_mb(device: torch.device) -> float | None:
 
 
 def _commit() -> str | None:
-    """The repository's commit, with ``+`` when files differ from it; None outside of git."""
-    git = ["git", "-C", os.path.dirname(__file__)]
+    """Return the repository's commit, with ``+`` if files differ from it; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", os.path.dirname(__file__), *arguments]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
+
     try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
-        )
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        )
+        changed = git("status", "--porcelain", "-uno")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor: what was looked at, whether it is well, and the fix."""
+    """One line of ``diffad doctor``: what was checked, the outcome, and the fix."""
 
     ok: bool
     what: str
@@ -73,8 +72,8 @@ class Check:
         return line if self.ok else f"{line}\n       fix: {self.fix}"
 
 
-def checks() -> Iterator[Check]:
-    """Everything a run needs, and what would make it faster."""
+def run_checks() -> Iterator[Check]:
+    """Check what a run needs, and what would make it faster."""
     python = platform.python_version()
     yield Check(sys.version_info >= (3, 11), f"Python {python}", "install Python 3.11 or newer")
     for name in (*LIBRARIES, "matplotlib", "jupyterlab", "ipywidgets", "papermill", "safetensors"):
@@ -94,5 +93,5 @@ def checks() -> Iterator[Check]:
         yield Check(True, f"bundled checkpoints: {', '.join(bundled_checkpoints()) or 'none'}")
     except FileNotFoundError as error:
         yield Check(False, "data folder", str(error))
-    found = importlib.util.find_spec("elpv_dataset") is not None
-    yield Check(found, "data set elpv (solar cells)", "pip install elpv-dataset")
+    installed = importlib.util.find_spec("elpv_dataset") is not None
+    yield Check(installed, "data set elpv (solar cells)", "pip install elpv-dataset")

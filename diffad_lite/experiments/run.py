@@ -1,4 +1,4 @@
-"""What is run: the fields of one run, its data, its configuration, and their hash."""
+"""One run: its fields, its data, its configuration, and their hash."""
 
 from collections.abc import Mapping
 from dataclasses import field
@@ -24,7 +24,7 @@ CI_TEST_IMAGES = 32
 
 @configuration
 class Run:
-    """What is run. Two runs with equal fields and code give the same numbers.
+    """Fields of one run. Two runs with equal fields and code give the same numbers.
 
     Attributes:
         method: name in the registry.
@@ -37,8 +37,8 @@ class Run:
         profile: ``ci``, ``lite`` or ``paper``.
         seed: of training.
         variant: a name for ``settings`` in tables.
-        training: a name for settings that were trained, not only scored, otherwise; empty for
-            the profile's own.
+        training: a name for settings that change the training, not only the scoring; empty for
+            the profile's training.
         settings: configuration fields to override, dotted name -> JSON text.
     """
 
@@ -70,13 +70,13 @@ class Run:
 
     @property
     def side(self) -> int:
-        """Of the images, in pixels: ``image_size``, or what the profile has in its place."""
+        """The images' side in pixels: ``image_size``, or the profile's default."""
         if self.image_size is None:
             return 256 if self.profile == "paper" else 64
         return self.image_size
 
     def load_data(self) -> AnomalyData:
-        """The data of this run; the ci profile scores few images."""
+        """Load the data of this run; the ci profile scores few images."""
         data = load_dataset(
             self.dataset,
             self.category,
@@ -88,15 +88,11 @@ class Run:
         return data.subset(CI_TEST_IMAGES) if self.profile == "ci" else data
 
     def configure(self, data: AnomalyData) -> MethodConfig:
-        """The method's configuration: of the profile, with this run's settings."""
+        """Return the method's configuration: the profile's, with this run's settings."""
         return self.configure_for(data.info)
 
     def configure_for(self, info: Mapping[str, Any]) -> MethodConfig:
-        """:meth:`configure` for data of which no more is known than some of ``AnomalyData.info``.
-
-        Args:
-            info: at least ``channels``, ``category`` and ``flip_axes``.
-        """
+        """Do the same from the ``channels``, ``category`` and ``flip_axes`` of a data set alone."""
         known = {key: info[key] for key in ("channels", "category", "flip_axes")}
         config = get_method(self.method).Config.for_profile(
             self.profile, image_size=self.side, dataset=self.dataset, **known
@@ -105,11 +101,11 @@ class Run:
 
 
 def run_hash(run: Run, config: Mapping[str, Any]) -> str:
-    """Identifies what was run: the run and the full configuration that it came to."""
+    """Return a hash that identifies a run and its full configuration."""
     return config_hash(fields_of(run) | {"config": config})
 
 
 def fields_of(run: Run) -> dict[str, Any]:
-    """A run's fields without where its files lie, and what the configuration says already."""
-    left_out = {"root", "settings"} | (set() if run.training else {"training"})
-    return {k: v for k, v in to_dict(run).items() if k not in left_out}
+    """Return a run's fields, except paths and what the configuration already holds."""
+    omitted = {"root", "settings"} | (set() if run.training else {"training"})
+    return {k: v for k, v in to_dict(run).items() if k not in omitted}

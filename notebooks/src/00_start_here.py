@@ -309,7 +309,7 @@ explore(at_threshold, threshold=ladder)
 # ## Is this machine ready?
 
 # %%
-for check in machine.checks():
+for check in machine.run_checks():
     print(check)
 
 # %% [markdown]

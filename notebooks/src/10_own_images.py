@@ -76,9 +76,9 @@ from diffad_lite.evaluation import metrics, records, tables
 from diffad_lite.experiments import (
     Run,
     evaluate,
+    find_shifts,
     read_images,
     score_folder,
-    shifts,
     survey,
     train,
 )
@@ -559,7 +559,7 @@ for path in healthy:
     pixels = (0.6 * read_image(path)).round().astype(np.uint8)
     picture = Image.fromarray(pixels.transpose(1, 2, 0).squeeze())  # grey has no axis
     picture.save(dark / f"{path.stem}.png")
-said = shifts(left, survey(list_images(dark)))
+said = find_shifts(left, survey(list_images(dark)))
 print(*said, sep="\n")
 assert not as_described or said
 
@@ -578,11 +578,11 @@ for name, method in fitted.items():
         assert (counts[1] > 0.8 * len(healthy)) == (name == "brightness")
 
 # %% [markdown]
-# *List: warnings of `shifts`, then false alarms on the same healthy images before and after.* `shifts` compares the
-# three numbers of the survey, and speaks when nearly all pairs of a normal and a new image are ordered alike. A defect
-# touches some images; light touches all. Methods that standardise each image (PCA by default, AnoDDPM as trained here)
-# hardly notice, nor does PaDiM, which does not standardise; the plain mean image does, and its standardised twin does
-# not.
+# *List: warnings of `find_shifts`, then false alarms on the same healthy images before and after.* `find_shifts`
+# compares the three numbers of the survey, and speaks when nearly all pairs of a normal and a new image are ordered
+# alike. A defect touches some images; light touches all. Methods that standardise each image (PCA by default, AnoDDPM
+# as trained here) hardly notice, nor does PaDiM, which does not standardise; the plain mean image does, and its
+# standardised twin does not.
 #
 # The price: what only brightness tells is lost to a standardised method, and some real defects of solar cells are
 # just that. If light can be kept constant, keep it, and do not standardise. If it cannot, standardise, and look for
@@ -775,7 +775,7 @@ for name in ("glad", "mdps") if speeds else ():
 # | test set | labelled, defects included | none; planted defects, later real ones |
 # | measures | AUROC, AP, AUPRO; F1 at the best threshold, which test labels choose | a threshold from normal images; counts with intervals |
 # | settings | often set for each category | the profile's; choose on planted development defects (`plant="development"`), if at all |
-# | images | curated, aligned, one light | surveyed; `shifts` for every new batch |
+# | images | curated, aligned, one light | surveyed; `find_shifts` for every new batch |
 # | AnoDDPM | 3,000 epochs of 100 images in its public configuration ([00](00_start_here.ipynb)) | minutes, with a budget |
 # | maps of different images | scaled to each image's own range in some public codes ([06](06_bernoulli.ipynb)) | one scale |
 # | export | MVTec's script reads `<category>/test/<defect>/<id>.tiff` | the same |
@@ -933,7 +933,7 @@ for m, n, k in ((40, 40, 39), (40, 120, 115), (200, 40, 39)):
 # %% [markdown] tags=["explain"]
 # A threshold from few images scatters, so that more alarms are needed before they mean something than a binomial with
 # 5 % says; and the more new images share *one* threshold, the larger the difference. What has changed the count does
-# not say: defects, or the light. Ask `shifts` first.
+# not say: defects, or the light. Ask `find_shifts` first.
 
 # %% [markdown]
 # ## What we learned

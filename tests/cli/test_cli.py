@@ -21,7 +21,7 @@ from diffad_lite.evaluation.metrics import verdict
 from diffad_lite.evaluation.records import collect, read_results, select
 from diffad_lite.evaluation.tables import render, tables
 from diffad_lite.experiments.evaluate import evaluate, load_checkpoint
-from diffad_lite.experiments.grid import missing, read_grid, scorings, sweep, trainings
+from diffad_lite.experiments.grid import find_missing, read_grid, scorings, sweep, trainings
 from diffad_lite.experiments.run import Run, run_hash
 from diffad_lite.training.loop import train_network
 
@@ -161,7 +161,9 @@ def test_inference_settings_change_on_a_checkpoint_and_training_ones_do_not(tmp_
     wider = Run(
         "anoddpm", "shapes", profile="ci", image_size=16, settings={"denoiser.unshuffle": "1"}
     )
-    with pytest.raises(ValueError, match=r"denoiser\.unshuffle cannot be changed on a trained model"):
+    with pytest.raises(
+        ValueError, match=r"denoiser\.unshuffle cannot be changed on a trained model"
+    ):
         evaluate(wider, tmp_path / "wider", checkpoint=checkpoint)
     assert not (tmp_path / "wider").exists()
 
@@ -398,7 +400,7 @@ def test_a_dry_run_says_what_is_left_and_makes_nothing(swept, tmp_path, capsys):
 
 def test_a_dry_run_counts_records_that_a_sweep_would_make_again(swept):
     grid, found = read_grid(swept / "grid.yaml"), read_results(swept / "runs")
-    assert missing(grid, found) == ([], 16)
+    assert find_missing(grid, found) == ([], 16)
     for spoil in (
         lambda r: r.pop("config_hash"),
         lambda r: r["config"].pop("channels"),
@@ -406,9 +408,9 @@ def test_a_dry_run_counts_records_that_a_sweep_would_make_again(swept):
     ):
         spoilt = copy.deepcopy(found)
         spoil(spoilt[3])
-        assert missing(grid, spoilt) == ([spoilt[3]["name"]], 16)
+        assert find_missing(grid, spoilt) == ([spoilt[3]["name"]], 16)
     with pytest.raises(ValueError, match="unknown method 'pcaa'; did you mean 'pca'"):
-        missing(grid | {"methods": ["pcaa"]}, [])
+        find_missing(grid | {"methods": ["pcaa"]}, [])
 
 
 def test_records_go_to_the_grid_that_names_them(swept, tmp_path, capsys):

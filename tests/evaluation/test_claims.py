@@ -1,4 +1,4 @@
-"""The claims table: effects from records, verdicts by rule, nothing said where nothing was run."""
+"""The claims table: effects from records, verdicts by rule, no verdict without a run."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ ROW = {"dataset": "shapes", "category": "disc", "image_size": 16, "method": "pca
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two variants of PCA on two seeds, of which one lacks the second."""
+    """Records of two variants of PCA: one with two seeds, one with one."""
     out = tmp_path_factory.mktemp("data") / "results"
     grid = {"profile": "ci", "methods": ["pca"], "data": [{"dataset": "shapes", "image_size": 16}]}
     assert not sweep(grid | {"seeds": [0, 1], "variants": {"default": {}}}, out)
@@ -121,11 +121,11 @@ def test_the_committed_claims_name_what_there_is():
     assert len(claims) >= 15
     assert len({c.claim for c in claims}) == len(claims)
     for c in claims:
-        for own in (c.better, c.than) if c.measure else ():
+        for setting in (c.better, c.than) if c.measure else ():
             if c.measure == "auroc":
-                assert own["method"] in METHOD_NAMES
+                assert setting["method"] in METHOD_NAMES
             else:
-                assert own["name"] in SETTINGS
+                assert setting["name"] in SETTINGS
     assert json.loads(json.dumps([c.claim for c in claims]))
 
 

@@ -28,7 +28,7 @@ relaxed = settings(deadline=None)  # a first call that imports or warms up is no
 
 
 def brute_force_aupro(masks, maps, limit):
-    """The definition word by word: one boolean prediction a threshold, one average a region."""
+    """Follow the definition: one boolean prediction per threshold, one average per region."""
     regions = []
     for i, mask in enumerate(masks):
         labelled, n = ndimage.label(mask, np.ones((3, 3)))
@@ -54,7 +54,7 @@ eight_by_eight = st.just((8, 8))
 
 @st.composite
 def pixel_data(draw, shapes=eight_by_eight):
-    """One to three images with both kinds of pixels; integer scores, so that ties abound."""
+    """Draw one to three images with both kinds of pixels; integer scores give many ties."""
     sizes = [draw(shapes) for _ in range(draw(st.integers(1, 3)))]
     masks = [draw(arrays(np.uint8, size, elements=st.integers(0, 1))) for size in sizes]
     top = draw(st.sampled_from([1, 4, 1000]))
@@ -98,7 +98,7 @@ def test_f1_at_threshold_is_strict_and_never_beats_the_oracle():
 @pytest.mark.parametrize(
     ("labels", "scores", "message"),
     [
-        ([0, 1, 1], [0.0, 1.0], r"labels \(3,\), scores \(2,\): give one of each an image"),
+        ([0, 1, 1], [0.0, 1.0], r"labels \(3,\), scores \(2,\): give both for each image"),
         ([[0, 1]], [[0.0, 1.0]], r"labels \(1, 2\)"),
         ([0, 1, 1], [0.0, np.nan, 1.0], r"scores has 1 NaN or infinite values, the first at \[1\]"),
         ([0, 1, 1], [0.0, np.inf, 1.0], r"find the image whose prediction fails or overflows"),
@@ -237,7 +237,7 @@ def test_images_without_a_mask_count_as_normal_pixels():
         ([np.zeros((4, 4))], [np.zeros((4, 4))], "1 masks hold 0 anomalous and 16 normal pixels"),
         ([np.ones((4, 4))], [np.zeros((4, 4))], "16 anomalous and 0 normal .* give both kinds"),
         ([], [], "0 masks hold 0 anomalous and 0 normal pixels"),
-        ([np.eye(4)], [], "1 masks, 0 maps: give one mask and map an image"),
+        ([np.eye(4)], [], "1 masks, 0 maps: give one mask and map per image"),
         (
             [np.eye(4), np.eye(4)],
             [np.eye(4), np.eye(2)],
@@ -323,7 +323,7 @@ def test_conformal_threshold_refuses(scores, q, message):
 
 
 def resampled_aurocs(labels, rows, n_boot, seed):
-    """scikit-learn on the same resampled images: counts of defects first, then of normal ones."""
+    """Compute AUROCs by scikit-learn on the same resamples: first defects, then normal images."""
     n_defects, n_normal = int(labels.sum()), int((1 - labels).sum())
     rng = RNG(seed)
     defects = rng.multinomial(n_defects, np.full(n_defects, 1 / n_defects), size=n_boot)
@@ -347,14 +347,14 @@ def bootstrap_data():
 def test_bootstraps_equal_a_scikit_learn_loop_over_the_same_resamples():
     labels, a, b = bootstrap_data()
     for rows in (a, a[:1]):
-        expected = np.quantile(resampled_aurocs(labels, rows, 60, 7), [0.05, 0.95])
-        got = bootstrap_auroc(labels, rows, n_boot=60, seed=7, level=0.9)
+        expected = np.quantile(resampled_aurocs(labels, rows, 60, 7), [0.025, 0.975])
+        got = bootstrap_auroc(labels, rows, n_boot=60, seed=7)
         assert got == pytest.approx(expected.tolist())
     differences = resampled_aurocs(labels, a, 60, 7) - resampled_aurocs(labels, b, 60, 7)
-    got = paired_bootstrap_auroc(labels, a, b, n_boot=60, seed=7, level=0.9)
+    got = paired_bootstrap_auroc(labels, a, b, n_boot=60, seed=7)
     mean = [np.mean([roc_auc_score(labels, row) for row in rows]) for rows in (a, b)]
     assert got[0] == pytest.approx(mean[0] - mean[1])
-    assert got[1:] == pytest.approx(np.quantile(differences, [0.05, 0.95]).tolist())
+    assert got[1:] == pytest.approx(np.quantile(differences, [0.025, 0.975]).tolist())
 
 
 def test_bootstrap_properties():
@@ -369,13 +369,12 @@ def test_bootstrap_properties():
     assert forth == pytest.approx((-back[0], -back[2], -back[1]))
 
 
-@pytest.mark.parametrize("bad", [{"n_boot": 0}, {"level": 0.0}, {"level": 1.0}])
-def test_bootstraps_refuse(bad):
+def test_bootstraps_refuse_to_draw_nothing():
     for scores in ([[0.0, 1.0]], [[0.0, 1.0]] * 2):
-        with pytest.raises(ValueError, match="need n_boot >= 1 and 0 < level < 1"):
-            bootstrap_auroc([0, 1], scores, **bad)
-    with pytest.raises(ValueError, match="need n_boot >= 1 and 0 < level < 1"):
-        paired_bootstrap_auroc([0, 1], [0.0, 1.0], [0.0, 1.0], **bad)
+        with pytest.raises(ValueError, match="n_boot is 0: give at least 1 resampling"):
+            bootstrap_auroc([0, 1], scores, n_boot=0)
+    with pytest.raises(ValueError, match="n_boot is 0: give at least 1 resampling"):
+        paired_bootstrap_auroc([0, 1], [0.0, 1.0], [0.0, 1.0], n_boot=0)
 
 
 @pytest.mark.parametrize(
@@ -459,8 +458,8 @@ def test_cross_fit_uses_the_other_folds_only():
     changed[5] += 100  # fold 0
     z_changed = MapCalibration.cross_fit(changed, folds=5, shrink=3.0)
     np.testing.assert_array_equal(z_changed[[0, 10]], z[[0, 10]])
-    own = MapCalibration.fit(maps).apply(maps)
-    assert (MapCalibration.cross_fit(maps) ** 2).mean() > (own**2).mean()
+    fitted = MapCalibration.fit(maps).apply(maps)
+    assert (MapCalibration.cross_fit(maps) ** 2).mean() > (fitted**2).mean()
 
 
 def test_calibration_refuses():

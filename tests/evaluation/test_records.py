@@ -1,4 +1,4 @@
-"""Records in few files: one a line, scores beside them, found by their content."""
+"""Records in few files: one per line, with their scores, looked up by content, beside them."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ SCORES = "id,label,defect_type,image_score\ngood/a,0,good,{}\nhole/b,1,hole,0.75
 def record(**changes):
     words = {"method": "pca", "dataset": "shapes", "category": "disc", "resize": "squash"}
     words |= {"profile": "ci", "variant": "default", "training": "", "plant": None, "seed": 0}
-    words |= dict.fromkeys(records.NUMBERS, 0.5) | dict.fromkeys(records.MASKED)
+    words |= dict.fromkeys(records.NUMBERS, 0.5) | dict.fromkeys(records.PIXEL_METRICS)
     more = {"image_size": 64, "config": {"calibrate": True}, "per_defect": {}}
     return words | more | changes
 
@@ -42,8 +42,8 @@ def test_what_is_collected_is_what_was_recorded(runs, tmp_path):
     assert [r["name"] for r in theirs] == [f"pca/s{seed}/default" for seed in (0, 1, 10)]
     for a, b in zip(ours, theirs, strict=True):
         assert all(b[key] == value for key, value in a.items() if key != "file")
-        for one, other in zip(read_scores(a), read_scores(b), strict=True):
-            np.testing.assert_array_equal(one, other)
+        for expected, collected in zip(read_scores(a), read_scores(b), strict=True):
+            np.testing.assert_array_equal(expected, collected)
         assert read_score_table(b).id.tolist() == ["good/a", "hole/b"]
         assert read_score_table(b).defect_type.tolist() == ["good", "hole"]
 
@@ -62,12 +62,12 @@ def test_a_run_made_again_takes_its_old_place(runs, tmp_path):
     write_run(again / "pca" / "s1" / "default", 0.9, seed=1, image_auroc=0.125)
     write_run(again / "pca" / "s2" / "default", 0.8, seed=2)
     assert collect(again, results, "more") == 2
-    found = {r["name"]: r for r in read_results(results)}
-    assert found["pca/s1/default"]["file"].name == "grid.jsonl"
-    assert found["pca/s1/default"]["image_auroc"] == 0.125
-    assert found["pca/s2/default"]["file"].name == "more.jsonl"
-    assert read_scores(found["pca/s1/default"])[1][0] == 0.9
-    assert read_scores(found["pca/s0/default"])[1][0] == 0.0
+    by_name = {r["name"]: r for r in read_results(results)}
+    assert by_name["pca/s1/default"]["file"].name == "grid.jsonl"
+    assert by_name["pca/s1/default"]["image_auroc"] == 0.125
+    assert by_name["pca/s2/default"]["file"].name == "more.jsonl"
+    assert read_scores(by_name["pca/s1/default"])[1][0] == 0.9
+    assert read_scores(by_name["pca/s0/default"])[1][0] == 0.0
     kept = np.load(results / "grid-scores.npz").files
     assert sum(key.startswith("image_score/") for key in kept) == 3  # the replaced ones are gone
     assert sum(key.startswith("id/") for key in kept) == 1  # shared by all
@@ -89,7 +89,7 @@ def test_a_last_line_that_is_cut_short_is_left_out_and_said(runs, tmp_path):
     path = results / "grid.jsonl"
     text = path.read_text()
     path.write_text(text[:-20])
-    with pytest.warns(UserWarning, match=r"line 3 of .*grid\.jsonl is cut short and left out"):
+    with pytest.warns(UserWarning, match=r"line 3 of .*grid\.jsonl is truncated and skipped"):
         assert len(read_results(results)) == 2
     path.write_text("{" + text)
     with pytest.raises(ValueError, match=r"line 1 of .*grid\.jsonl is not JSON .*; delete it"):
@@ -163,8 +163,8 @@ def test_the_committed_records_are_few_files_without_warnings():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = read_results(data_dir() / "results")
-    assert len(found) > 300
-    for result in found:
+        results = read_results(data_dir() / "results")
+    assert len(results) > 300
+    for result in results:
         labels, scores = read_scores(result)
         assert len(labels) == len(scores) == result["n_test"]

@@ -1,4 +1,4 @@
-"""Tables of benchmarks: from a record to Markdown, and what a broken record says."""
+"""Tables of benchmarks: from a record to Markdown, and the error of a broken record."""
 
 import copy
 import json
@@ -48,12 +48,12 @@ def test_ratios_are_those_of_each_round_and_say_who_is_better():
 
 
 def test_times_of_the_paper_profiles_follow_from_operations():
-    found = performance_tables(RECORD)
-    assert "| 128 | 40 | 0.400 | 0.500 | 0.70 | 0.80 |" in found["performance-predicted"]
+    tables = performance_tables(RECORD)
+    assert "| 128 | 40 | 0.400 | 0.500 | 0.70 | 0.80 |" in tables["performance-predicted"]
     hours = 1000 * 36e12 / (4e10 / 0.5) / 3600  # at the rate of the largest side
     row = "| GLAD | diffusion | 2.0 M | 1,000 x 16 | 36.00 | 1.5 |"
-    assert f"{row} {hours:,.0f} | 0.1 |" in found["performance-paper"]
-    assert "| GLAD | anomaly oriented |" in found["performance-paper"]
+    assert f"{row} {hours:,.0f} | 0.1 |" in tables["performance-paper"]
+    assert "| GLAD | anomaly oriented |" in tables["performance-paper"]
 
 
 def test_topics_that_were_not_measured_have_no_table():
@@ -95,9 +95,9 @@ def test_both_networks_have_about_as_many_weights(bench):
 
 
 def test_stages_are_counted_and_none_is_trained(bench):
-    found = bench.stages("grad", "lite", 64)
-    assert {"warmup", "detector"} < found.keys()
-    assert found["detector"]["steps"] == 2 * found["warmup"]["steps"]
+    stages = bench.stages("grad", "lite", 64)
+    assert {"warmup", "detector"} < stages.keys()
+    assert stages["detector"]["steps"] == 2 * stages["warmup"]["steps"]
     double = bench.count_step(
         torch.nn.Conv2d(1, 1, 3, bias=False),
         lambda network, x, generator: network(x).square().mean(),

@@ -1,4 +1,4 @@
-"""Sweeps on Dask: the same results as one after the other, failures listed, workers that die."""
+"""Sweeps on Dask: the same results as a plain sweep, failures listed, killed workers replaced."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ GRID["data"].append(GRID["data"][0] | {"methods": ["pca"], "variants": {"default
 
 @pytest.fixture
 def local(tmp_path):
-    """A cluster of one worker that tests may hurt; threads are as before after it."""
+    """Yield a cluster of one worker that tests may kill; restore the number of threads after it."""
     threads = torch.get_num_threads()
     with LocalCluster(
         n_workers=1,
@@ -44,9 +44,9 @@ def local(tmp_path):
 
 def test_a_sweep_on_dask_makes_what_a_sweep_makes(tmp_path, capsys):
     failures = sweep_on_dask(GRID, tmp_path / "dask", workers=2)
-    said = capsys.readouterr().out
-    assert said.count(": done") == 2
-    assert said.count(": failed") == 2
+    printed = capsys.readouterr().out
+    assert printed.count(": done") == 2
+    assert printed.count(": failed") == 2
     assert len(failures) == 2
     assert all("unknown method 'nothing'" in line for line in failures)
     assert "Traceback" in (tmp_path / "dask/nothing/shapes-16px/s0/error.txt").read_text()

@@ -1,4 +1,4 @@
-"""Maps leave in the official layout, and come back as the same numbers."""
+"""Exported maps have the official layout and give the recorded metrics."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from diffad_lite.cli.main import main
 from diffad_lite.core.files import read_json
 from diffad_lite.data.readers import READERS
 from diffad_lite.evaluation.metrics import pixel_metrics
-from diffad_lite.experiments.evaluate import PIXEL_METRICS
+from diffad_lite.evaluation.records import PIXEL_METRICS
 from diffad_lite.experiments.run import Run
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """The made scene as a folder in MVTec layout, at another size than the methods see."""
+    """Write the synthetic scene as a folder in MVTec layout, at another size than the methods'."""
     root = tmp_path_factory.mktemp("mvtec")
     source, rng = READERS["shapes"](None, None), np.random.default_rng(0)
     for name, pixels in source.normals.items():

@@ -32,7 +32,7 @@ from PIL import Image
 from diffad_lite.data import datasets, published_readers
 from diffad_lite.data.datasets import load_dataset
 from diffad_lite.data.images import list_images, read_image
-from diffad_lite.experiments.folders import survey
+from diffad_lite.experiments.unlabelled import survey
 
 TOTAL = int(os.environ.get("DIFFAD_FUZZ", "300"))
 SHARES = {  # of 300 inputs

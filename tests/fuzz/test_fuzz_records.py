@@ -32,8 +32,8 @@ from diffad_lite.evaluation.records import (
 from diffad_lite.experiments import run
 from diffad_lite.experiments.evaluate import bundle
 from diffad_lite.experiments.grid import (
-    KEYS,
-    OWN_KEYS,
+    GRID_TYPES,
+    SHARED_TYPES,
     folder_of,
     is_done,
     read_grid,
@@ -289,7 +289,7 @@ def odd_grid(rng: np.random.Generator) -> dict[str, Any]:
     entry: dict[str, Any] = {"dataset": "shapes", "image_size": 16, "resize": "pad"}
     entry |= {"category": "disc", "root": pick(rng, ("$NOT_THERE", "~", "x", "${", "é ö"))}
     entry = {k: v for k, v in entry.items() if k == "dataset" or rng.random() < 0.4}
-    entry |= {k: v for k, v in right.items() if k in OWN_KEYS and rng.random() < 0.15}
+    entry |= {k: v for k, v in right.items() if k in SHARED_TYPES and rng.random() < 0.15}
     grid["data"] = [entry] * int(rng.integers(1, 3))
     for _ in range(int(pick(rng, (0, 1, 1, 2)))):
         node = pick(rng, (grid, entry))
@@ -324,7 +324,14 @@ def grid_case(rng: np.random.Generator, folder: Path) -> Case:
         path.write_bytes(damaged(rng, data) if what == "bytes" else data)
         what = f"{what} {text[:200]!r}"
     fields = ("seed", "variant must", "training must", "method must", "dataset must", "resize must")
-    named = (path, "setting ", "root", *(k for k in KEYS if k != "data"), *fields, "category must")
+    named = (
+        path,
+        "setting ",
+        "root",
+        *(k for k in GRID_TYPES if k != "data"),
+        *fields,
+        "category must",
+    )
     return Case(what, lambda: plan(path, folder / "out"), named)
 
 
@@ -387,7 +394,7 @@ def idle(monkeypatch):
 
     monkeypatch.setattr(run, "load_dataset", checked)
     monkeypatch.setattr(datasets, "load_dataset", checked)
-    for place in ("dask.sweep_on_dask", "grid.sweep", "machine.checks"):
+    for place in ("dask.sweep_on_dask", "grid.sweep", "machine.run_checks"):
         monkeypatch.setattr(f"diffad_lite.experiments.{place}", stop)
 
 

@@ -275,7 +275,7 @@ def assert_same_scores(out: Path, scored: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "at"),
-    [("SIGINT", "quality"), ("SIGKILL", "write_scores"), ("SIGKILL", "write_figure")],
+    [("SIGINT", "measure_quality"), ("SIGKILL", "write_scores"), ("SIGKILL", "write_figure")],
 )
 def test_a_broken_scoring_is_no_result(number, at, tmp_path, scored, capsys, interrupt):
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Images of one's own: what a survey warns of, shifts, scoring a folder without labels."""
+"""Your own images without labels: the survey's warnings, shifts, scoring a folder."""
 
 import csv
 from pathlib import Path
@@ -10,12 +10,12 @@ from PIL import Image
 from diffad_lite.cli.main import main
 from diffad_lite.data.images import list_images
 from diffad_lite.experiments.evaluate import train
-from diffad_lite.experiments.folders import read_images, score_folder, shifts, survey
 from diffad_lite.experiments.run import Run
+from diffad_lite.experiments.unlabelled import find_shifts, read_images, score_folder, survey
 
 
 def write(folder: Path, n: int, *, offset: int = 0, size=(20, 24), seed: int = 0) -> list[Path]:
-    """Smooth grey pictures with a little noise; ``size`` is (height, width)."""
+    """Write smooth grey images with a little noise; ``size`` is (height, width)."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     ramp = np.linspace(60, 120, size[1])[None] + np.zeros((size[0], 1))
@@ -25,16 +25,16 @@ def write(folder: Path, n: int, *, offset: int = 0, size=(20, 24), seed: int = 0
     return list_images(folder)
 
 
-def warned(paths: list[Path]) -> str:
+def warnings_of(paths: list[Path]) -> str:
     return "\n".join(survey(paths).warnings())
 
 
 def test_a_good_folder_has_no_warnings(tmp_path):
-    found = survey(write(tmp_path, 60))
-    assert found.warnings() == []
-    assert len(found.names) == 60
-    assert set(found.sizes) == {(20, 24)}
-    assert found.looks["brightness"].mean() == pytest.approx(90, abs=2)
+    result = survey(write(tmp_path, 60))
+    assert result.warnings() == []
+    assert len(result.names) == 60
+    assert set(result.sizes) == {(20, 24)}
+    assert result.looks["brightness"].mean() == pytest.approx(90, abs=2)
 
 
 def test_each_fault_is_named_with_its_files(tmp_path):
@@ -43,36 +43,36 @@ def test_each_fault_is_named_with_its_files(tmp_path):
     (tmp_path / "008.png").write_text("no image")
     Image.new("L", (24, 20), 250).save(tmp_path / "009.png")
     Image.new("RGB", (24, 20), (90, 90, 90)).save(tmp_path / "010.png")
-    said = warned(paths)
-    assert "1 files cannot be read: cannot read" in said
-    assert "008.png" in said
-    assert "such as 007.png of 003.png" in said
-    assert "by their brightness, such as 009.png" in said
-    assert "58 images are grey and 1 in colour" in said
+    warnings = warnings_of(paths)
+    assert "1 files cannot be read: cannot read" in warnings
+    assert "008.png" in warnings
+    assert "such as 007.png of 003.png" in warnings
+    assert "outliers in brightness, such as 009.png" in warnings
+    assert "58 images are grey and 1 in colour" in warnings
 
 
 def test_few_images_and_mixed_shapes_are_named(tmp_path):
     write(tmp_path, 10)
     Image.new("L", (60, 20), 90).save(tmp_path / "wide.png")
-    said = warned(list_images(tmp_path))
-    assert "11 images are few: with less than 50" in said
-    assert "width / height goes from 1.20 to 3.00" in said
-    assert survey([]).warnings()[0].startswith("0 images are few")
+    warnings = warnings_of(list_images(tmp_path))
+    assert "only 11 images; below 50 the model may memorise them" in warnings
+    assert "width / height goes from 1.20 to 3.00" in warnings
+    assert survey([]).warnings()[0].startswith("only 0 images")
 
 
 def test_what_all_new_images_share_is_a_shift(tmp_path):
     normal, alike = survey(write(tmp_path / "a", 30)), survey(write(tmp_path / "b", 30, seed=1))
     brighter = survey(write(tmp_path / "c", 30, offset=40, seed=2))
-    assert shifts(normal, alike) == []
-    (said,) = shifts(normal, brighter)
-    assert said.startswith("the new images are brighter than the normal ones in 100%")
-    assert shifts(brighter, normal)[0].startswith("the new images are darker")
-    assert shifts(normal, survey([])) == []
+    assert find_shifts(normal, alike) == []
+    (shift,) = find_shifts(normal, brighter)
+    assert shift.startswith("the new images are brighter than the normal ones in 100%")
+    assert find_shifts(brighter, normal)[0].startswith("the new images are darker")
+    assert find_shifts(normal, survey([])) == []
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    root = tmp_path_factory.mktemp("own")
+    root = tmp_path_factory.mktemp("images")
     write(root / "good", 40)
     run = Run("pca", "folder", "good", str(root), image_size=16, resize="pad")
     return train(run, run.load_data(), root / "run", progress=False), root
@@ -86,9 +86,9 @@ def test_a_folder_without_labels_is_scored(trained, tmp_path, capsys):
     Image.fromarray(bad).save(tmp_path / "new" / "004.png")
     command = ["--checkpoint", root / "run/checkpoint", "--images", tmp_path / "new"]
     assert main(["score", *map(str, command), "--out", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr()
-    assert "ALARM  004.png" in said.out
-    assert "few" not in said.err, "advice for training"
+    printed = capsys.readouterr()
+    assert "ALARM  004.png" in printed.out
+    assert "only" not in printed.err, "advice for training"
     with (tmp_path / "out" / "scores.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert rows[0]["file"] == "004.png"
@@ -101,9 +101,9 @@ def test_a_folder_without_labels_is_scored(trained, tmp_path, capsys):
     pixels = np.asarray(Image.open(tmp_path / "out" / "maps" / "004.png.tiff"))
     assert pixels.shape == (20, 24)
     assert pixels.dtype == np.float32
-    top, left = np.unravel_index(pixels.argmax(), pixels.shape)
-    assert 3 <= top <= 14
-    assert 6 <= left <= 18
+    row, column = np.unravel_index(pixels.argmax(), pixels.shape)
+    assert 3 <= row <= 14
+    assert 6 <= column <= 18
     assert Image.open(tmp_path / "out" / "gallery.png").width > 100
     images = read_images(list_images(tmp_path / "new"), 1, 16, "pad")
     expected = method.predict(images).image_score.numpy()
