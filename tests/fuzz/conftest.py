@@ -1,6 +1,7 @@
 """Fixtures of the fuzz tests."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -15,3 +16,14 @@ def audited() -> None:
     from fuzzing import audit
 
     sys.addaudithook(audit)
+
+
+@pytest.fixture(scope="module")
+def children(tmp_path_factory):
+    """Forks of one process, in which ``diffad`` can be interrupted or killed."""
+    from children import ENVIRONMENT, SERVER, Children
+
+    command, pipe = [sys.executable, "-c", SERVER], subprocess.PIPE
+    with subprocess.Popen(command, env=ENVIRONMENT, stdin=pipe, stdout=pipe, text=True) as server:
+        yield Children(server, tmp_path_factory.mktemp("children"))
+        server.stdin.close()

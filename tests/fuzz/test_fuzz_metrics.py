@@ -116,12 +116,12 @@ def test_any_maps(maps, others, number, folds):
 
 
 @st.composite
-def labels_and_scores(draw, rows: int = 1) -> tuple[NDArray, NDArray]:
+def labels_and_scores(draw) -> tuple[NDArray, NDArray]:
     """Draw normal and anomalous labels, and scores with ties."""
     n = draw(st.integers(2, 30))
     labels = draw(arrays(np.int64, n, elements=st.integers(0, 1)))
     labels[:2] = 0, 1
-    return labels, draw(arrays(np.float64, (rows, n), elements=st.integers(-9, 9)))
+    return labels, draw(arrays(np.float64, n, elements=st.integers(-9, 9)))
 
 
 increasing = st.sampled_from(
@@ -138,7 +138,7 @@ increasing = st.sampled_from(
 @fixed_inputs(3)
 @given(labels_and_scores(), increasing, st.randoms(use_true_random=False))
 def test_image_metrics_depend_on_ranks_and_not_on_order(data, increase, random):
-    labels, (scores,) = data
+    labels, scores = data
     expected = image_metrics(labels, scores)
     order = np.array(random.sample(range(len(labels)), len(labels)))
     for metrics in (
