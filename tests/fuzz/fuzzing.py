@@ -1,4 +1,4 @@
-"""Fuzzing: what the tests of this folder share.
+"""Helpers of the fuzz tests: inputs, sandbox, corruption of bytes.
 
 The same rule holds for every area. The package either accepts an input, or refuses it with a
 ValueError or an OSError whose message names the fault and its place. It never raises another
@@ -68,13 +68,7 @@ WRITE_EVENTS = {  # audit event -> index of its path, index of the folder descri
     "os.symlink": (1, 2),
     "os.link": (1, 3),
 }
-FORBIDDEN_EVENTS = {
-    "pickle.find_class",
-    "subprocess.Popen",
-    "os.system",
-    "os.exec",
-    "socket.connect",
-}
+FORBIDDEN = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "socket.connect"}
 
 
 def audit(event: str, details: tuple) -> None:
@@ -84,7 +78,7 @@ def audit(event: str, details: tuple) -> None:
     """
     if not sandbox:
         return
-    if event in FORBIDDEN_EVENTS:
+    if event in FORBIDDEN:
         raise ForbiddenAction(f"{event} {details[:2]}")
     if event in WRITE_EVENTS:
         if event == "open" and not (details[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
@@ -146,9 +140,9 @@ class Case(NamedTuple):
 def check_inputs(
     area: str, tmp_path: Path, make_case: Callable[[np.random.Generator, Path], Case]
 ) -> None:
-    """Try every input of an area in a folder of its own.
+    """Try every input of an area, each in a new folder.
 
-    Fails where an input breaks the rule, and where all of 15 or more were accepted or all refused.
+    Fails if an input breaks the rule, or if all of 15 or more inputs were accepted, or refused.
     """
     faults, n_accepted, n_refused = [], 0, 0
     seed, total = list(INPUTS_OF_300).index(area), n_inputs(area)

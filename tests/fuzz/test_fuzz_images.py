@@ -194,10 +194,6 @@ def image_case(rng: np.random.Generator, folder: Path) -> Case:
     return Case(f"{kind} as {path.name[-9:]}", lambda: check_pixels(path), (path,))
 
 
-def test_images(tmp_path):
-    check_inputs("images", tmp_path, image_case)
-
-
 def npy_header(text: str) -> bytes:
     """Return the beginning of a ``.npy`` file with this text as its header."""
     data = text.encode("latin1")
@@ -256,10 +252,6 @@ HEADERS = (
     "\0",
     "",
 )
-
-
-def test_stacks(tmp_path):
-    check_inputs("stacks", tmp_path, stack_case)
 
 
 # --------------------------------------------------------------------- published data sets
@@ -323,10 +315,6 @@ def medmnist_case(rng: np.random.Generator, folder: Path) -> Case:
         check_data(load_dataset("medmnist", "pneumoniamnist", root=folder, image_size=8))
 
     return Case(f"{kind} for {name}", load, (path,))
-
-
-def test_archives(tmp_path):
-    check_inputs("archives", tmp_path, medmnist_case)
 
 
 def check_data(data: AnomalyData) -> None:
@@ -395,10 +383,6 @@ def table_case(rng: np.random.Generator, folder: Path) -> Case:
         check_data(load_dataset(**arguments, root=folder, image_size=8))
 
     return Case(table.name, load, (folder,))
-
-
-def test_tables(tmp_path):
-    check_inputs("tables", tmp_path, table_case)
 
 
 # -------------------------------------------------------------------------------- folders
@@ -476,5 +460,15 @@ def folder_case(rng: np.random.Generator, folder: Path) -> Case:
     return Case(f"{sorted(faults)}, {options}", load, words)
 
 
-def test_folders(tmp_path):
-    check_inputs("folders", tmp_path, folder_case)
+@pytest.mark.parametrize(
+    ("area", "make_case"),
+    [
+        ("images", image_case),
+        ("stacks", stack_case),
+        ("archives", medmnist_case),
+        ("tables", table_case),
+        ("folders", folder_case),
+    ],
+)
+def test_inputs(area, make_case, tmp_path):
+    check_inputs(area, tmp_path, make_case)
