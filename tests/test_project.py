@@ -115,7 +115,7 @@ def test_no_machine_paths_in_tracked_text():
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_all_cells_of_a_notebook_run_in_one_process(tmp_path):
-    """As ``make test-notebooks`` calls nbval: each code cell needs variables of the previous one."""
+    """As ``make test-notebooks`` calls nbval: each code cell uses variables of earlier ones."""
     for name in ("a", "b", "c"):
         cells = [nbformat.v4.new_code_cell(f"x = {name!r}\ncount = 0")]
         cells += [
