@@ -1,17 +1,17 @@
-# Two commands do all the set-up: `make run` and `make test`. Both install into .venv first,
-# unless that is done; both work offline afterwards.
+# Two commands do the whole set-up: `make run` and `make test`. The first call installs into .venv;
+# later calls work offline.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# `make run TORCH=cpu` takes PyTorch's CPU wheels, which are much smaller on Linux.
+# `make run TORCH=cpu` installs PyTorch's CPU wheels, which are much smaller on Linux.
 TORCH  ?=
-# Spoilt inputs that `make fuzz` makes; a hundredth as many kills.
+# Corrupted inputs of `make fuzz`, and a sixtieth as many kills, at most 100.
 FUZZ   ?= 10000
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
 DOCUMENTS := README.md data/README.md docs/performance.md
 
-# Two processes of one thread each take both cores of a laptop, and never wait for each other.
+# Two processes with one thread each use both cores of a laptop, and never wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: run test test-slow lab lint check-notebooks test-notebooks tables notebooks test-browser
@@ -25,7 +25,7 @@ test: lint check-notebooks
 	$(PYTEST)
 	$(MAKE) test-notebooks
 
-# What is slow and rarely breaks: kills, interruptions, surroundings, the wheel, Dask, processes.
+# Slow tests that rarely fail: kills, interruptions, environments, the wheel, Dask, processes.
 test-slow: $(VENV)/.installed-test
 	$(PYTEST) -m slow
 
@@ -37,12 +37,12 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Notebooks are what their masters generate, were executed as they are, and follow the template.
+# Notebooks equal what their masters generate, were executed from these sources, and follow the rules.
 check-notebooks: $(VENV)/.installed-test
 	$(BIN)/python notebooks/tools/build.py --check
 	$(BIN)/python notebooks/tools/lint.py
 
-# Every notebook runs from start to end; all cells of one go to the same process (loadfile).
+# Every notebook runs from start to end; loadfile keeps all cells of a notebook in one process.
 test-notebooks: $(VENV)/.installed-test
 	DIFFAD_PROFILE=ci DIFFAD_STATIC=1 $(PYTEST) --dist loadfile --nbval-lax \
 	    --nbval-cell-timeout=300 --timeout=600 $(LESSONS)
@@ -57,20 +57,21 @@ docs: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet -e '.[docs]'
 	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/site
 
-# Ten thousand spoilt inputs and a hundred kills; `make test` does a small part of them.
+# Ten thousand corrupted inputs and a hundred kills; `make test` has 300 of the inputs.
 fuzz: $(VENV)/.installed-test
 	DIFFAD_FUZZ=$(FUZZ) $(PYTEST) -m "slow or not slow" tests/fuzz/test_fuzz*.py --timeout=3600
 
-# Speed, memory and start-up, into data/results/performance.json and speed.json; on a machine that is else idle.
+# Measure speed, memory and start-up on an otherwise idle machine; writes performance.json and
+# speed.json in data/results.
 bench: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet -e '.[browser]'
 	$(BIN)/python tests/bench/run.py $(TOPICS)
 
-# Lines of each room, beside what it may have.
+# Lines of each room, with their limits.
 size:
 	@$(PYTHON) tests/bench/size.py
 
-# Render every table from the result files; changes nothing when they are up to date.
+# Render all tables from the result files; no change where they are up to date.
 tables: $(VENV)/.installed
 	$(BIN)/diffad report $(DOCUMENTS)
 

@@ -1,12 +1,12 @@
-"""Sphinx: the site is the repository's own pages, executed lessons and docstrings.
+"""Sphinx builds the site from the pages, executed lessons and docstrings of the repository.
 
-The source folder is the root of the repository, so that every link that works there works here:
+The source folder is the root of the repository, so that the same links work in both:
 
     sphinx-build -W --keep-going -c docs -d build/doctrees . build/site
 
-Nothing is executed and nothing is downloaded. Readers need no network either where the package
-jupyter-server-mathjax is installed, whose MathJax is copied; else formulas are drawn by MathJax
-from its usual address.
+The build executes and downloads nothing. With the package jupyter-server-mathjax installed, the
+site has a copy of MathJax, and readers need no network. Otherwise it loads MathJax from its usual
+address.
 """
 
 import re
@@ -38,19 +38,19 @@ include_patterns += ["docs/**.md", "notebooks/**.ipynb"]
 exclude_patterns = [".*", "build", "dist", "runs"]
 templates_path = ["_templates"]
 
-# Lessons are shown as they are committed. A slider's picture stands beside it; the slider itself
-# needs a kernel, and the scripts that would draw it a network.
+# Lessons appear as committed. The image of a slider is shown, but not the slider itself: it needs a
+# kernel, and its scripts need a network.
 nb_execution_mode = "off"
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 nb_ipywidgets_js = {}
 myst_enable_extensions = ["dollarmath"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header"]  # exercises begin at the third level
+suppress_warnings = ["myst.header"]  # exercises begin with third-level headings
 
 # Docstrings have the sections Args, Attributes, Returns, Raises.
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True  # fields of dataclasses, which have no docstring of their own
+napoleon_use_ivar = True  # for fields of dataclasses, which have no docstring
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 autodoc_typehints_format = "short"
@@ -68,7 +68,7 @@ html_theme_options = {
     "navigation_with_keys": False,
 }
 
-# MathJax 2 with its fonts; left out are speech, translations, another output.
+# MathJax 2 with its fonts, without speech, translations and SVG output.
 if MATHJAX := find_spec("jupyter_server_mathjax"):
     html_static_path.append(str(Path(MATHJAX.origin or "").parent / "static"))
     exclude_patterns += ["extensions/a11y/**", "localization/**", "jax/output/SVG/**"]
@@ -81,28 +81,28 @@ if MATHJAX := find_spec("jupyter_server_mathjax"):
         "showMathMenu": False,
     }
 
-# Folders have no page of their own.
+# Folders have no page; their links lead to the list of exercises.
 FOLDERS = {"](notebooks/exercises)": "](docs/exercises.md)"}
 FOLDERS["](notebooks/solutions)"] = "](docs/exercises.md)"
 
 
 @cache
 def rendered() -> dict[str, str]:
-    """Every table of the course, and those of single methods: name -> Markdown.
+    """Return name -> Markdown of every table of the course, and of two tables per method.
 
-    ``overview-METHOD`` is the overview with the controls beside one method, ``claims-METHOD`` the
-    claims of its paper.
+    ``overview-METHOD`` compares a method with the baselines; ``claims-METHOD`` lists the claims of
+    its paper.
     """
     results = records.read_results(RESULTS)
     judged = claims.judge_all(results, RESULTS)
-    found = tables.every_table(results, judged, RESULTS)
+    rendered_tables = tables.every_table(results, judged, RESULTS)
     for method, name in records.METHOD_NAMES.items():
-        beside = ["brightness", "pca", "padim", "anoddpm", method]
-        own = [one for one in judged if one.claim.method == name]
-        chosen = [record for record in results if record["method"] in beside]
-        found[f"overview-{method}"] = tables.overview_table(chosen)
-        found[f"claims-{method}"] = claims.claims_table(own)
-    return found
+        compared = ["brightness", "pca", "padim", "anoddpm", method]
+        records_compared = [record for record in results if record["method"] in compared]
+        method_claims = [judgement for judgement in judged if judgement.claim.method == name]
+        rendered_tables[f"overview-{method}"] = tables.overview_table(records_compared)
+        rendered_tables[f"claims-{method}"] = claims.claims_table(method_claims)
+    return rendered_tables
 
 
 class ResultsTable(SphinxDirective):
@@ -111,27 +111,27 @@ class ResultsTable(SphinxDirective):
     has_content = True
 
     def run(self) -> list[nodes.Node]:
-        """The table as nodes; an unknown name ends the build."""
+        """Return the table as nodes; an unknown name ends the build."""
         name = self.content[0].strip()
         if name not in rendered():
             raise self.error(f"no table {name!r}; there are: {', '.join(rendered())}")
         return self.parse_text_to_nodes(rendered()[name])
 
 
-def plain_prose(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list) -> None:
-    """Keep a docstring's ``config/*.yaml`` from opening an emphasis, its "T." from being a list."""
+def escape_markup(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list) -> None:
+    """Escape ``config/*.yaml``, which would open an emphasis, and "T.", which would open a list."""
     lines[:] = [re.sub(r"/\*\.", r"/\\*.", line) for line in lines]
     lines[:] = [re.sub(r"(^|: )T\.(?= |$)", r"\1T\\.", line) for line in lines]
 
 
 def redirect_folders(app: Sphinx, page: str, source: list[str]) -> None:
-    """Lead links to folders to the page that lists them."""
+    """Replace links to folders by links to the page that lists their files."""
     for link, target in FOLDERS.items():
         source[0] = source[0].replace(link, target)
 
 
 def setup(app: Sphinx) -> None:
-    """Register what is above."""
+    """Register the directive and the two hooks."""
     app.add_directive("results-table", ResultsTable)
     app.connect("source-read", redirect_folders)
-    app.connect("autodoc-process-docstring", plain_prose)
+    app.connect("autodoc-process-docstring", escape_markup)

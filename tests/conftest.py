@@ -1,4 +1,4 @@
-"""Shared by all tests."""
+"""Fixtures of all tests."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Tensors are tiny here: a second thread only waits, for ages where the machine is busy."""
+    """Use one thread: tensors are small here, and on a busy machine other threads only wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

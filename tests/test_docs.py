@@ -1,4 +1,4 @@
-"""What README and docs tell readers to type: commands that parse, links that lead somewhere."""
+"""README and docs: commands parse, links lead to files, examples run."""
 
 import re
 import shlex
@@ -13,23 +13,24 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def blocks(page: Path, language: str) -> list[str]:
+    """Return the fenced code blocks of a language."""
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Arguments of each ``diffad``, however it is started, without comments."""
+    """Return the arguments of each call of ``diffad`` on a page, without comments."""
     lines = "".join(blocks(page, "console")).replace("\\\n", " ").splitlines()
     words = [
         shlex.split(re.sub("-m diffad_lite.cli", "diffad", line), comments=True) for line in lines
     ]
-    found = [line[line.index("diffad") + 1 :] for line in words if "diffad" in line]
-    return [arguments for arguments in found if arguments]
+    calls = [line[line.index("diffad") + 1 :] for line in words if "diffad" in line]
+    return [arguments for arguments in calls if arguments]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_are_understood(page):
+def test_commands_parse(page):
     for arguments in commands(page):
-        build_parser().parse_args(arguments)  # exits where it does not understand
+        build_parser().parse_args(arguments)  # exits with an error for an unknown option
 
 
 def test_there_are_commands_to_check():
@@ -53,15 +54,15 @@ def test_the_readme_has_an_example():
     assert len(blocks(ROOT / "README.md", "python")) == 1
 
 
-def test_the_slurm_script_asks_for_what_it_says(tmp_path, monkeypatch):
+def test_the_slurm_script_requests_its_resources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (script,) = blocks(ROOT / "docs" / "scaling.md", "python")
     names: dict = {"__name__": "slurm"}
     exec(compile(script, "slurm.py", "exec"), names)
     try:
-        asked = names["cluster"].job_script()
+        job_script = names["cluster"].job_script()
     finally:
         names["cluster"].close()
     for line in ("-p gpu", "-A my-project", "--cpus-per-task=8", "-t 08:00:00", "--gres=gpu:1"):
-        assert f"#SBATCH {line}" in asked
-    assert "--nthreads 1 " in asked
+        assert f"#SBATCH {line}" in job_script
+    assert "--nthreads 1 " in job_script

@@ -38,7 +38,7 @@ def test_conda_and_pip_name_the_same_packages():
 
 @pytest.mark.slow
 def test_the_wheel_builds_and_imports_elsewhere(tmp_path):
-    source = tmp_path / "source"  # building in place would leave build/ behind
+    source = tmp_path / "source"  # a build in place would create build/
     skip = shutil.ignore_patterns("__pycache__")
     shutil.copytree(PACKAGE, source / "diffad_lite", ignore=skip)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -55,10 +55,10 @@ def test_the_wheel_builds_and_imports_elsewhere(tmp_path):
         "m.GLADConfig.for_profile('paper', channels=3, image_size=64, category='tile');"
         "print(diffad_lite.__file__)"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert str(tmp_path / "site") in done.stdout
+    assert str(tmp_path / "site") in result.stdout
 
 
 def test_rendering_the_tables_changes_nothing(tmp_path):
@@ -91,9 +91,9 @@ def test_the_committed_grids_are_valid_and_done():
     records = read_results(ROOT / "data" / "results")
     for path in (ROOT / "data" / f"{name}.yaml" for name in grids):
         grid = read_grid(path)
-        left, count = find_missing(grid, records)
-        assert count > 30
-        assert left == [], f"{path.name} has runs without a record"
+        runs_to_do, n_runs = find_missing(grid, records)
+        assert n_runs > 30
+        assert runs_to_do == [], f"{path.name} has runs without a record"
 
 
 def test_no_machine_paths_in_tracked_text():
@@ -103,22 +103,19 @@ def test_no_machine_paths_in_tracked_text():
     if listed.returncode:
         pytest.skip("not a git checkout")
     forbidden = ["/" + word + "/" for word in ("work", "root", "home")] + [".." + "/shared"]
+    allowed = ("notebooks/tools/", "tests/notebook/test_notebook_tools.py")
     for name in listed.stdout.splitlines():
         path = ROOT / name
         if path.suffix in {".py", ".md", ".ipynb", ".toml", ".yml", ".yaml", ".json"}:
             text = path.read_text(errors="ignore")
-            found = [word for word in forbidden if word in text]
-            allowed = (
-                name.startswith("notebooks/tools/")
-                or name == "tests/notebook/test_notebook_tools.py"
-            )
-            assert allowed or not found, f"{name} contains {found}"
+            paths = [word for word in forbidden if word in text]
+            assert not paths or name.startswith(allowed), f"{name} contains {paths}"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 def test_all_cells_of_a_notebook_run_in_one_process(tmp_path):
-    """As ``make test-notebooks`` calls nbval: each cell needs what the one before it made."""
+    """As ``make test-notebooks`` calls nbval: each code cell uses variables of earlier ones."""
     for name in ("a", "b", "c"):
         cells = [nbformat.v4.new_code_cell(f"x = {name!r}\ncount = 0")]
         cells += [
@@ -127,11 +124,13 @@ def test_all_cells_of_a_notebook_run_in_one_process(tmp_path):
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
     lessons = " ".join(str(path) for path in sorted(tmp_path.glob("*.ipynb")))
     make = ["make", "-n", "-o", ".venv/.installed-test", "test-notebooks", f"LESSONS={lessons}"]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}  # of a make above us
+    env = {
+        k: v for k, v in os.environ.items() if not k.startswith("MAKE")
+    }  # without the options of a calling make
     call = partial(subprocess.run, cwd=ROOT, env=env, capture_output=True, text=True)
-    asked = call([*make, "--no-print-directory"], check=True).stdout
-    assert "-n 2" in asked
-    command = asked.replace(".venv/bin/python", sys.executable)
-    done = call(command, shell=True)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "27 passed" in done.stdout
+    printed = call([*make, "--no-print-directory"], check=True).stdout
+    assert "-n 2" in printed
+    command = printed.replace(".venv/bin/python", sys.executable)
+    result = call(command, shell=True)
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "27 passed" in result.stdout

@@ -1,4 +1,4 @@
-"""Rooms: imports go down one list and never in a circle; functions are small; imports are quick."""
+"""Rooms: imports follow one order without cycles; functions are short; imports are fast."""
 
 import ast
 import subprocess
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffad_lite"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MASTERS = sorted((ROOT / "notebooks" / "src").glob("*.py"))
-# Imports go down this list only.
+# A room imports rooms below it in this list only.
 ROOMS = [
     "cli",
     "notebook",
@@ -34,12 +34,12 @@ each_module = pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relat
 
 
 def name_of(path: Path) -> str:
-    """``data.images`` for a module, ``data`` for the file that makes a room importable."""
+    """Return ``data.images`` for a module, ``data`` for the ``__init__`` of a room."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported(path: Path) -> set[str]:
-    """Modules of the package that a file imports, in functions and for type checkers, too."""
+    """Return the modules of the package that a file imports, also in functions and for types."""
     package = ["diffad_lite", *path.relative_to(PACKAGE).parts[:-1]]
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -49,31 +49,31 @@ def imported(path: Path) -> set[str]:
             base = package[: len(package) - node.level + 1] if node.level else []
             module = ".".join([*base, *([node.module] if node.module else [])])
             names |= {f"{module}.{alias.name}" for alias in node.names}
-    found = set()
+    modules = set()
     for parts in (name.split(".")[1:] for name in names if name.split(".")[0] == "diffad_lite"):
-        while parts:  # the longest part of the name that is a file
-            at = PACKAGE.joinpath(*parts)
-            if at.with_suffix(".py").exists() or (at / "__init__.py").exists():
-                found.add(".".join(parts))
+        while parts:  # find the longest part of the name that is a file
+            path = PACKAGE.joinpath(*parts)
+            if path.with_suffix(".py").exists() or (path / "__init__.py").exists():
+                modules.add(".".join(parts))
                 break
             parts = parts[:-1]
-    return found
+    return modules
 
 
 @cache
 def graph() -> dict[str, set[str]]:
-    """Module -> modules that it imports."""
+    """Return module -> modules that it imports."""
     return {name_of(path): imported(path) for path in MODULES if name_of(path) != "__init__"}
 
 
-def below(module: str) -> set[str]:
-    """All modules that one imports, itself or through others."""
-    found, todo = set(), [module]
-    while todo:
-        for other in graph()[todo.pop()] - found:
-            found.add(other)
-            todo.append(other)
-    return found
+def dependencies(module: str) -> set[str]:
+    """Return all modules that a module imports, directly or indirectly."""
+    modules, queue = set(), [module]
+    while queue:
+        new = graph()[queue.pop()] - modules
+        modules |= new
+        queue += new
+    return modules
 
 
 def test_every_room_has_its_place():
@@ -84,21 +84,21 @@ def test_every_room_has_its_place():
 def test_imports_go_down(path):
     name = name_of(path)
     if name == "__init__":
-        return  # it imports by name, when asked
+        return  # it imports lazily, by name
     room = name.split(".")[0]
-    for other in graph()[name]:
-        where = other.split(".")[0]
-        assert ROOMS.index(room) <= ROOMS.index(where), f"{name} imports {other} from above"
-        inside = where == room and "." not in other and path.name != "__main__.py"
-        assert not inside or other == "plots", f"{name} imports its own room; name the module"
+    for target in graph()[name]:
+        target_room = target.split(".")[0]
+        assert ROOMS.index(room) <= ROOMS.index(target_room), f"{name} imports {target} from above"
+        is_room = target_room == room and "." not in target and path.name != "__main__.py"
+        assert not is_room or target == "plots", f"{name} imports its own room; name the module"
 
 
-def test_no_imports_in_a_circle():
+def test_no_import_cycles():
     order = list(TopologicalSorter(graph()).static_order())  # raises CycleError
     assert set(order) == set(graph())
 
 
-def test_a_circle_and_lazy_imports_are_seen(tmp_path, monkeypatch):
+def test_every_form_of_import_is_found(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
     (tmp_path / "data").mkdir()
     for name in ("planting", "images", "__init__"):
@@ -119,25 +119,27 @@ def test_a_circle_and_lazy_imports_are_seen(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("room", ["methods", "spaces", "training", "networks", "diffusion"])
-def test_what_is_trained_knows_nothing_of_planted_defects(room):
+def test_training_never_imports_planted_defects(room):
     for module in graph():
         if module.split(".")[0] == room:
-            assert "data.planting" not in below(module), f"{module}: planted defects are for tests"
+            assert "data.planting" not in dependencies(module), (
+                f"{module}: planted defects are for tests"
+            )
     for module in ("data.synthetic_anomalies", "data.textures"):
-        assert "data.planting" not in below(module)
+        assert "data.planting" not in dependencies(module)
 
 
 @each_module
-def test_functions_are_small(path):
+def test_functions_are_short(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             lines = node.end_lineno - node.lineno + 1
-            documented = ast.get_docstring(node) or ""
-            assert lines - len(documented.splitlines()) <= 60, f"{node.name} has {lines} lines"
+            docstring = ast.get_docstring(node) or ""
+            assert lines - len(docstring.splitlines()) <= 60, f"{node.name} has {lines} lines"
 
 
 def printed(code: str) -> str:
-    """What a new process prints."""
+    """Return the output of a new process."""
     call = [sys.executable, "-c", code]
     return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 

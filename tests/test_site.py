@@ -1,4 +1,4 @@
-"""The site: pages name what exists, every lesson and module has its place, and it builds."""
+"""The site: pages name existing objects, contain every lesson and module, and it builds."""
 
 import dataclasses
 import importlib.util
@@ -21,22 +21,22 @@ PAGES = sorted(DOCS.rglob("*.md"))
 
 
 def toctrees(page: Path) -> set[Path]:
-    """Files that the page's tables of contents name."""
-    found = set()
+    """Return the files in the tables of contents of a page."""
+    files = set()
     for block in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.DOTALL):
         for line in block.splitlines():
             entry = re.sub(r"^.*<(.*)>$", r"\1", line.strip())
             if entry and not entry.startswith(":"):
-                found |= {path.resolve() for path in page.parent.glob(f"{entry}.*")}
-    return found
+                files |= {path.resolve() for path in page.parent.glob(f"{entry}.*")}
+    return files
 
 
 def rows(text: str) -> list[list[str]]:
-    """Cells of all rows of Markdown tables, without heads."""
+    """Return the cells of all rows of Markdown tables, without headers."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    heads = {i for i, line in enumerate(lines) if i + 1 < len(lines) and "| --- " in lines[i + 1]}
-    kept = [line for i, line in enumerate(lines) if i not in heads and "| --- " not in line]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in kept]
+    headers = {i for i, line in enumerate(lines) if i + 1 < len(lines) and "| --- " in lines[i + 1]}
+    body = [line for i, line in enumerate(lines) if i not in headers and "| --- " not in line]
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in body]
 
 
 def section(text: str, title: str) -> str:
@@ -88,10 +88,10 @@ def test_switches_are_fields_of_the_configuration(name):
         fields = re.findall(r"`([^`]+)`", cells[0])
         assert fields, cells
         for field in fields:
-            own = get_method(name).Config
+            config = get_method(name).Config
             for part in field.split("."):
-                assert part in {f.name for f in dataclasses.fields(own)}, field
-                own = typing.get_type_hints(own)[part]
+                assert part in {f.name for f in dataclasses.fields(config)}, field
+                config = typing.get_type_hints(config)[part]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -104,7 +104,7 @@ def test_values_of_switches_are_those_of_the_field(name):
             assert named == set(typing.get_args(hints[first])), first
 
 
-def test_method_pages_type_no_result():
+def test_method_pages_contain_no_typed_result():
     for page in (DOCS / "methods").glob("*.md"):
         assert not re.search(r"\b0\.\d{3}\b|AUROC (of )?\d", page.read_text()), page.name
 
@@ -120,9 +120,9 @@ def test_symbols_lead_to_a_lesson_and_to_code():
     for symbol, _meaning, in_code, lesson in table:
         assert "$" in symbol
         assert (DOCS / references[lesson.strip("[]")]).exists(), symbol
-        found = re.findall(r"`([^`]+)`", in_code)
-        assert (in_code == "lesson only") == (not found), symbol
-        assert set(found) <= names, symbol
+        code_names = re.findall(r"`([^`]+)`", in_code)
+        assert (in_code == "lesson only") == (not code_names), symbol
+        assert set(code_names) <= names, symbol
 
 
 def test_notation_covers_the_letters_of_the_lessons():
@@ -143,23 +143,23 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", str(DOCS)]
     command += ["-d", str(folder / "doctrees"), str(ROOT), str(folder / "site")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-4000:]
     return folder / "site"
 
 
 @pytest.mark.skipif(
     not all(map(importlib.util.find_spec, BUILDERS)), reason="needs pip install -e '.[docs]'"
 )
-@pytest.mark.timeout(900)  # about a minute of one free core
+@pytest.mark.timeout(900)  # about a minute on an idle core
 class TestBuild:
-    def test_pages_are_there_and_need_no_network(self, site):
+    def test_pages_exist_and_need_no_network(self, site):
         for lesson in LESSONS:
             page = (site / "notebooks" / f"{lesson.stem}.html").read_text()
             assert "<img" in page or "<table" in page
-            loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]+)", page)
-            own_mathjax = importlib.util.find_spec("jupyter_server_mathjax")
-            assert own_mathjax is None or not loaded, loaded
+            remote = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]+)", page)
+            local_mathjax = importlib.util.find_spec("jupyter_server_mathjax")
+            assert local_mathjax is None or not remote, remote
             assert "jupyter-widgets" not in page
         assert "docs/index.html" in (site / "index.html").read_text()
 

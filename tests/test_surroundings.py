@@ -1,4 +1,4 @@
-"""Where and how often it runs does not matter: places, threads, no HOME, no network, no writing."""
+"""Results do not depend on folder, HOME, network or threads, and nothing else is written."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from diffad_lite.experiments.evaluate import bundled_checkpoint
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
-# Calls the command; whatever writes into the checkout, or asks the network, ends it.
+# Runs the command; a write into the checkout, or a network access, ends it with an error.
 GUARDED = """
 import os, sys
 
@@ -36,7 +36,7 @@ sys.exit(main(arguments))
 
 def call(*arguments: str, cwd: Path, threads: int = 1) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k not in ("HOME", "MPLCONFIGDIR")}
-    # Dask, in an earlier test, leaves MKL_NUM_THREADS=1 behind, and torch heeds both.
+    # Dask, in an earlier test, sets MKL_NUM_THREADS=1, and torch uses both variables.
     env |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     env |= {"PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", GUARDED, str(ROOT), *arguments]
@@ -44,8 +44,8 @@ def call(*arguments: str, cwd: Path, threads: int = 1) -> subprocess.CompletedPr
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder whose name no shell likes."""
+def odd_folder(tmp_path: Path) -> Path:
+    """A folder with spaces, quotes and non-ASCII letters in its name."""
     folder = tmp_path / "Prüfung 画像 'a b' $c"
     folder.mkdir()
     return folder
@@ -55,31 +55,33 @@ SHAPES = ("evaluate", "--method", "anoddpm", "--dataset", "shapes", "--image-siz
 SMALL = ("--profile", "ci", "--set", "denoiser.train.steps=5", "--maps")
 
 
-def test_the_same_seed_gives_the_same_bits_anywhere(place):
-    """Twice, each from the start; without HOME and network, writing nothing beside ``--out``."""
+def test_the_same_seed_gives_equal_files_in_any_folder(odd_folder):
+    """Two runs from the start, without HOME and network; they write below ``--out`` only."""
     for out in ("eins ü", "zwei ü"):
-        done = call(*SHAPES, *SMALL, "--out", out, cwd=place)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, other = (place / out for out in ("eins ü", "zwei ü"))
-    names = {p.relative_to(one) for p in one.rglob("*") if p.suffix in (".csv", ".tiff")}
+        result = call(*SHAPES, *SMALL, "--out", out, cwd=odd_folder)
+        assert result.returncode == 0, result.stderr[-2000:]
+    first, second = (odd_folder / out for out in ("eins ü", "zwei ü"))
+    names = {p.relative_to(first) for p in first.rglob("*") if p.suffix in (".csv", ".tiff")}
     assert len(names) > 30
     for name in names:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
     weights = Path("checkpoint", "model.safetensors")
-    assert (one / weights).read_bytes() == (other / weights).read_bytes()
+    assert (first / weights).read_bytes() == (second / weights).read_bytes()
 
 
 @pytest.mark.timeout(900)
-def test_another_number_of_threads_changes_last_digits_only(place):
+def test_another_number_of_threads_changes_rounding_only(odd_folder):
     if not bundled_checkpoint("grad", "elpv", "mono").is_dir():
-        pytest.skip("no bundled weights: this is no checkout")
-    found = []
+        pytest.skip("no bundled weights: not a checkout")
+    aurocs = []
     for threads in (1, 2):
         out = f"{threads} threads"
         command = ("evaluate", "--method", "anoddpm", "--checkpoint", "bundled")
-        done = call(*command, "--set", "n_noises=1", "--out", out, cwd=place, threads=threads)
-        assert done.returncode == 0, done.stderr[-2000:]
-        result = json.loads((place / out / "result.json").read_text())
-        assert result["threads"] == threads
-        found.append(result["image_auroc"])
-    assert abs(found[0] - found[1]) < 1e-3
+        result = call(
+            *command, "--set", "n_noises=1", "--out", out, cwd=odd_folder, threads=threads
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        record = json.loads((odd_folder / out / "result.json").read_text())
+        assert record["threads"] == threads
+        aurocs.append(record["image_auroc"])
+    assert abs(aurocs[0] - aurocs[1]) < 1e-3

@@ -566,7 +566,9 @@ def put_anomalies(synthesis, images, generator):
 
 
 synthesis = copy.copy(method.synthesis)
-synthesis.config = replace(method.synthesis.config, anomaly_probability=1.0)  # an anomaly on each
+synthesis.config = replace(
+    method.synthesis.config, anomaly_probability=1.0
+)  # an anomaly on each
 print(synthesis.config)
 
 # %%

@@ -1,8 +1,8 @@
-"""One master, three notebooks: make lesson, exercises and solutions from `src/NN_title.py`.
+"""Generate lesson, exercises and solutions from each master `src/NN_title.py`.
 
-python notebooks/tools/build.py [NN ...]             write the notebooks; fresh outputs stay
-python notebooks/tools/build.py --execute [NN ...]   and run the lesson and the solutions
-python notebooks/tools/build.py --check [NN ...]     write nothing; say what is not up to date
+python notebooks/tools/build.py [NN ...]             write the notebooks; keep valid outputs
+python notebooks/tools/build.py --execute [NN ...]   and execute lesson and solutions
+python notebooks/tools/build.py --check [NN ...]     write nothing; list outdated notebooks
 """
 
 import argparse
@@ -23,7 +23,7 @@ from diffad_lite.core.files import write_atomically
 
 NOTEBOOKS, DEFAULT_PROFILE = Path(__file__).resolve().parents[1], "lite"
 KINDS, EXECUTED = ("lesson", "exercises", "solutions"), ("lesson", "solutions")
-# Roles, the tags that say where a cell goes: it has at most one. "context" may be either type.
+# A role is a tag that decides where a cell goes. A cell has at most one; "context" fits both types.
 CODE_ROLES, TEXT_ROLES = {"parameters", "setup", "solution", "check"}, {"exercise", "explain"}
 ROLES = CODE_ROLES | TEXT_ROLES | {"context"}
 OTHER_TAGS = {"nbval-check-output", "nbval-ignore-output", "nbval-skip"}  # and teaches:...
@@ -31,9 +31,9 @@ BLOCK = re.compile(r"^( *)# BEGIN SOLUTION\n(.*?)^ *# END SOLUTION(?:\n|$)", re.
 STUB = 'raise NotImplementedError("your turn")'
 PYTHON3 = {"display_name": "Python 3", "language": "python", "name": "python3"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
-# As tqdm writes it: "train: 40%|##  | 2/5 [00:03<00:04, 1.5s/it]" or "12it [00:03, 4.0it/s]".
+# A progress bar of tqdm: "train: 40%|##  | 2/5 [00:03<00:04, 1.5s/it]" or "12it [00:03, 4.0it/s]".
 BAR = re.compile(r"[^\r\n]*?(?:\d%\|[^\r\n]*?|\d\w* )\[\d+:\d\d[^\r\n\]]*\]|\x1b\[A")
-LINK = re.compile(  # "to" is a relative target in Markdown; code and formulas are stepped over
+LINK = re.compile(  # "to" is a relative target in Markdown; code and formulas are skipped
     r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]+\$"
     r"|(?P<before>\]\(|(?:src|href)=\"|^\[(?!\^)[^\]\n]+\]: )"
     r"(?P<to>(?![a-zA-Z][\w+.-]*:|#|/)[^)\s\"]+)",
@@ -42,27 +42,27 @@ LINK = re.compile(  # "to" is a relative target in Markdown; code and formulas a
 
 
 def find_masters(folder: Path) -> dict[str, Path]:
-    """Number -> master `src/NN_title.py`, for a folder of notebooks."""
+    """Return number -> master `src/NN_title.py` of a folder of notebooks."""
     return {p.stem[:2]: p for p in sorted((folder / "src").resolve().glob("[0-9][0-9]_*.py"))}
 
 
 def notebook_path(master: Path, kind: str) -> Path:
-    """Where the notebook of that kind lies: beside `src/`, or in the folder of its kind."""
+    """Return the path of a notebook: beside `src/`, or in the folder of its kind."""
     return master.parents[1] / ("" if kind == "lesson" else kind) / f"{master.stem}.ipynb"
 
 
 def tags(cell: NotebookNode) -> list[str]:
-    """The tags of a cell."""
+    """Return the tags of a cell."""
     return list(cell.metadata.get("tags", []))
 
 
 def role(cell: NotebookNode) -> str | None:
-    """The tag that says into which notebooks a cell goes."""
+    """Return the tag that decides into which notebooks a cell goes."""
     return next((tag for tag in tags(cell) if tag in ROLES), None)
 
 
 def read_master(master: Path) -> list[NotebookNode]:
-    """The cells of a master; ValueError where tags, cell types or markers are not as agreed."""
+    """Return the cells of a master; raise ValueError for invalid tags, cell types or markers."""
     cells = jupytext.reads(master.read_text(encoding="utf-8"), fmt="py:percent").cells
     if not cells or cells[0].cell_type != "markdown" or not cells[0].source.startswith("# "):
         raise ValueError(f"src/{master.name}: has no title; begin with a markdown cell '# Title'")
@@ -81,128 +81,130 @@ def read_master(master: Path) -> list[NotebookNode]:
 
 
 def fill(source: str, *, stub: bool, where: str = "") -> str:
-    """A solution without markers, as it is or with stubs; ValueError if they do not pair."""
-    text, blocks = BLOCK.subn(rf"\1{STUB}\n" if stub else r"\2", source)
-    if not blocks or "# BEGIN SOLUTION" in text or "# END SOLUTION" in text:
+    """Remove the markers, and with ``stub`` the code between them; raise ValueError if unpaired."""
+    text, n_blocks = BLOCK.subn(rf"\1{STUB}\n" if stub else r"\2", source)
+    if not n_blocks or "# BEGIN SOLUTION" in text or "# END SOLUTION" in text:
         raise ValueError(f"{where}: needs lines '# BEGIN SOLUTION', '# END SOLUTION', in turns")
     return text.rstrip()
 
 
 def lesson_cells(cells: list[NotebookNode], stem: str) -> list[NotebookNode]:
-    """The lesson: no solutions, checks or explanations; a link after the last prompt."""
+    """Return all cells but solutions, checks and explanations; add a link after the exercises."""
     lesson = [cell for cell in cells if role(cell) not in ("solution", "check", "explain")]
     prompts = [i for i, cell in enumerate(lesson, 1) if role(cell) == "exercise"]
     exercises, solutions = (f"[{kind}/{stem}.ipynb]({kind}/{stem}.ipynb)" for kind in KINDS[1:])
     link = f"Solve these in {exercises}; the solutions are a click away, in {solutions}."
-    for end in prompts[-1:]:
-        lesson.insert(end, new_markdown_cell(link))
+    if prompts:
+        lesson.insert(prompts[-1], new_markdown_cell(link))
     return lesson
 
 
 def exercise_cells(cells: list[NotebookNode], stem: str, *, solved: bool) -> list[NotebookNode]:
-    """The exercises with what they need: solved and explained, or as stubs."""
+    """Return the exercises and their context: solved and explained, or as stubs."""
     title = cells[0].source.splitlines()[0].removeprefix("# ")
     heading = f"# {'Solutions' if solved else 'Exercises'}: {title}"
-    made = [new_markdown_cell(f"{heading}\n\nThe lesson: [{title}](../{stem}.ipynb).")]
+    exercises = [new_markdown_cell(f"{heading}\n\nThe lesson: [{title}](../{stem}.ipynb).")]
     for cell in cells:
         source = cell.source
         if role(cell) == "solution":
             source = fill(source, stub=not solved)
-        elif cell.cell_type == "markdown":  # these notebooks lie one folder deeper
+        elif cell.cell_type == "markdown":  # these notebooks are one folder deeper
             source = LINK.sub(
                 lambda m: m[0] if not m["to"] else f"{m['before']}../{m['to']}", source
             )
         if role(cell) and (solved or role(cell) != "explain"):
-            made.append(NotebookNode(cell, source=source))
-    return made
+            exercises.append(NotebookNode(cell, source=source))
+    return exercises
 
 
 def source_hash(cells: list[NotebookNode]) -> str:
-    """Sixteen hex digits over types, sources and tags: what outputs depend on."""
+    """Return 16 hex digits over types, sources and tags of the cells: outputs depend on these."""
     content = json.dumps([[c.cell_type, c.source, tags(c)] for c in cells])
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def generate(master: Path) -> dict[str, NotebookNode]:
-    """The three notebooks of a master, by kind, with the outputs on disk that are still fresh."""
-    cells, notebooks = read_master(master), {}
+    """Return kind -> notebook of a master, with those outputs on disk that are still valid."""
+    master_cells, notebooks = read_master(master), {}
     for kind in KINDS:
         if kind == "lesson":
-            made = lesson_cells(cells, master.stem)
+            cells = lesson_cells(master_cells, master.stem)
         else:
-            made = exercise_cells(cells, master.stem, solved=kind == "solutions")
-        for i, cell in enumerate(made):
-            tagged = {"tags": tags(cell)} if tags(cell) else {}
-            made[i] = NotebookNode(cell, id=f"{kind}-{i:03d}", metadata=tagged)
-        about = {"master": f"src/{master.name}", "sources": source_hash(made)}
-        metadata = {"diffad": about, "kernelspec": PYTHON3, "language_info": {"name": "python"}}
-        notebooks[kind] = new_notebook(cells=made, metadata=metadata, nbformat_minor=5)
+            cells = exercise_cells(master_cells, master.stem, solved=kind == "solutions")
+        for i, cell in enumerate(cells):
+            cell_metadata = {"tags": tags(cell)} if tags(cell) else {}
+            cells[i] = NotebookNode(cell, id=f"{kind}-{i:03d}", metadata=cell_metadata)
+        origin = {"master": f"src/{master.name}", "sources": source_hash(cells)}
+        metadata = {"diffad": origin, "kernelspec": PYTHON3, "language_info": {"name": "python"}}
+        notebooks[kind] = new_notebook(cells=cells, metadata=metadata, nbformat_minor=5)
         if kind in EXECUTED:
             keep_outputs(notebooks[kind], notebook_path(master, kind))
     return notebooks
 
 
 def keep_outputs(notebook: NotebookNode, path: Path) -> None:
-    """Take the outputs of the notebook at ``path``, if there is one with the same sources."""
+    """Copy the outputs of the notebook at ``path``, if it exists and has the same sources."""
     try:
-        old = nbformat.read(path, as_version=4)
-        fresh = source_hash(old.cells) == notebook.metadata.diffad.sources
+        stored = nbformat.read(path, as_version=4)
+        if source_hash(stored.cells) != notebook.metadata.diffad.sources:
+            return
     except (OSError, ValueError, AttributeError):  # missing, or no notebook
         return
-    for cell, before in zip(notebook.cells, old.cells, strict=True) if fresh else ():
+    for cell, stored_cell in zip(notebook.cells, stored.cells, strict=True):
         if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = before.outputs, before.execution_count
-    for key in {"executed", "profile"} & set(old.metadata.get("diffad", {})) if fresh else ():
-        notebook.metadata.diffad[key] = old.metadata.diffad[key]
+            cell.outputs, cell.execution_count = stored_cell.outputs, stored_cell.execution_count
+    for key in {"executed", "profile"} & set(stored.metadata.get("diffad", {})):
+        notebook.metadata.diffad[key] = stored.metadata.diffad[key]
 
 
 def build(master: Path, *, check: bool = False) -> list[str]:
-    """Write the notebooks of a master; with ``check``, return what is not up to date instead."""
+    """Write the notebooks of a master; with ``check``, only return a line per outdated one."""
     lines, fix = [], f"run: python notebooks/tools/build.py {master.stem[:2]}"
     for kind, notebook in generate(master).items():
-        path, about = notebook_path(master, kind), notebook.metadata.diffad
+        path, origin = notebook_path(master, kind), notebook.metadata.diffad
         if not check:
             write(path, notebook)
         elif not path.exists() or path.read_text("utf-8") != nbformat.writes(notebook) + "\n":
             lines.append(f"{os.path.relpath(path)}: missing, or not as its master makes it; {fix}")
-        elif kind in EXECUTED and about.get("executed") != about.sources:
+        elif kind in EXECUTED and origin.get("executed") != origin.sources:
             lines.append(f"{os.path.relpath(path)}: not run from these sources; {fix} --execute")
     return lines
 
 
 def write(path: Path, notebook: NotebookNode) -> None:
-    """Write a notebook, whole or not at all."""
+    """Write a notebook atomically."""
     text = nbformat.writes(notebook) + "\n"
     write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
     print(f"wrote {os.path.relpath(path)}")
 
 
 def execute(path: Path, profile: str) -> None:
-    """Run a built notebook; store its outputs, or raise RuntimeError and leave it as it was."""
+    """Execute a built notebook and store its outputs; raise RuntimeError where a cell fails."""
     import papermill
 
-    notebook = nbformat.read(path, as_version=4)  # papermill runs a copy of it
+    notebook = nbformat.read(path, as_version=4)  # papermill executes a copy
     options = {"parameters": {} if profile == DEFAULT_PROFILE else {"profile": profile}}
     options |= {"cwd": path.parent, "kernel_name": "python3", "progress_bar": False}
-    # The kernel inherits this: widgets print; no profile or figure backend of the caller's.
+    # For the kernel: widgets print, and the caller's profile and figure backend have no effect.
     with mock.patch.dict(os.environ, DIFFAD_STATIC="1", DIFFAD_PROFILE="", MPLBACKEND=""):
         try:
-            ran = papermill.execute_notebook(notebook, None, **options)
+            executed = papermill.execute_notebook(notebook, None, **options)
         except papermill.PapermillExecutionError as error:
             where = f"{os.path.relpath(path)}, the cell {error.source.splitlines()[0]!r} ..."
-            what = f"{where}: {error.ename}: {error.evalue}; fix src/{path.stem}.py"
-            raise RuntimeError(what) from None
-    own = [cell for cell in ran.cells if "injected-parameters" not in tags(cell)]
-    code = [p for p in zip(notebook.cells, own, strict=True) if p[0].cell_type == "code"]
-    for count, (cell, done) in enumerate(code, 1):
-        cell.execution_count = count if done.execution_count else None
-        cell.outputs = clean_outputs(done.outputs, count)
+            fix = f"fix src/{path.stem}.py"
+            raise RuntimeError(f"{where}: {error.ename}: {error.evalue}; {fix}") from None
+    cells = [cell for cell in executed.cells if "injected-parameters" not in tags(cell)]
+    pairs = zip(notebook.cells, cells, strict=True)
+    code = [(cell, result) for cell, result in pairs if cell.cell_type == "code"]
+    for count, (cell, result) in enumerate(code, 1):
+        cell.execution_count = count if result.execution_count else None
+        cell.outputs = clean_outputs(result.outputs, count)
     notebook.metadata.diffad.update(executed=source_hash(notebook.cells), profile=profile)
     write(path, notebook)
 
 
 def clean_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookNode]:
-    """Outputs without progress bars and widget views, neighbouring streams joined."""
+    """Remove progress bars and widget views; join consecutive texts of one stream."""
     kept: list[NotebookNode] = []
     for output in outputs:
         if output.output_type == "stream" and kept and kept[-1].get("name") == output.name:
@@ -219,7 +221,7 @@ def clean_outputs(outputs: list[NotebookNode], count: int) -> list[NotebookNode]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; problems are printed one a line and give exit code 1."""
+    """Run the command; print one problem per line, and return 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("numbers", nargs="*", metavar="NN", help="only these; default all")
     action = parser.add_mutually_exclusive_group()
@@ -239,9 +241,9 @@ def main(arguments: list[str] | None = None) -> int:
                 execute(notebook_path(masters[number], kind), options.profile)
         except (ValueError, RuntimeError) as error:
             problems.append(str(error))
-    made = {notebook_path(master, kind) for master in masters.values() for kind in KINDS}
-    found = {path for kind in ("", *KINDS) for path in (folder / kind).glob("*.ipynb")}
-    for path in sorted(found - made) if options.check else ():
+    generated = {notebook_path(master, kind) for master in masters.values() for kind in KINDS}
+    existing = {path for kind in ("", *KINDS) for path in (folder / kind).glob("*.ipynb")}
+    for path in sorted(existing - generated) if options.check else ():
         problems.append(f"{os.path.relpath(path)}: has no master in src/; add one or delete it")
     print(*problems, sep="\n", end="\n" if problems else "")
     return 1 if problems else 0

@@ -1,8 +1,8 @@
-"""House rules of the notebooks: each has an id, and a message that says what to do.
+"""Check the rules for notebooks. Each rule has an id, and a message that names the fix.
 
     python notebooks/tools/lint.py [FILE ...]        default: all lessons, exercises, solutions
 
-N06 to N10, N16 and N19 hold for every notebook, N11 for those that are run, others for lessons.
+N06 to N10, N16 and N19 apply to every notebook, N11 to executed ones, all others to lessons.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import statistics
 import tokenize
 from collections.abc import Iterator
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -38,10 +39,10 @@ Problems = Iterator[tuple[str, str]]  # rule id, message
 
 
 class Notebook:
-    """A notebook as the rules see it; cells are numbered from 1."""
+    """A notebook whose cells are numbered from 1."""
 
     def __init__(self, path: Path) -> None:
-        """Read it; raises ValueError if it is no notebook."""
+        """Read the file; raise ValueError if it is no notebook."""
         self.path = path.resolve()
         parent = self.path.parent.name
         self.kind = parent if parent in build.KINDS else "lesson"
@@ -52,18 +53,18 @@ class Notebook:
         self.markdown = [(i, cell) for i, cell in self.cells if cell.cell_type == "markdown"]
 
     def tagged(self, tag: str) -> list[int]:
-        """The numbers of the cells that have a tag."""
+        """Return the numbers of the cells that have a tag."""
         return [i for i, cell in self.cells if tag in build.tags(cell)]
 
     def headings(self, level: str) -> list[tuple[int, str]]:
-        """Cell number and text of the headings of a level, such as '##'."""
+        """Return cell number and text of the headings that begin with ``level``, such as '##'."""
         prose = [(i, re.sub(r"(?ms)^```.*?^```", "", cell.source)) for i, cell in self.markdown]
         heading = re.compile(rf"(?m)^{level} (.+)")
         return [(i, text.strip()) for i, source in prose for text in heading.findall(source)]
 
 
 def syntax(cell: NotebookNode) -> list[ast.AST]:
-    """Every node of a cell's code; none if it is not plain Python."""
+    """Return all nodes of the syntax tree of a cell; none if it is not plain Python."""
     try:
         return list(ast.walk(ast.parse(cell.source)))
     except SyntaxError:
@@ -71,7 +72,7 @@ def syntax(cell: NotebookNode) -> list[ast.AST]:
 
 
 def layout(nb: Notebook) -> Problems:
-    """What a reader finds in the same place in every lesson."""
+    """Check what has the same place in every lesson: title, table, sections, a prediction."""
     if (where := [i for i, _ in nb.headings("#")]) != [1]:
         yield "N01", f"'# ' headings in cells {where}; write exactly one, in the first cell"
     lines = [line for _, cell in nb.cells[:2] for line in cell.source.splitlines()]
@@ -79,17 +80,18 @@ def layout(nb: Notebook) -> Problems:
     given = [row[1] for row in rows if len(row) > 3 and row[2]]
     if missing := [name for name in GLANCE if name not in given]:
         yield "N02", f"the at-a-glance table in cell 1 or 2 lacks {missing}; add '| row | value |'"
-    if (found := [text for _, text in nb.headings("##") if text in SECTIONS]) != SECTIONS:
-        yield "N03", f"has the sections {found}; needs each once, in the order {SECTIONS}"
+    sections = [text for _, text in nb.headings("##") if text in SECTIONS]
+    if sections != SECTIONS:
+        yield "N03", f"has the sections {sections}; needs each once, in the order {SECTIONS}"
     predictions = [i for i, c in nb.markdown if re.search(r"(?m)^\*\*Predict\*\*", c.source)]
-    if not any(i < last for i in predictions for last, _ in nb.code[-1:]):
+    if not predictions or not nb.code or predictions[0] > nb.code[-1][0]:
         yield "N18", "asks for no prediction; begin a line with '**Predict**' before some results"
     if not any(isinstance(node, ast.Assert) for _, cell in nb.code for node in syntax(cell)):
         yield "N20", "has no assert; add one that fails when the lesson's claim does not hold"
 
 
 def exercises(nb: Notebook) -> Problems:
-    """Prompts in the lesson; a solution and a check for each in the other two."""
+    """Check the prompts, and outside the lesson a solution and a check for each."""
     starts = nb.tagged("exercise")
     if not 3 <= len(starts) <= 5:
         yield "N19", f"has {len(starts)} exercises; write 3 to 5"
@@ -103,7 +105,7 @@ def exercises(nb: Notebook) -> Problems:
 
 
 def parameters(nb: Notebook) -> Problems:
-    """Parameters, set-up and seeds: where papermill, and a reader, look for them."""
+    """Check that parameters, set-up and seeds are where papermill and readers expect them."""
     if nb.tagged("parameters") != [i for i, _ in nb.code[:1]]:
         yield "N04", "tag one cell 'parameters': the first code cell"
     lines = [s for i, c in nb.code if i in nb.tagged("parameters") for s in c.source.splitlines()]
@@ -120,35 +122,38 @@ def parameters(nb: Notebook) -> Problems:
         teaches = [tag for tag in build.tags(cell) if tag.startswith("teaches:")]
         if "setup" in build.tags(cell):
             continue
-        if not teaches and any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in syntax(cell)):
+        if not teaches and any(map(is_import, syntax(cell))):
             yield "N05", f"cell {i}: move the import to the set-up cell"
         calls = {ast.unparse(n.func) for n in syntax(cell) if isinstance(n, ast.Call)}
         for seed in calls & SEEDS:
             yield "N17", f"cell {i}: {seed} outside the set-up cell; use a torch.Generator"
         for tag in teaches:
-            yield from target(i, tag.removeprefix("teaches:"))
+            yield from taught_object(i, tag.removeprefix("teaches:"))
 
 
-def target(i: int, name: str) -> Problems:
-    """Whether a 'teaches:module:Qualified.name' exists in the package."""
+def taught_object(i: int, name: str) -> Problems:
+    """Check that the object of a tag 'teaches:module:Qualified.name' exists in the package."""
     module, _, qualified = name.partition(":")
     try:
-        found = importlib.import_module(module)
-        for part in qualified.split("."):
-            found = getattr(found, part)
+        attrgetter(qualified)(importlib.import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
         yield "N15", f"cell {i}: teaches {name!r}: {error}; write teaches:module:Qualified.name"
 
 
-def imports(cell: NotebookNode) -> int:
-    """Lines of import statements, which nobody reads as code."""
-    found = [n for n in syntax(cell) if isinstance(n, ast.Import | ast.ImportFrom)]
-    return sum((n.end_lineno or n.lineno) - n.lineno + 1 for n in found)
+def is_import(node: ast.AST) -> bool:
+    """Tell whether a node is an import statement."""
+    return isinstance(node, ast.Import | ast.ImportFrom)
+
+
+def n_import_lines(cell: NotebookNode) -> int:
+    """Return the number of lines of import statements; the limits do not count them."""
+    nodes = filter(is_import, syntax(cell))
+    return sum((node.end_lineno or node.lineno) - node.lineno + 1 for node in nodes)
 
 
 def code_style(nb: Notebook) -> Problems:
-    """A cell is one thought, fits on a projector, and is plain Python."""
-    lengths = {i: len(cell.source.splitlines()) - imports(cell) for i, cell in nb.code}
+    """Check that code cells are short, fit on a projector, and are plain Python."""
+    lengths = {i: len(cell.source.splitlines()) - n_import_lines(cell) for i, cell in nb.code}
     for i, length in lengths.items():
         if length > 30:
             yield "N06", f"cell {i}: {length} lines; split it at 30, or move code to the package"
@@ -160,20 +165,20 @@ def code_style(nb: Notebook) -> Problems:
                 yield "N07", f"cell {i}: {len(line)} characters, {line[:30]!r}...; break it at 88"
         if not syntax(cell):
             yield "N08", f"cell {i}: is not plain Python; write no lines that begin with % or !"
-        elif number := semicolon(cell.source):
+        elif number := line_with_semicolon(cell.source):
             yield "N08", f"cell {i}: drop the ';' that ends line {number}; end with plt.show()"
 
 
-def semicolon(source: str) -> int | None:
-    """The first line that ends in ';' as code, not as text. nbval shows what such a ';' hides."""
+def line_with_semicolon(source: str) -> int | None:
+    """Return the first line whose code ends with ';'. nbval shows the output that it would hide."""
     ends = (tokenize.NEWLINE, tokenize.COMMENT, tokenize.ENDMARKER)
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
-    hits = (a.start[0] for a, b in pairwise(tokens) if a.string == ";" and b.type in ends)
-    return next(hits, None)
+    lines = (a.start[0] for a, b in pairwise(tokens) if a.string == ";" and b.type in ends)
+    return next(lines, None)
 
 
 def portable(nb: Notebook) -> Problems:
-    """Nothing of the author's machine; links that lead somewhere."""
+    """Check for paths of the author's machine, stored widgets, and broken links."""
     for i, cell in nb.cells:
         for where, text in (("the source", cell.source), ("an output", output_text(cell))):
             if match := ABSOLUTE.search(text):
@@ -191,7 +196,7 @@ def portable(nb: Notebook) -> Problems:
 
 
 def output_text(cell: NotebookNode) -> str:
-    """What a cell printed, raised or shows as text of whatever format."""
+    """Return all text that a cell printed, raised or displays, in any format."""
     texts = []
     for output in cell.get("outputs", []):
         texts += [output.get("text", ""), *output.get("traceback", [])]
@@ -200,7 +205,7 @@ def output_text(cell: NotebookNode) -> str:
 
 
 def execution(nb: Notebook) -> Problems:
-    """Run from top to bottom, without complaints."""
+    """Check that cells were executed from top to bottom, without errors or warnings."""
     counts = [cell.execution_count for _, cell in nb.code]
     if counts != list(range(1, len(counts) + 1)):
         yield "N11", f"execution counts {counts}, not 1..n; run notebooks/tools/build.py --execute"
@@ -212,11 +217,11 @@ def execution(nb: Notebook) -> Problems:
 
 
 def outputs(nb: Notebook) -> Problems:
-    """Outputs that can be read: figures with words, little text, a small file."""
-    text = {i for i, cell in nb.markdown if cell.source.strip()}
+    """Check outputs: text beside each figure, few printed lines, a small file."""
+    text_cells = {i for i, cell in nb.markdown if cell.source.strip()}
     for i, cell in nb.code:
         figures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
-        if figures and not {i - 1, i + 1} & text:
+        if figures and not {i - 1, i + 1} & text_cells:
             yield "N12", f"cell {i}: a figure without words; add a markdown cell before or after it"
         printed = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in cell.outputs]
         if (count := sum(len(part.splitlines()) for part in printed)) > 100:
@@ -231,7 +236,7 @@ RULES["lesson"] = [*EVERYWHERE, layout, parameters, execution, outputs]
 
 
 def lint(path: Path) -> list[str]:
-    """A line 'path: id message' for each problem of a notebook."""
+    """Return a line 'path: id message' for each problem of a notebook."""
     try:
         nb = Notebook(path)
     except (ValueError, AttributeError) as error:
@@ -240,13 +245,13 @@ def lint(path: Path) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; problems are printed one a line and give exit code 1."""
+    """Run the command; print one problem per line, and return 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, help="default: all notebooks")
     parser.add_argument("--notebooks", type=Path, default=build.NOTEBOOKS)
     options = parser.parse_args(arguments)
-    everything = [p for k in ("", *build.KINDS) for p in (options.notebooks / k).glob("*.ipynb")]
-    problems = [line for path in options.files or sorted(everything) for line in lint(path)]
+    paths = [p for kind in ("", *build.KINDS) for p in (options.notebooks / kind).glob("*.ipynb")]
+    problems = [line for path in options.files or sorted(paths) for line in lint(path)]
     print(*problems, sep="\n", end="\n" if problems else "")
     return 1 if problems else 0
 

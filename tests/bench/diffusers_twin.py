@@ -1,7 +1,7 @@
-"""The same network and the same loops twice, ours and as one writes them with diffusers.
+"""The same network and loops in two versions: ours, and with diffusers.
 
-Both have the widths, blocks and attention of the lite AnoDDPM, the same precision, batch and
-images; what differs is whose modules, schedule, optimiser step and average they are.
+Both have the widths, blocks and attention of the lite AnoDDPM, and the same precision, batch and
+images. They differ in modules, schedule, optimiser step and weight average.
 """
 
 import time
@@ -28,7 +28,7 @@ LOSS = Denoiser(CONFIG, CHANNELS).loss
 
 
 class Unshuffled(nn.Module):
-    """diffusers' network behind a pixel-unshuffle of ``side``; 1 is the plain network."""
+    """A diffusers network behind a pixel-unshuffle of ``side``; 1 is the network alone."""
 
     def __init__(self, side: int, image_size: int) -> None:
         super().__init__()
@@ -46,24 +46,24 @@ class Unshuffled(nn.Module):
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Noise (B, C, H, W) of images x (B, C, H, W) at timesteps t (B,)."""
-        eps = self.inner(F.pixel_unshuffle(x, self.side), t).sample
-        return F.pixel_shuffle(eps, self.side)
+        """Estimate the noise (B, C, H, W) of x (B, C, H, W) at timesteps t (B,)."""
+        noise_hat = self.inner(F.pixel_unshuffle(x, self.side), t).sample
+        return F.pixel_shuffle(noise_hat, self.side)
 
 
 def our_network(side: int) -> UNet:
-    """The denoiser of the lite profile, with a pixel-unshuffle of ``side``."""
+    """Return the denoiser of the lite profile, with a pixel-unshuffle of ``side``."""
     return Denoiser(replace(CONFIG, unshuffle=side), CHANNELS).network
 
 
 def train_ours(network: nn.Module, images: Tensor, steps: int, batch_size: int) -> None:
-    """Trains by the package's loop."""
+    """Train with the loop of the package."""
     config = TrainConfig(steps=steps, batch_size=batch_size)
     train_network(network, LOSS, images, config, seed=0, progress=False)
 
 
 def train_theirs(network: nn.Module, images: Tensor, steps: int, batch_size: int) -> None:
-    """Trains as diffusers' example of unconditional training does."""
+    """Train as in the diffusers example of unconditional training."""
     scheduler = DDPMScheduler(num_train_timesteps=CONFIG.num_timesteps)
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-4, weight_decay=0.0)
     ema = EMAModel(network.parameters(), decay=0.999)
@@ -74,8 +74,8 @@ def train_theirs(network: nn.Module, images: Tensor, steps: int, batch_size: int
         noise = torch.randn(clean.shape, device=device)
         t = torch.randint(CONFIG.num_timesteps, (batch_size,), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=supports_bf16(device)):
-            eps = network(scheduler.add_noise(clean, noise, t), t)
-            loss = F.mse_loss(eps.float(), noise)
+            noise_hat = network(scheduler.add_noise(clean, noise, t), t)
+            loss = F.mse_loss(noise_hat.float(), noise)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -86,7 +86,7 @@ def train_theirs(network: nn.Module, images: Tensor, steps: int, batch_size: int
 
 @torch.no_grad()
 def sample_ours(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """Images (B, C, H, W) by ten steps of DDIM."""
+    """Sample images (B, C, H, W) with ten steps of DDIM."""
     device = next(network.parameters()).device
     schedule = NoiseSchedule.named(CONFIG.beta_schedule, CONFIG.num_timesteps)
     x = randn(torch.empty(shape, device=device), torch.Generator().manual_seed(0))
@@ -96,7 +96,7 @@ def sample_ours(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def sample_theirs(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """The same by diffusers' scheduler."""
+    """Sample in the same way with the scheduler of diffusers."""
     device = next(network.parameters()).device
     scheduler = DDIMScheduler(num_train_timesteps=CONFIG.num_timesteps)
     scheduler.set_timesteps(STEPS)
@@ -107,7 +107,7 @@ def sample_theirs(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long a call takes, the GPU's work included."""
+    """Return the seconds of a call, including its work on the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()

@@ -1,6 +1,6 @@
-"""What ``make bench`` measures beside the comparison with diffusers: one function a topic.
+"""The measurements of ``make bench``: one function per topic.
 
-Each runs in a process of its own, see :mod:`run`, so that memory and start-up are its own.
+:mod:`run` calls each in a new process, so that memory and start-up are not shared.
 """
 
 import contextlib
@@ -26,53 +26,53 @@ from diffad_lite.training.loop import TrainReport, supports_bf16
 from diffad_lite.training.state import TrainConfig
 
 BATCH, SIZE = 16, 64
-BYTES_A_WEIGHT = 4 * 5 + 2  # weight, gradient, Adam's two moments, average; a bfloat16 copy
+BYTES_PER_WEIGHT = 4 * 5 + 2  # weight, gradient, Adam's two moments, average; a bfloat16 copy
 PUBLISHED = ("anoddpm", "diffusionad", "glad", "mdps", "bernoulli", "grad")
 
 
 def megabytes() -> float:
-    """The most memory this process ever had."""
+    """Return the peak memory of this process."""
     return peak_memory_mb(torch.device("cpu")) or 0.0
 
 
 def images(n: int = 64, size: int = SIZE) -> Tensor:
-    """Random images (n, 1, size, size) in [-1, 1]; speed does not depend on what they show."""
+    """Return random images (n, 1, size, size) in [-1, 1]; speed does not depend on the content."""
     return torch.rand(n, 1, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 # ------------------------------------------------------------------------ against diffusers
 
-PAIRS = {  # name -> stem of ours, of theirs
-    "as used": (2, 1),  # ours with its stem, theirs as it comes
+PAIRS = {  # name -> pixel-unshuffle of our network, of that of diffusers
+    "as used": (2, 1),  # each with its default
     "same stem": (2, 2),
     "no stem": (1, 1),
 }
 
 
 def pair(name: str, rounds: int = 10, steps: int = 8) -> dict[str, Any]:
-    """Seconds of a training step and images sampled a second, the two in turn."""
+    """Measure seconds per training step and sampled images per second, both networks in turn."""
     ours, theirs = twin.our_network(PAIRS[name][0]), twin.Unshuffled(PAIRS[name][1], SIZE)
     shape, data = (BATCH, 1, SIZE, SIZE), images()
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         side: {"parameters": sum(p.numel() for p in network.parameters()), "step": [], "images": []}
         for side, network in (("ours", ours), ("theirs", theirs))
     }
     train = {"ours": (twin.train_ours, ours), "theirs": (twin.train_theirs, theirs)}
     sample = {"ours": (twin.sample_ours, ours), "theirs": (twin.sample_theirs, theirs)}
-    for i in range(rounds + 1):  # the first warms up
+    for i in range(rounds + 1):  # the first round is a warm-up
         for side in ("ours", "theirs"):
             loop, network = train[side]
             step = twin.seconds(lambda: loop(network, data, steps, BATCH)) / steps  # noqa: B023
             draw, network = sample[side]
-            a_second = BATCH / twin.seconds(lambda: draw(network, shape))  # noqa: B023
+            images_per_second = BATCH / twin.seconds(lambda: draw(network, shape))  # noqa: B023
             if i:
-                found[side]["step"].append(step)
-                found[side]["images"].append(a_second)
-    return found
+                results[side]["step"].append(step)
+                results[side]["images"].append(images_per_second)
+    return results
 
 
 def training_memory(name: str, side: str) -> float:
-    """Megabytes that a training takes beside what the process had before its first step."""
+    """Return the megabytes of a training beyond the memory before its first step."""
     data, stems = images(), dict(zip(("ours", "theirs"), PAIRS[name], strict=True))
     if side == "ours":
         loop, network = twin.train_ours, twin.our_network(stems[side])
@@ -87,9 +87,9 @@ def training_memory(name: str, side: str) -> float:
 
 
 def metrics(n: int = 1000, size: int = 256) -> dict[str, float]:
-    """Seconds and megabytes of all pixel metrics of n maps, a tenth of them with a defect.
+    """Measure seconds and megabytes of all pixel metrics of n maps, a tenth of them with a defect.
 
-    And seconds of a paired interval: 1000 resamples of 430 images, three seeds each.
+    Also the seconds of a paired interval: 1000 resamples of 430 images with three seeds.
     """
     rng = np.random.default_rng(0)
     maps = rng.random((n, size, size), dtype=np.float32)
@@ -100,20 +100,20 @@ def metrics(n: int = 1000, size: int = 256) -> dict[str, float]:
     maps[masks] += 0.3
     before = megabytes()
     seconds = twin.seconds(lambda: pixel_metrics(masks, maps))
-    found = {"seconds": seconds, "mb": megabytes() - before, "maps": n, "size": size}
-    labels = (np.arange(430) < 117).astype(int)  # as many images as elpv mono tests on
+    results = {"seconds": seconds, "mb": megabytes() - before, "maps": n, "size": size}
+    labels = (np.arange(430) < 117).astype(int)  # about the size of the test set of elpv mono
     scores = rng.normal(size=(3, 430)) + labels
     work = partial(paired_bootstrap_auroc, labels, scores, scores[::-1])
-    return found | {"bootstrap": twin.seconds(work)}
+    return results | {"bootstrap": twin.seconds(work)}
 
 
 # -------------------------------------------------------------------------------- start-up
 
 
 def start(rounds: int = 5) -> dict[str, float]:
-    """Seconds that new processes take, in turn, the fastest of some: a machine is only ever slowed.
+    """Measure the seconds of new processes: the minimum over rounds, as load only adds time.
 
-    The package's own import is counted beyond the start of Python, that of a room beyond torch's.
+    The import of the package counts beyond the start of Python, that of a room beyond torch.
     """
     calls = {
         "python": ("-c", "pass"),
@@ -138,14 +138,14 @@ def start(rounds: int = 5) -> dict[str, float]:
 
 
 def step_seconds(size: int, batch: int, n: int = 64, steps: int = 4) -> float:
-    """Seconds of a training step of the lite denoiser, after one that warms up."""
+    """Measure the seconds of a training step of the lite denoiser, after a warm-up."""
     network, data = twin.our_network(2), images(n, size)
     twin.train_ours(network, data, 2, batch)
     return twin.seconds(lambda: twin.train_ours(network, data, steps, batch)) / steps
 
 
 def scale() -> dict[str, Any]:
-    """Seconds of a step against image size, batch, and number of training images."""
+    """Measure seconds per step against image size, batch, and number of training images."""
     return {
         "size": {str(s): step_seconds(s, BATCH) for s in (32, 64, 128, 256)},
         "batch": {str(b): step_seconds(SIZE, b) for b in (4, 16, 64)},
@@ -155,32 +155,32 @@ def scale() -> dict[str, Any]:
 
 
 def noises() -> dict[str, float]:
-    """Milliseconds an image of AnoDDPM against the number of noises that are averaged."""
-    found = {}
+    """Measure milliseconds per image of AnoDDPM against the number of averaged noises."""
+    milliseconds = {}
     for n in (1, 4, 16):
         method = METHODS["anoddpm"](METHODS["anoddpm"].Config(n_noises=n))
         method.network.eval()
         method.predict(images(BATCH))
-        found[str(n)] = 1000 * twin.seconds(lambda: method.predict(images(BATCH))) / BATCH  # noqa: B023
-    return found
+        milliseconds[str(n)] = 1000 * twin.seconds(lambda: method.predict(images(BATCH))) / BATCH  # noqa: B023
+    return milliseconds
 
 
-# ------------------------------------------------------------- a model of the paper profiles
+# --------------------------------------------------------- predicted cost of paper profiles
 
 
-class Saved:
-    """Bytes that autograd keeps for the backward pass, weights and their copies apart."""
+class SavedBytes:
+    """Counts the bytes that autograd keeps for the backward pass, without weights and copies."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.seen = {p.untyped_storage().data_ptr() for p in network.parameters()}
-        self.copies = {form for p in network.parameters() for form in (p.shape, p.shape[::-1])}
+        self.known = {p.untyped_storage().data_ptr() for p in network.parameters()}
+        self.weight_shapes = {s for p in network.parameters() for s in (p.shape, p.shape[::-1])}
         self.bytes = 0
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Count a tensor that is kept; what has a weight's shape is its copy for autocast."""
+        """Count a saved tensor; one with the shape of a weight is its copy for autocast."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.seen and tensor.shape not in self.copies:
-            self.seen.add(storage.data_ptr())
+        if storage.data_ptr() not in self.known and tensor.shape not in self.weight_shapes:
+            self.known.add(storage.data_ptr())
             self.bytes += storage.nbytes()
         return tensor
 
@@ -188,9 +188,9 @@ class Saved:
 def count_step(
     network: nn.Module, loss: Callable, data: Tensor, config: TrainConfig
 ) -> dict[str, float]:
-    """Operations and memory of one training step, counted on a batch of two and scaled."""
+    """Count operations and memory of a training step on a batch of two, and scale them."""
     few = min(2, len(data))
-    saved, amp = Saved(network), supports_bf16(torch.device("cpu"))
+    saved, amp = SavedBytes(network), supports_bf16(torch.device("cpu"))
     network.train()
     with FlopCounterMode(display=False) as counter:
         with (
@@ -206,27 +206,27 @@ def count_step(
         "steps": config.steps,
         "batch": config.batch_size,
         "flops": counter.get_total_flops() * scale,
-        "gb": (BYTES_A_WEIGHT * weights + saved.bytes * scale) / 2**30,
+        "gb": (BYTES_PER_WEIGHT * weights + saved.bytes * scale) / 2**30,
     }
 
 
 def stages(name: str, profile: str, size: int) -> dict[str, dict[str, float]]:
-    """Stage -> :func:`count_step` of each training of a method, none of which is made."""
-    found: dict[str, dict[str, float]] = {}
+    """Return stage -> :func:`count_step` of each training of a method, without training it."""
+    costs: dict[str, dict[str, float]] = {}
 
     def counted(network, loss, data, config, *, stage="train", **options):
-        found[stage] = count_step(network, loss, data, config)
+        costs[stage] = count_step(network, loss, data, config)
         return TrainReport(0, 0.0, torch.zeros(0))
 
     channels = 1 if profile == "lite" else 3
     config = METHODS[name].Config.for_profile(profile, channels=channels, image_size=size)
-    if hasattr(config, "synthesis"):  # made textures take the place of downloaded ones
+    if hasattr(config, "synthesis"):  # generated textures replace downloaded ones
         config = replace(config, synthesis=replace(config.synthesis, texture_root=""))
     method = METHODS[name](config)
     data = images(8, size).expand(-1, channels, -1, -1).contiguous()
-    if name == "grad":  # its pool is drawn, not trained; a part of a pool has the same shapes
-        drawn = torch.cat([data, torch.ones_like(data[:, :1])], 1)
-        method.draw_pool = lambda *arguments: drawn
+    if name == "grad":  # skip sampling of its pool; the shapes stay the same
+        pool = torch.cat([data, torch.ones_like(data[:, :1])], 1)
+        method.draw_pool = lambda *arguments: pool
         method.twins = lambda *arguments: data
     options = {"seed": 0, "budget": None, "workdir": None, "progress": False}
     with contextlib.ExitStack() as stack:
@@ -235,11 +235,11 @@ def stages(name: str, profile: str, size: int) -> dict[str, dict[str, float]]:
             if place.startswith("diffad_lite.methods") and hasattr(module, "train_network"):
                 stack.enter_context(mock.patch.object(module, "train_network", counted))
         method._fit(method.prepare(data), **options)
-    return found
+    return costs
 
 
 def prediction(size: int) -> dict[str, float]:
-    """Counted operations and memory of a step of the lite denoiser beside what it takes."""
+    """Return counted and measured cost of a training step of the lite denoiser."""
     network, data = twin.our_network(2), images(BATCH, size)
     before = megabytes()
     seconds = step_seconds(size, BATCH)

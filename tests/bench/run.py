@@ -1,8 +1,7 @@
-"""``make bench``: speed, memory, start-up and scale, written to ``performance.json`` and
-``speed.json`` in ``data/results``.
+"""``make bench``: measure speed, memory, start-up and scaling.
 
-Every measure runs in a new process. Each figure is compared within one run on one machine; those
-of two machines do not compare. Nothing else should run meanwhile.
+Writes ``performance.json`` and ``speed.json`` in ``data/results``. Every measurement runs in a new
+process. Compare values of one run on one machine only. Nothing else should run at the same time.
 """
 
 import argparse
@@ -28,39 +27,42 @@ from diffad_lite.experiments.machine import machine_record
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "data" / "results" / "performance.json"
-SPEEDS = OUT.with_name("speed.json")  # of every method at inference: claims are judged by it
+SPEEDS = OUT.with_name("speed.json")  # of all methods at inference; verdicts on claims use it
 PAPER_SIZE = 256
 
 
-def alone(work: Callable, *arguments: Any) -> Any:
-    """What a function returns in a process of its own."""
+def in_new_process(work: Callable, *arguments: Any) -> Any:
+    """Return the result of a function that runs in a new process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def against_diffusers() -> dict[str, Any]:
-    """Time and memory of ours and theirs, for each pair of stems."""
-    found = {}
+    """Measure time and memory of our network and that of diffusers, for each pair of stems."""
+    pairs = {}
     for name in measures.PAIRS:
-        found[name] = alone(measures.pair, name)
+        pairs[name] = in_new_process(measures.pair, name)
         for side in ("ours", "theirs"):
-            found[name][side]["mb"] = alone(measures.training_memory, name, side)
-    return found
+            pairs[name][side]["mb"] = in_new_process(measures.training_memory, name, side)
+    return pairs
 
 
 def paper_profiles() -> dict[str, Any]:
-    """Method -> stage -> counted cost of the paper profile."""
-    return {name: alone(measures.stages, name, "paper", PAPER_SIZE) for name in measures.PUBLISHED}
+    """Return method -> stage -> counted cost of the paper profile."""
+    return {
+        name: in_new_process(measures.stages, name, "paper", PAPER_SIZE)
+        for name in measures.PUBLISHED
+    }
 
 
 def predictions() -> dict[str, Any]:
-    """Image side -> counted and measured cost of a step of the lite denoiser."""
-    return {str(size): alone(measures.prediction, size) for size in (32, 64, 128, 256)}
+    """Return image side -> counted and measured cost of a step of the lite denoiser."""
+    return {str(size): in_new_process(measures.prediction, size) for size in (32, 64, 128, 256)}
 
 
 def latency() -> dict[str, Any] | None:
-    """From a key to another picture, as the browser test measures it; None without a browser."""
+    """Return the time from a key to the next image in the browser test; None without a browser."""
     with tempfile.TemporaryDirectory() as folder:
         env = os.environ | {"DIFFAD_BROWSER_OUT": folder}
         subprocess.run(
@@ -69,16 +71,16 @@ def latency() -> dict[str, Any] | None:
             env=env,
             check=True,
         )
-        found = Path(folder) / "latency.json"
-        return json.loads(found.read_text()) if found.exists() else None
+        path = Path(folder) / "latency.json"
+        return json.loads(path.read_text()) if path.exists() else None
 
 
 TOPICS: dict[str, Callable[[], Any]] = {
-    "speed": lambda: alone(speed.measure_bundled, SPEEDS),
+    "speed": lambda: in_new_process(speed.measure_bundled, SPEEDS),
     "diffusers": against_diffusers,
-    "metrics": lambda: alone(measures.metrics),
-    "start": lambda: alone(measures.start),
-    "scale": lambda: alone(measures.scale),
+    "metrics": lambda: in_new_process(measures.metrics),
+    "start": lambda: in_new_process(measures.start),
+    "scale": lambda: in_new_process(measures.scale),
     "predicted": predictions,
     "paper": paper_profiles,
     "latency": latency,
@@ -86,21 +88,21 @@ TOPICS: dict[str, Callable[[], Any]] = {
 
 
 def main() -> None:
-    """Measure the topics that are named, all by default; the others keep what is recorded."""
+    """Measure the named topics, by default all; the records of other topics stay."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("topics", nargs="*", help=f"some of {', '.join(TOPICS)}; default: all")
     chosen = parser.parse_args().topics or list(TOPICS)
     record = read_performance(OUT.parent)
-    machine = machine_record(torch.device("cpu"))  # where all of it is measured
+    machine = machine_record(torch.device("cpu"))  # all measurements use it
     machine["versions"]["diffusers"] = version("diffusers")
     machine["load_before"] = round(os.getloadavg()[0], 2)
     for topic in chosen:
         print(f"{topic} ...", flush=True)
-        found = TOPICS[topic]()
-        print(json.dumps(found, indent=1), flush=True)
-        if topic == "speed":  # it has a record of its own
+        result = TOPICS[topic]()
+        print(json.dumps(result, indent=1), flush=True)
+        if topic == "speed":  # it writes another file
             continue
-        record[topic] = found
+        record[topic] = result
         record.setdefault("machines", {})[topic] = machine
         write_json(OUT, record)
 

@@ -1,8 +1,8 @@
-"""Time and memory of methods at inference, all in one run, so that their ratios mean something.
+"""Measure time and memory of methods at inference in one run, so that ratios can be compared.
 
-Every setting scores the same images in turn, several rounds long: what else the machine does hits
-all alike. Memory is that of the tensors alive at once while it works, not the process's, which
-never gives back what it once had.
+All settings score the same images in turn, for several rounds, so that other load of the machine
+affects all of them. Memory counts the tensors that exist at the same time, not the memory of the
+process, which never decreases.
 """
 
 import time
@@ -39,21 +39,21 @@ FITTED_HERE = ("pca", "padim")
 
 
 class TensorsAlive(TorchDispatchMode):
-    """Counts the bytes of tensors that are made in its ``with`` block; ``peak`` is their most."""
+    """Counts the bytes of tensors that its ``with`` block creates; ``peak`` is their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and watch the storages that it has made."""
-        made = func(*args, **(kwargs or {}))
+        """Run the operation, and count the storages that it creates."""
+        result = func(*args, **(kwargs or {}))
         known = {x.untyped_storage()._cdata for x in args if torch.is_tensor(x)}
-        for x in made if isinstance(made, (tuple, list)) else [made]:
+        for x in result if isinstance(result, (tuple, list)) else [result]:
             if torch.is_tensor(x) and (storage := x.untyped_storage())._cdata not in known:
                 self._add(storage.nbytes())
                 weakref.finalize(storage, self._add, -storage.nbytes())
-        return made
+        return result
 
     def _add(self, count: int) -> None:
         self.now += count
@@ -63,27 +63,27 @@ class TensorsAlive(TorchDispatchMode):
 def measure(
     methods: Mapping[str, Method], images: torch.Tensor, *, rounds: int = 3
 ) -> dict[str, dict[str, Any]]:
-    """Score the images by every method in turn, ``rounds`` times after one that warms up.
+    """Score the images with all methods in turn: ``rounds`` rounds after a warm-up.
 
     Args:
         methods: name -> fitted method.
         images: (B, C, H, W), float32 in [-1, 1].
-        rounds: how often.
+        rounds: number of rounds, from 1.
 
     Returns:
-        name -> ``ms`` an image, one a round; ``mb`` of tensors alive at once; ``evaluations`` of
-        networks an image; ``parameters``.
+        name -> ``ms`` per image, one value per round; ``mb`` of tensors that exist at the same
+        time; ``evaluations`` of networks per image; ``parameters``.
 
     Raises:
-        ValueError: less than one round.
+        ValueError: ``rounds`` is below 1.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
-    found = {}
+    measured = {}
     for name, method in methods.items():
         with method.count_evaluations() as evaluations, TensorsAlive() as alive:
             method.predict(images)
-        found[name] = {
+        measured[name] = {
             "ms": [],
             "mb": alive.peak / 2**20,
             "evaluations": evaluations[0] / len(images),
@@ -95,8 +95,8 @@ def measure(
             method.predict(images)
             if method.device.type == "cuda":
                 torch.cuda.synchronize()
-            found[name]["ms"].append(1000 * (time.perf_counter() - started) / len(images))
-    return found
+            measured[name]["ms"].append(1000 * (time.perf_counter() - started) / len(images))
+    return measured
 
 
 def measure_bundled(
@@ -106,16 +106,16 @@ def measure_bundled(
     n_images: int = 16,
     rounds: int = 3,
 ) -> dict[str, dict[str, Any]]:
-    """Measure :data:`SETTINGS` with bundled weights on cells of ``elpv mono``, and write it.
+    """Measure :data:`SETTINGS` with bundled weights on cells of ``elpv mono``; write the result.
 
-    PCA and PaDiM, which fit in seconds, have no bundled weights and are fitted here. A method
-    whose weights are not there yet is left out.
+    PCA and PaDiM have no bundled weights; they are fitted here, in seconds. Other methods without
+    bundled weights are skipped.
 
     Returns:
-        what :func:`measure` returns; ``out`` has it as ``settings``, beside what machine it was.
+        what :func:`measure` returns; ``out`` contains it as ``settings``, with the machine.
 
     Raises:
-        ValueError: no images or rounds, or no method of those names is there.
+        ValueError: no images or rounds, or none of the methods is available.
     """
     if n_images < 1:
         raise ValueError(f"n_images must be at least 1, got {n_images}")
@@ -135,8 +135,8 @@ def measure_bundled(
     if not methods:
         raise ValueError("no method to measure: give a name of speed.SETTINGS that has weights")
     images = data.test_images[:n_images]
-    found = measure(methods, images, rounds=rounds)
+    measured = measure(methods, images, rounds=rounds)
     device = next(iter(methods.values())).device
     record = {"n_images": len(images), "rounds": rounds, **machine_record(device)}
-    write_json(Path(out), record | {"settings": found})
-    return found
+    write_json(Path(out), record | {"settings": measured})
+    return measured

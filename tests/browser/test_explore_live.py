@@ -1,8 +1,8 @@
-"""Notebook 09 in a real browser: it runs, keys move sliders, a button plants, nothing complains.
+"""Notebook 09 in a real browser: it runs, keys move sliders, a button plants, no errors appear.
 
-``make test-browser`` runs this; it needs playwright (``pip install -e '.[browser]'``, no browser of
-its own) and Chromium (``apt-get install chromium``), and is skipped where either is missing. With
-``DIFFAD_BROWSER_OUT`` the screenshots and ``latency.json`` go to that folder.
+``make test-browser`` runs these tests. They need playwright (``pip install -e '.[browser]'``; not
+its browsers) and Chromium (``apt-get install chromium``), and are skipped where either is missing.
+With ``DIFFAD_BROWSER_OUT``, screenshots and ``latency.json`` go to that folder.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ except ImportError:
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "09_explore.ipynb"
-PATIENCE = 600  # seconds for the whole notebook; a busy machine is slow
-PRESSES = 30  # of an arrow key, whose latency is measured
+MAX_SECONDS = 600  # for the whole notebook, on a busy machine
+N_PRESSES = 30  # of an arrow key, to measure its latency
 CHROMIUM = os.environ.get("DIFFAD_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 
 pytestmark = [
-    pytest.mark.timeout(PATIENCE + 300),
+    pytest.mark.timeout(MAX_SECONDS + 300),
     pytest.mark.skipif(playwright is None, reason="no playwright: pip install -e '.[browser]'"),
     pytest.mark.skipif(
         CHROMIUM is None, reason="no Chromium: apt-get install chromium, or set DIFFAD_CHROMIUM"
@@ -56,17 +56,17 @@ FINISHED = """() => {
     const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputArea-prompt')];
     return prompts.length > 0 && prompts.every(p => /\\[\\d+\\]/.test(p.textContent));
 }"""
-# From a key to the first frame that shows another picture of this box, on the page's own clock.
+# Time from a key to the first frame with a new image in this box, by the clock of the page.
 WATCH = """box => {
     window.latencies = [];
-    const shown = () => {
+    const source = () => {
         const img = box.querySelector('img');
         return img && img.complete && img.naturalWidth ? img.src : null;
     };
     document.addEventListener('keydown', e => {
-        const before = short_repr();
+        const before = source();
         const look = () => {
-            const now = short_repr();
+            const now = source();
             if (now && now !== before) window.latencies.push(performance.now() - e.timeStamp);
             else requestAnimationFrame(look);
         };
@@ -77,15 +77,15 @@ WATCH = """box => {
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    named = os.environ.get("DIFFAD_BROWSER_OUT")
-    folder = Path(named) if named else tmp_path_factory.mktemp("browser")
+    path = os.environ.get("DIFFAD_BROWSER_OUT")
+    folder = Path(path) if path else tmp_path_factory.mktemp("browser")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The address of a JupyterLab that serves a copy of the notebook, without outputs."""
+    """Start JupyterLab with a copy of the notebook without outputs; yield its address."""
     home = tmp_path_factory.mktemp("jupyter")
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
@@ -97,8 +97,8 @@ def server(tmp_path_factory):
     for plugin, values in {
         "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
         "notebook-extension/tracker": {
-            "windowingMode": "none",  # every cell is in the page
-            "autoStartDefault": True,  # no dialog asks which kernel is meant
+            "windowingMode": "none",  # render every cell
+            "autoStartDefault": True,  # no dialog about the kernel
         },
     }.items():
         (settings / plugin).parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +107,8 @@ def server(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
-    unattended = {"CI", "DIFFAD_STATIC"}  # somebody is there
-    env = {name: value for name, value in os.environ.items() if name not in unattended}
+    static = {"CI", "DIFFAD_STATIC"}  # they replace sliders by images
+    env = {name: value for name, value in os.environ.items() if name not in static}
     env |= {"DIFFAD_PROFILE": "ci", "MPLBACKEND": "", "JUPYTER_PREFER_ENV_PATH": "1"}
     env |= {f"JUPYTER_{name}_DIR": str(home / name) for name in ("CONFIG", "DATA", "RUNTIME")}
     env |= {"JUPYTERLAB_SETTINGS_DIR": str(home / "settings"), "IPYTHONDIR": str(home / "ipython")}
@@ -130,7 +130,7 @@ def server(tmp_path_factory):
         wait_for(f"{address}/api/status?token={token}", lab, log)
         yield f"{address}/lab/tree/{NOTEBOOK.name}?token={token}"
     finally:
-        lab.send_signal(signal.SIGTERM)  # shuts its kernels down, too
+        lab.send_signal(signal.SIGTERM)  # it stops its kernels, too
         try:
             lab.wait(30)
         except subprocess.TimeoutExpired:
@@ -138,7 +138,7 @@ def server(tmp_path_factory):
 
 
 def wait_for(url, process, log):
-    """Until the server answers."""
+    """Wait until the server answers; fail where it ends or takes more than 240 s."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -152,14 +152,14 @@ def wait_for(url, process, log):
 
 
 @pytest.fixture(scope="module")
-def complaints():
-    """What the page's console and scripts complained about so far."""
+def console_errors():
+    """Errors of the console and scripts of the page so far."""
     return []
 
 
 @pytest.fixture(scope="module")
-def page(server, complaints, out):
-    """The notebook, after 'Run All Cells' has come to its end."""
+def page(server, console_errors, out):
+    """The page of the notebook, after 'Run All Cells' has ended."""
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1500, "height": 1000})
@@ -167,14 +167,14 @@ def page(server, complaints, out):
 
         def note(message):
             if message.type == "error":
-                complaints.append(f"{message.text} ({message.location.get('url')})")
+                console_errors.append(f"{message.text} ({message.location.get('url')})")
 
         page.on("console", note)
-        page.on("pageerror", lambda error: complaints.append(f"exception: {error}"))
+        page.on("pageerror", lambda error: console_errors.append(f"exception: {error}"))
         page.goto(server)
         try:
             run_all(page)
-            page.wait_for_function(FINISHED, timeout=PATIENCE * 1000, polling=1000)
+            page.wait_for_function(FINISHED, timeout=MAX_SECONDS * 1000, polling=1000)
             page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
             yield page
         finally:
@@ -183,11 +183,11 @@ def page(server, complaints, out):
 
 
 def run_all(page):
-    """Choose 'Run All Cells'; the page is loaded again where that runs nothing.
+    """Choose 'Run All Cells'; reload the page and try again, up to three times.
 
-    A menu chosen before the kernel is there is without effect, or asks which one may start.
+    Before the kernel is ready, the menu has no effect, or a dialog asks which kernel to start.
     """
-    page.on("dialog", lambda dialog: dialog.accept())  # of leaving a page that has changed
+    page.on("dialog", lambda dialog: dialog.accept())  # about leaving a changed page
     for _ in range(3):
         page.wait_for_selector(".jp-NotebookPanel .jp-CodeCell")
         page.wait_for_function(READY, polling=200)
@@ -203,73 +203,73 @@ def run_all(page):
 
 
 def explorers(page):
-    """The boxes with sliders and a picture."""
+    """Return the boxes with sliders and an image."""
     boxes = page.locator(".jp-OutputArea-output .widget-vbox", has=page.locator("img"))
     return boxes.filter(has=page.locator(".noUi-handle")).all()
 
 
 def key_inwards(slider):
-    """The arrow key that moves a slider away from the nearer of its ends."""
-    now, most = (float(slider.get_attribute(f"aria-value{name}")) for name in ("now", "max"))
-    return "ArrowLeft" if now > most / 2 else "ArrowRight"
+    """Return the arrow key that moves a slider towards its other end."""
+    value, maximum = (float(slider.get_attribute(f"aria-value{n}")) for n in ("now", "max"))
+    return "ArrowLeft" if value > maximum / 2 else "ArrowRight"
 
 
-def changed(page, picture, before, timeout=60):
-    """The digest of the picture, once it is another one."""
+def wait_for_change(page, image, before, timeout=60):
+    """Return the digest of the image as soon as it differs from ``before``."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         try:
-            if (after := picture.evaluate(DIGEST)) != before:
+            if (after := image.evaluate(DIGEST)) != before:
                 return after
-        except playwright.Error:  # it was being replaced
+        except playwright.Error:  # the image is being replaced
             pass
         page.wait_for_timeout(50)
-    return pytest.fail(f"the picture did not change in {timeout} s")
+    return pytest.fail(f"the image did not change in {timeout} s")
 
 
 def test_the_notebook_runs_without_an_error(page):
     for kind in ("error", "stderr"):
-        shown = page.locator(f'[data-mime-type="application/vnd.jupyter.{kind}"]')
-        assert shown.all_inner_texts() == []
+        outputs = page.locator(f'[data-mime-type="application/vnd.jupyter.{kind}"]')
+        assert outputs.all_inner_texts() == []
     assert len(explorers(page)) >= 8, "an explorer is missing"
 
 
-def test_every_slider_moves_its_picture_by_keyboard(page, out):
+def test_every_slider_changes_its_image_by_keyboard(page, out):
     for number, box in enumerate(explorers(page)):
         if box.get_by_role("button").count():
             continue  # its sliders wait for the button
         box.scroll_into_view_if_needed()
-        picture = box.locator("img")
-        before = picture.evaluate(DIGEST)
+        image = box.locator("img")
+        before = image.evaluate(DIGEST)
         for slider in box.locator(".noUi-handle").all():
             slider.focus()
             page.keyboard.press(key_inwards(slider))
-            before = changed(page, picture, before)
+            before = wait_for_change(page, image, before)
         box.screenshot(path=out / f"explorer{number}.png")
 
 
-def test_a_key_shows_another_picture_soon(page, out, record_property):
+def test_a_key_changes_the_image_soon(page, out, record_property):
     box = explorers(page)[0]
     box.scroll_into_view_if_needed()
     slider = box.locator(".noUi-handle").first
     box.evaluate(WATCH)
     slider.focus()
-    for i in range(PRESSES):
+    for i in range(N_PRESSES):
         page.keyboard.press(key_inwards(slider))
         page.wait_for_function(f"window.latencies.length > {i}", polling=20)
         page.wait_for_timeout(50)
-    found = sorted(page.evaluate("window.latencies"))
+    latencies = sorted(page.evaluate("window.latencies"))
     record = {
-        "median_ms": round(statistics.median(found), 1),
-        "p90_ms": round(found[int(0.9 * len(found))], 1),
-        "presses": len(found),
+        "median_ms": round(statistics.median(latencies), 1),
+        "p90_ms": round(latencies[int(0.9 * len(latencies))], 1),
+        "presses": len(latencies),
         "load": round(os.getloadavg()[0], 1),
         "cores": os.cpu_count(),
         "chromium": page.context.browser.version,
         "jupyterlab": version("jupyterlab"),
     }
     (out / "latency.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nslider to picture: {record}")
+    print(f"\nslider to image: {record}")
     for name, value in record.items():
         record_property(name, value)
     assert record["median_ms"] < 1000, "far above the target of 200 ms, even on a busy machine"
@@ -279,19 +279,19 @@ def test_the_button_plants_a_defect(page, out):
     button = page.get_by_role("button", name="Plant and score")
     button.scroll_into_view_if_needed()
     box = next(box for box in explorers(page) if box.get_by_role("button").count())
-    picture, before = box.locator("img"), box.locator("img").evaluate(DIGEST)
+    image, before = box.locator("img"), box.locator("img").evaluate(DIGEST)
     kinds = box.locator("select").nth(1)
-    other = next(i for i in range(9) if i != kinds.evaluate("select => select.selectedIndex"))
-    kinds.select_option(index=other)
+    selected = kinds.evaluate("select => select.selectedIndex")
+    kinds.select_option(index=1 if selected == 0 else 0)
     page.wait_for_timeout(300)
-    assert picture.evaluate(DIGEST) == before, "nothing is computed before the button is pressed"
+    assert image.evaluate(DIGEST) == before, "the image changed before the button was pressed"
     button.focus()
     page.keyboard.press("Enter")
-    changed(page, picture, before, timeout=300)
+    wait_for_change(page, image, before, timeout=300)
     box.locator("text=done").wait_for()
     assert button.is_enabled()
     box.screenshot(path=out / "planted.png")
 
 
-def test_the_console_is_silent(page, complaints):
-    assert complaints == []
+def test_the_console_has_no_errors(page, console_errors):
+    assert console_errors == []

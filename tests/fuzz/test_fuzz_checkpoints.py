@@ -1,4 +1,4 @@
-"""Fuzzing of checkpoints: weights, their configuration, and the state of a training."""
+"""Fuzzing of checkpoints: weights, configuration, and the state of an unfinished training."""
 
 import json
 import math
@@ -8,22 +8,26 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fuzzing import FILE_NAMES, PICKLE, Case, check_inputs, choose, corrupt
 from safetensors.torch import load_file, save_file
-from test_fuzz import NAMES, PICKLE, Case, damaged, pick, survive
 from torch import Tensor, nn
 
 from diffad_lite.methods.base import METHODS, load_pretrained
+from diffad_lite.methods.denoiser import DenoiserConfig
 from diffad_lite.training.loop import train_network
 from diffad_lite.training.state import TrainConfig, TrainingState
 
-SIDE = 16
-TINY = {"base_channels": 4, "channel_mults": (1, 2), "attention_levels": ()}
+IMAGE_SIZE = 16
+TINY = {
+    "denoiser": DenoiserConfig(base_channels=4, channel_mults=(1, 2), attention_levels=()),
+}
 CHANGES: dict[str, dict[str, Any]] = {
     "brightness": {},
     "mean_image": {},
@@ -36,52 +40,50 @@ CHANGES: dict[str, dict[str, Any]] = {
     "bank": {},
     "grad": {},
 }
-RARE = ("diffusionad", "padim", "bank", "grad")  # as they take a while
-INFERENCE = {"smooth_sigma", "calibrate", "top_fraction", "quantile"}
+SLOW = ("diffusionad", "padim", "bank", "grad")  # drawn less often
+CHEAP_FIELDS = {"smooth_sigma", "calibrate", "top_fraction", "quantile"}
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # few calibration scores, and casts
-    pytest.mark.skipif(os.name == "nt", reason="signals and links are those of POSIX"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")  # few calibration scores, casts
 
 
-def pictures(n: int, seed: int = 0) -> Tensor:
-    noise = torch.rand(n, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+def random_images(n: int, seed: int = 0) -> Tensor:
+    """Return noise (n, 1, 16, 16) in [-1, 1]."""
+    noise = torch.rand(n, 1, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
     return noise * 2 - 1
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> Path:
-    """One folder a method: untrained networks with statistics, as small as they can be."""
+    """One folder per method: a minimal network, untrained, with calibration statistics."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for name, changes in CHANGES.items():
         cls = METHODS[name]
-        config = cls.Config.for_profile("ci", channels=1, image_size=SIDE)
-        method = cls(replace(config, **changes)).calibrate(pictures(6))
+        config = cls.Config.for_profile("ci", channels=1, image_size=IMAGE_SIZE)
+        method = cls(replace(config, **changes)).calibrate(random_images(6))
         method.reports_ = {"train": {"steps": 3, "seconds": 0.5}}
         method.save_pretrained(folder / name, seed=0, resize="squash", fingerprint="0")
     return folder
 
 
-def copied(rng: np.random.Generator, checkpoints: Path, folder: Path) -> Path:
-    names = [name for name in CHANGES if name not in RARE or rng.random() < 0.2]
-    return Path(shutil.copytree(checkpoints / pick(rng, names), folder / pick(rng, NAMES)))
+def copy_checkpoint(rng: np.random.Generator, checkpoints: Path, folder: Path) -> Path:
+    """Copy one of the checkpoints to an odd name below ``folder``."""
+    names = [name for name in CHANGES if name not in SLOW or rng.random() < 0.2]
+    return Path(shutil.copytree(checkpoints / choose(rng, names), folder / choose(rng, FILE_NAMES)))
 
 
-def use(folder: Path) -> None:
-    """Load a checkpoint; score images where only cheap settings may have changed."""
-    before = load_pretrained(folder)
-    before.save_pretrained(folder.with_name("again"))
-    again = load_pretrained(folder.with_name("again"))
-    assert again.config == before.config
+def use_checkpoint(folder: Path) -> None:
+    """Load a checkpoint and save it again; score images unless costly settings have changed."""
+    method = load_pretrained(folder)
+    method.save_pretrained(folder.with_name("again"))
+    assert load_pretrained(folder.with_name("again")).config == method.config
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-    usual = METHODS[before.name].Config.for_profile("ci", channels=1, image_size=SIDE)
-    usual = replace(usual, **CHANGES[before.name])
-    cheap = {name: values[name] for name in INFERENCE & values.keys()}
-    if replace(usual, **cheap) == before.config and before.threshold_ is not None:
-        prediction = before.predict(pictures(2, seed=1))
+    expected = METHODS[method.name].Config.for_profile("ci", channels=1, image_size=IMAGE_SIZE)
+    expected = replace(expected, **CHANGES[method.name])
+    cheap = {name: values[name] for name in CHEAP_FIELDS & values.keys()}
+    if replace(expected, **cheap) == method.config and method.threshold_ is not None:
+        prediction = method.predict(random_images(2, seed=1))
         assert prediction.image_score.isfinite().all()
-        assert math.isfinite(before.threshold_)
+        assert math.isfinite(method.threshold_)
 
 
 # -------------------------------------------------------------------------------- weights
@@ -89,46 +91,50 @@ def use(folder: Path) -> None:
 DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL", "F8_E4M3", "C64", "F4", "X", 3)
 
 
-def edited_header(data: bytes, change: Callable[[dict], object]) -> bytes:
-    """A safetensors file whose JSON header was changed."""
-    length = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + length])
-    change(header)
+def split_safetensors(data: bytes) -> tuple[dict, bytes]:
+    """Return the JSON header and the tensors' bytes of a safetensors file."""
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8:end]), data[end:]
+
+
+def join_safetensors(header: dict, tensors: bytes) -> bytes:
     text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+    return struct.pack("<Q", len(text)) + text + tensors
 
 
-def odd_header(rng: np.random.Generator, header: dict) -> None:
-    name = pick(rng, header)
+def corrupt_header(rng: np.random.Generator, header: dict) -> None:
+    """Change one entry of the header of a safetensors file."""
+    name = choose(rng, header)
     entry = header[name]
-    match pick(rng, ("dtype", "shape", "offsets", "name", "gone", "metadata", "value", "both")):
+    match choose(rng, ("dtype", "shape", "offsets", "name", "gone", "metadata", "value", "swap")):
         case "dtype":
-            entry["dtype"] = pick(rng, DTYPES)
+            entry["dtype"] = choose(rng, DTYPES)
         case "shape":
             shapes = ([], [0], [2**63], [-1], [2**40, 2**40], [1] * 999, "x", None, [1.5])
-            entry["shape"] = pick(rng, shapes)
+            entry["shape"] = choose(rng, shapes)
         case "offsets":
             offsets = ([0, 0], [4, 0], [0, 2**63], [-4, 4], [1, 5], [], [0], "x", [0, 1e300])
-            entry["data_offsets"] = pick(rng, offsets)
+            entry["data_offsets"] = choose(rng, offsets)
         case "name":
             names = ("../../x", "network.", "", "a" * 9999, "map_mean")
-            header[pick(rng, names)] = header.pop(name)
+            header[choose(rng, names)] = header.pop(name)
         case "gone":
             header.pop(name)
         case "metadata":
-            header["__metadata__"] = pick(rng, (1, [], {"a": 1}, {"a": "b" * 9999}, None))
+            header["__metadata__"] = choose(rng, (1, [], {"a": 1}, {"a": "b" * 9999}, None))
         case "value":
-            header[name] = hostile(rng)
-        case "both":  # swapped, which may fit or not
-            other = pick(rng, header)
-            header[name], header[other] = header[other], header[name]
+            header[name] = hostile_value(rng)
+        case "swap":  # the two may have the same shape
+            partner = choose(rng, header)
+            header[name], header[partner] = header[partner], header[name]
 
 
-def odd_tensors(rng: np.random.Generator, tensors: dict[str, Tensor]) -> None:
-    name = pick(rng, tensors)
+def corrupt_tensors(rng: np.random.Generator, tensors: dict[str, Tensor]) -> None:
+    """Replace or remove one tensor, and sometimes add another."""
+    name = choose(rng, tensors)
     value = tensors[name]
-    odd = {
-        "gone": None,
+    replacements = {
+        "missing": None,
         "half": value.flatten()[: value.numel() // 2].clone(),
         "number": torch.zeros(()),
         "nothing": torch.zeros(0),
@@ -146,28 +152,25 @@ def odd_tensors(rng: np.random.Generator, tensors: dict[str, Tensor]) -> None:
         "eight bits": value.float().to(torch.float8_e4m3fn),
         "truth": value.bool(),
     }
-    chosen = pick(rng, odd)
-    if odd[chosen] is None:
-        del tensors[name]
-    else:
-        tensors[name] = odd[chosen]
+    del tensors[name]
+    if (replacement := replacements[choose(rng, replacements)]) is not None:
+        tensors[name] = replacement
     if rng.random() < 0.2:
         names = ("network.more", "../up", "calibration_scores", "map_std")
-        tensors[pick(rng, names)] = value.clone()
+        tensors[choose(rng, names)] = value.clone()
 
 
-def torch_pickle(path: Path) -> None:
-    class Call:
-        def __reduce__(self) -> tuple:
-            return os.system, ("false",)
+class CallWhenUnpickled:
+    """Calls os.system when it is unpickled."""
 
-    path.write_bytes(pickle.dumps(Call()))
+    def __reduce__(self) -> tuple:
+        return os.system, ("false",)
 
 
-FILES: dict[str, Callable[[Path], object]] = {
+ODD_FILES: dict[str, Callable[[Path], object]] = {
     "torch.save": lambda p: torch.save({"network.mean": torch.zeros(3)}, p),
     "pickle": lambda p: p.write_bytes(PICKLE),
-    "another pickle": torch_pickle,
+    "another pickle": lambda p: p.write_bytes(pickle.dumps(CallWhenUnpickled())),
     "nothing": lambda p: p.write_bytes(b""),
     "huge header": lambda p: p.write_bytes(struct.pack("<Q", 2**62) + b"{}"),
     "nested header": lambda p: p.write_bytes(struct.pack("<Q", 99_999) + b"[" * 99_999),
@@ -178,57 +181,54 @@ FILES: dict[str, Callable[[Path], object]] = {
 }
 
 
-def weights_case(rng: np.random.Generator, checkpoints: Path, folder: Path) -> Case:
-    checkpoint = copied(rng, checkpoints, folder)
+def weights_case(checkpoints: Path, rng: np.random.Generator, folder: Path) -> Case:
+    checkpoint = copy_checkpoint(rng, checkpoints, folder)
     path = checkpoint / "model.safetensors"
-    data = path.read_bytes()
-    what = pick(rng, ("bytes", "bytes", "header", "header", "tensors", "tensors", "file", "good"))
-    if what == "bytes":
-        path.write_bytes(damaged(rng, data))
-    elif what == "header":
-        path.write_bytes(edited_header(data, lambda header: odd_header(rng, header)))
-    elif what == "tensors":
+    kinds = ("bytes", "bytes", "header", "header", "tensors", "tensors", "file", "good")
+    kind = choose(rng, kinds)
+    if kind == "bytes":
+        path.write_bytes(corrupt(rng, path.read_bytes()))
+    elif kind == "header":
+        header, tensors = split_safetensors(path.read_bytes())
+        corrupt_header(rng, header)
+        path.write_bytes(join_safetensors(header, tensors))
+    elif kind == "tensors":
         tensors = load_file(path)
-        odd_tensors(rng, tensors)
+        corrupt_tensors(rng, tensors)
         save_file(tensors, path)
-    elif what == "file":
-        what = pick(rng, FILES)
+    elif kind == "file":
+        kind = choose(rng, ODD_FILES)
         path.unlink()
-        FILES[what](path)
-    named = (checkpoint, "maps has")  # finite weights may still overflow in what they compute
-    return Case(f"{what} of {checkpoint.name}", lambda: use(checkpoint), named)
+        ODD_FILES[kind](path)
+    words = (checkpoint, "maps has")  # finite weights may still make a map overflow
+    return Case(f"{kind} of {checkpoint.name}", partial(use_checkpoint, checkpoint), words)
 
 
 def test_weights(tmp_path, checkpoints):
-    survive("weights", tmp_path, lambda rng, folder: weights_case(rng, checkpoints, folder))
+    check_inputs("weights", tmp_path, partial(weights_case, checkpoints))
 
 
 # --------------------------------------------------------------------------- configurations
 
 
-def nested(depth: int, inside: Any = 1) -> Any:
-    for _ in range(depth):
-        inside = [inside]
-    return inside
-
-
-def hostile(rng: np.random.Generator) -> Any:
-    """A JSON value that nobody asked for."""
-    return pick(
+def hostile_value(rng: np.random.Generator) -> Any:
+    """Draw a JSON value of an unexpected type or size."""
+    nested = json.loads("[" * 50 + "1" + "]" * 50)
+    return choose(
         rng,
         (
             *(None, True, False, 0, 1, -1, 2, 7, 0.5, -0.0, 1e308, -1e308, 5e-324, 2**31, 2**63),
             *(10**18, 10**400, -(10**400), 2**20, 999, "", "x", "../../../etc/passwd", "/", "\0"),
             *("é\u202e", "a" * 20_000, "1", "nan", "pca", [], {}, [[]], [1], [0], [-1], [1] * 3000),
-            *([10**9], [1, 2, 10**6], {"a": {"b": {}}}, {"steps": 1}, [None], ["x"], nested(50)),
+            *([10**9], [1, 2, 10**6], {"a": {"b": {}}}, {"steps": 1}, [None], ["x"], nested),
             *({"": 1}, {"x": [1, {"y": 2}]}, "line\nbreak", "resnet18", "denoiser", "efficientnet"),
         ),
     )
 
 
-TEXTS: dict[str, Callable[[str], bytes]] = {
+JSON_FAULTS: dict[str, Callable[[str], bytes]] = {
     "deep": lambda t: (t.rstrip()[:-1] + ', "x": ' + "[" * 99_999 + "}").encode(),
-    "deep and whole": lambda t: (
+    "deep and valid": lambda t: (
         t.rstrip()[:-1] + ', "x": ' + '{"a":' * 5000 + "1" + "}" * 5001
     ).encode(),
     "digits": lambda t: (t.rstrip()[:-1] + ', "x": ' + "9" * 50_000 + "}").encode(),
@@ -254,54 +254,59 @@ TEXTS: dict[str, Callable[[str], bytes]] = {
 }
 
 
-def places(values: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The path to every value of nested JSON."""
+def key_paths(values: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Yield the path to every value of nested mappings."""
     for key, value in values.items():
         yield (*path, key)
         if isinstance(value, dict):
-            yield from places(value, (*path, key))
+            yield from key_paths(value, (*path, key))
 
 
-def replace_one(rng: np.random.Generator, values: dict) -> str:
-    """Put a hostile value somewhere, or take a key away, or add one."""
-    *path, last = pick(rng, places(values))
+def corrupt_values(rng: np.random.Generator, values: dict) -> str:
+    """Replace a value, or remove, add or rename a key; return its path."""
+    *path, key = choose(rng, key_paths(values))
     node = values
-    for key in path:
-        node = node[key]
-    match pick(rng, ("value",) * 5 + ("gone", "more", "renamed")):
+    for name in path:
+        node = node[name]
+    match choose(rng, ("value",) * 5 + ("gone", "more", "renamed")):
         case "value":
-            node[last] = hostile(rng)
+            node[key] = hostile_value(rng)
         case "gone":
-            del node[last]
+            del node[key]
         case "more":
-            node[pick(rng, ("x", "", "../x", "a" * 9999, "config"))] = hostile(rng)
+            node[choose(rng, ("x", "", "../x", "a" * 9999, "config"))] = hostile_value(rng)
         case "renamed":
-            node[pick(rng, ("x", str(last).upper(), f"{last} "))] = node.pop(last)
-    return ".".join(map(str, (*path, last)))
+            node[choose(rng, ("x", str(key).upper(), f"{key} "))] = node.pop(key)
+    return ".".join(map(str, (*path, key)))
 
 
-def configuration_case(rng: np.random.Generator, checkpoints: Path, folder: Path) -> Case:
-    checkpoint = copied(rng, checkpoints, folder)
-    path = checkpoint / "config.json"
+def corrupt_json(rng: np.random.Generator, path: Path, *more_kinds: str) -> str:
+    """Change one value of a JSON file, its text, or its bytes; return what was changed."""
     text = path.read_text()
-    what = pick(rng, ("value",) * 6 + ("text", "text", "bytes", "good"))
-    if what == "value":
+    kind = choose(rng, ("value",) * 6 + ("text", "text", "bytes", *more_kinds))
+    if kind == "value":
         values = json.loads(text)
-        what = replace_one(rng, values)
+        kind = corrupt_values(rng, values)
         path.write_text(json.dumps(values))
-    elif what == "text":
-        what = pick(rng, TEXTS)
-        path.write_bytes(TEXTS[what](text))
-    elif what == "bytes":
-        path.write_bytes(damaged(rng, text.encode()))
-    named = (checkpoint, "unknown method", "maps has")
-    return Case(f"{what} of {json.loads(text)['method']}", lambda: use(checkpoint), named)
+    elif kind == "text":
+        kind = choose(rng, JSON_FAULTS)
+        path.write_bytes(JSON_FAULTS[kind](text))
+    elif kind == "bytes":
+        path.write_bytes(corrupt(rng, text.encode()))
+    return kind
+
+
+def configuration_case(checkpoints: Path, rng: np.random.Generator, folder: Path) -> Case:
+    checkpoint = copy_checkpoint(rng, checkpoints, folder)
+    path = checkpoint / "config.json"
+    method = json.loads(path.read_text())["method"]
+    kind = corrupt_json(rng, path, "good")
+    words = (checkpoint, "unknown method", "maps has")
+    return Case(f"{kind} of {method}", partial(use_checkpoint, checkpoint), words)
 
 
 def test_configurations(tmp_path, checkpoints):
-    survive(
-        "configurations", tmp_path, lambda rng, folder: configuration_case(rng, checkpoints, folder)
-    )
+    check_inputs("configurations", tmp_path, partial(configuration_case, checkpoints))
 
 
 # ----------------------------------------------------------------------- state of a training
@@ -314,7 +319,7 @@ def small_network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 1, 3))
 
 
-def error_of(network: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
+def loss(network: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(images.shape, generator=generator)
     return network(images + noise).square().mean()
 
@@ -322,7 +327,7 @@ def error_of(network: nn.Module, images: Tensor, generator: torch.Generator) -> 
 def train(workdir: Path) -> nn.Module:
     network = small_network()
     options: dict[str, Any] = {"seed": 3, "progress": False, "workdir": workdir}
-    report = train_network(network, error_of, pictures(4), TRAINING, **options)
+    report = train_network(network, loss, random_images(4), TRAINING, **options)
     assert len(report.losses) == report.steps == TRAINING.steps
     return network
 
@@ -332,45 +337,46 @@ def half_trained(tmp_path_factory) -> Path:
     """The state of a training after half of its steps."""
     folder = tmp_path_factory.mktemp("half")
     network = small_network()
-    state = TrainingState(network, pictures(4), TRAINING, 3, "train", folder, {})
+    state = TrainingState(network, random_images(4), TRAINING, 3, "train", folder, {})
     for _ in range(3):
-        state.take_step(error_of(network, pictures(2), state.generator))
+        state.take_step(loss(network, random_images(2), state.generator))
     state.save()
     return folder / "train.state.safetensors"
 
 
-def odd_numbers(rng: np.random.Generator, header: dict) -> None:
+def corrupt_numbers(rng: np.random.Generator, header: dict) -> None:
+    """Change the numbers of a training state: its step and the like."""
     metadata = header["__metadata__"]
     numbers = json.loads(metadata["numbers"])
     if rng.random() < 0.3:
         texts = ("", "{", "[]", "3", "null", "[" * 9999, '{"step": 3}', "9" * 9999)
-        metadata["numbers"] = pick(rng, texts)
+        metadata["numbers"] = choose(rng, texts)
         return
-    numbers[pick(rng, numbers)] = hostile(rng)
+    numbers[choose(rng, numbers)] = hostile_value(rng)
     metadata["numbers"] = json.dumps(numbers)
 
 
-def state_case(rng: np.random.Generator, half_trained: Path, folder: Path) -> Case:
+def state_case(half_trained: Path, rng: np.random.Generator, folder: Path) -> Case:
     path = folder / half_trained.name
     data = half_trained.read_bytes()
-    ways = ("bytes", "header", "tensors", "tensors", "numbers", "numbers", "file", "good")
-    what = pick(rng, ways)
-    if what in ("header", "numbers"):
-        change = {"header": odd_header, "numbers": odd_numbers}[what]
-        path.write_bytes(edited_header(data, lambda header: change(rng, header)))
-    elif what == "tensors":
+    header, tensor_bytes = split_safetensors(data)
+    kinds = ("bytes", "header", "tensors", "tensors", "numbers", "numbers", "file", "good")
+    kind = choose(rng, kinds)
+    if kind in ("header", "numbers"):
+        (corrupt_header if kind == "header" else corrupt_numbers)(rng, header)
+        path.write_bytes(join_safetensors(header, tensor_bytes))
+    elif kind == "tensors":
         tensors = load_file(half_trained)
-        odd_tensors(rng, tensors)
-        header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
+        corrupt_tensors(rng, tensors)
         save_file(tensors, path, header["__metadata__"])
-    elif what == "file":
-        what = pick(rng, FILES)
-        FILES[what](path)
+    elif kind == "file":
+        kind = choose(rng, ODD_FILES)
+        ODD_FILES[kind](path)
     else:
-        path.write_bytes(damaged(rng, data) if what == "bytes" else data)
-    # Finite weights and moments may still make a loss overflow, which has an error of its own.
-    return Case(what, lambda: train(folder), (path, "the loss is"), (FloatingPointError,))
+        path.write_bytes(corrupt(rng, data) if kind == "bytes" else data)
+    # Finite weights and moments may still make a loss overflow, which has its own error.
+    return Case(kind, partial(train, folder), (path, "the loss is"), (FloatingPointError,))
 
 
 def test_states(tmp_path, half_trained):
-    survive("states", tmp_path, lambda rng, folder: state_case(rng, half_trained, folder))
+    check_inputs("states", tmp_path, partial(state_case, half_trained))

@@ -1,29 +1,23 @@
-"""A process killed at any moment: what has its final name is whole, and the same call goes on.
+"""A process killed at a random moment: named files are complete, the same command continues.
 
-Where exactly a process dies is chosen in test_interruptions.py; here chance chooses, again and
-again: 5 times, or 100 with ``DIFFAD_FUZZ=10000``.
+test_interruptions.py chooses the moments; here they are random: 5 kills, or 100 with
+``DIFFAD_FUZZ=10000``.
 """
 
-import contextlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from children import ANODDPM, N_STEPS, Ended, assert_same_model, steps_saved
+from fuzzing import N_KILLS, TOTAL
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import load_file
-from test_fuzz import KILLS, TOTAL
-from test_interruptions import ENVIRONMENT, SETTINGS, SHAPES, STATE
 
 from diffad_lite.evaluation.records import read_results, read_scores
 from diffad_lite.methods.base import load_pretrained
@@ -32,113 +26,50 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.timeout(max(300, TOTAL)),
-    pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX"),
 ]
 
-# Imports everything once; a line of input is a call, made in a fork of its own, whose number it
-# says first and whose end it says then. Each training step is saved and written down.
-SERVER = """
-import json, os, sys
-import diffad_lite.experiments
-from diffad_lite.cli.main import main
-from diffad_lite.training import loop, state
-
-loop.SAVE_EVERY_SECONDS = -1.0
-usual = state.learning_rate_factor
-for line in sys.stdin:
-    call = json.loads(line)
-    child = os.fork()
-    if not child:
-        def noted(step, total, warmup):
-            with open(call["steps"], "a") as file:
-                file.write(f"{step} ")
-            return usual(step, total, warmup)
-
-        state.learning_rate_factor = noted
-        for stream in (1, 2):
-            os.dup2(os.open(call["said"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-        code = main(call["arguments"])
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-EVALUATE = ["evaluate", "--method", "anoddpm", *SHAPES, "--maps"]
-EVALUATE += [word for setting in SETTINGS for word in ("--set", setting)]
-CELLS = (
+GRID = (
     "{profile: ci, data: [{dataset: shapes, image_size: 16}, {dataset: shapes, image_size: 24}, "
     "{dataset: shapes, image_size: 32}], methods: [mean_image]}"
 )
-CLOCKS = {"train_seconds", "ms_per_image", "peak_memory_mb"}
+MEASURED = {"train_seconds", "ms_per_image", "peak_memory_mb"}  # differ from run to run
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen]:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", SERVER], env=ENVIRONMENT, **pipes) as process:
-        yield process
-        process.stdin.close()
-
-
-class Calls:
-    """``diffad`` in children of the server, in one folder after the other."""
-
-    def __init__(self, server: subprocess.Popen, scratch: Path) -> None:
-        self.server, self.scratch = server, scratch
-        (scratch / "grid.yaml").write_text(CELLS)
-
-    def words(self, kind: str, out: Path) -> list[str]:
-        sweep = ["sweep", str(self.scratch / "grid.yaml")]
-        return [*(EVALUATE if kind == "evaluate" else sweep), "--out", str(out)]
-
-    def __call__(self, kind: str, out: Path, kill_after: float | None = None) -> tuple[int, float]:
-        """Exit code and seconds; the child gets SIGKILL so many seconds after its start."""
-        values = {"arguments": self.words(kind, out), "steps": str(self.scratch / "steps")}
-        values["said"] = str(self.scratch / "said")
-        for name in ("steps", "said"):
-            (self.scratch / name).write_text("")
-        self.server.stdin.write(json.dumps(values) + "\n")
-        self.server.stdin.flush()
-        child, started = int(self.server.stdout.readline()), time.monotonic()
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with contextlib.suppress(ProcessLookupError):  # it has come to its end before
-                os.kill(child, signal.SIGKILL)
-        code = int(self.server.stdout.readline())
-        return code, time.monotonic() - started
-
-    def steps(self) -> list[int]:
-        return [int(word) for word in (self.scratch / "steps").read_text().split()]
-
-    def said(self) -> str:
-        return (self.scratch / "said").read_text()
+def commands(children, tmp_path_factory) -> dict[str, Callable[..., Ended]]:
+    """Name of a command -> its call, with ``--out`` as the argument; each step is saved."""
+    grid = tmp_path_factory.mktemp("grid") / "grid.yaml"
+    grid.write_text(GRID)
+    words = {"evaluate": ["evaluate", *ANODDPM, "--maps"], "sweep": ["sweep", grid]}
+    return {
+        name: partial(children.run, *arguments, "--out", save_every=-1)
+        for name, arguments in words.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def calls(server, tmp_path_factory) -> Calls:
-    return Calls(server, tmp_path_factory.mktemp("calls"))
+def unbroken(commands, tmp_path_factory) -> dict[str, tuple[Path, float]]:
+    """Name of a command -> the folder of an uninterrupted run, and its seconds."""
+    runs = {}
+    for name, command in commands.items():
+        out = tmp_path_factory.mktemp("unbroken") / name
+        ended = command(out)
+        assert ended.code == 0, ended.err
+        runs[name] = out, ended.seconds
+    return runs
 
 
-@pytest.fixture(scope="module")
-def unbroken(calls, tmp_path_factory) -> dict[str, tuple[Path, float]]:
-    """Kind of call -> the folder of one that nobody interrupts, and how long it takes."""
-    found = {}
-    for kind in ("evaluate", "sweep"):
-        out = tmp_path_factory.mktemp("unbroken") / kind
-        code, seconds = calls(kind, out)
-        assert code == 0, calls.said()
-        found[kind] = out, seconds
-    return found
+def visible_files(out: Path) -> list[Path]:
+    """Return the files below ``out``, without hidden ones, which are unfinished."""
+    files = {path: path.relative_to(out).parts for path in out.rglob("*") if path.is_file()}
+    return [path for path, parts in files.items() if not any(p.startswith(".") for p in parts)]
 
 
-def assert_whole(out: Path) -> None:
-    """Every file that has its final name is complete; unfinished ones are hidden."""
+def assert_complete(out: Path) -> None:
+    """Check that every file with its final name is complete; unfinished files are hidden."""
     assert not list(out.rglob("error.txt"))
-    for path in out.rglob("*"):
-        if not path.is_file() or any(p.startswith(".") for p in path.relative_to(out).parts):
-            continue
-        if path.suffix == ".png" or path.suffix == ".tiff":
+    for path in visible_files(out):
+        if path.suffix in (".png", ".tiff"):
             with Image.open(path) as image:
                 image.load()
         elif path.suffix == ".json":
@@ -151,70 +82,56 @@ def assert_whole(out: Path) -> None:
             load_file(path)
         if path.name == "config.json":
             load_pretrained(path.parent)
-        if path.name == "result.json":  # it stands for all that is written before it
+        if path.name == "result.json":  # it is written after all the others
             (result,) = read_results(path.parent)
             assert len(read_scores({"file": path.parent / "result.json"})[0]) == result["n_test"]
             assert (path.parent / "figure.png").exists()
 
 
-def steps_saved(out: Path) -> int:
-    """Of the training that ``out`` holds; -1 where it is finished, 0 where none was saved."""
-    if (out / "checkpoint").exists():
-        return -1
-    if not (out / STATE).exists():
-        return 0
-    with safe_open(out / STATE, framework="pt") as file:
-        return json.loads(file.metadata()["numbers"])["step"]
-
-
-def results_below(out: Path) -> dict[str, dict[str, Any]]:
-    """Folder -> record without what a clock or a machine says."""
-    found = {}
+def comparable_results(out: Path) -> dict[str, dict[str, Any]]:
+    """Return folder -> record without measured times and memory."""
+    records = {}
     for result in read_results(out):
-        place = result.pop("file").parent.relative_to(out)
-        found[str(place)] = {key: value for key, value in result.items() if key not in CLOCKS}
-    return found
+        folder = str(result.pop("file").parent.relative_to(out))
+        records[folder] = {key: value for key, value in result.items() if key not in MEASURED}
+    return records
 
 
-def assert_same(out: Path, unbroken: Path) -> None:
+def assert_same_run(out: Path, unbroken: Path) -> None:
+    """Compare names of files, records, scores and maps; not measured times."""
     ours, theirs = (
-        sorted(f.relative_to(o) for f in o.rglob("*") if f.is_file() and visible(f, o))
-        for o in (out, unbroken)
+        sorted(file.relative_to(folder) for file in visible_files(folder))
+        for folder in (out, unbroken)
     )
     assert ours == theirs
-    assert results_below(out) == results_below(unbroken)
+    assert comparable_results(out) == comparable_results(unbroken)
     for path in ours:
         if path.suffix in (".csv", ".tiff"):
             assert (out / path).read_bytes() == (unbroken / path).read_bytes(), path
         if path.name == "model.safetensors":
-            one, other = (load_file(o / path) for o in (out, unbroken))
-            assert one.keys() == other.keys()
-            assert all(torch.equal(one[name], other[name]) for name in one)
+            folder = path.parent.parent  # of the run, which has the folder of its checkpoint
+            assert_same_model(out / folder, unbroken / folder)
 
 
-def visible(path: Path, out: Path) -> bool:
-    return not any(part.startswith(".") for part in path.relative_to(out).parts)
-
-
-@pytest.mark.parametrize("number", range(KILLS))
-def test_killed_at_a_random_moment(number, tmp_path, calls, unbroken):
+@pytest.mark.parametrize("number", range(N_KILLS))
+def test_killed_at_a_random_moment(number, tmp_path, commands, unbroken):
     rng = np.random.default_rng([99, number])
-    kind = ("evaluate", "sweep")[number % 2]
-    (whole, seconds), out = unbroken[kind], tmp_path / "out"
-    for _ in range(int(rng.integers(1, 3))):  # once, or once more when it goes on
-        code, _ = calls(kind, out, kill_after=float(rng.uniform(0, 1.05 * seconds)))
-        assert code in (0, -signal.SIGKILL), calls.said()
+    name = ("evaluate", "sweep")[number % 2]
+    command, (expected, seconds), out = commands[name], unbroken[name], tmp_path / "out"
+    for _ in range(int(rng.integers(1, 3))):  # one kill, or another one after it
+        ended = command(out, kill_after=float(rng.uniform(0, 1.05 * seconds)))
+        assert ended.code in (0, -signal.SIGKILL), ended.err
         if out.exists():
-            assert_whole(out)
-    saved = steps_saved(out) if kind == "evaluate" and out.exists() else 0
-    done = {p: p.stat().st_mtime_ns for p in out.rglob("result.json")}
-    code, _ = calls(kind, out)
-    assert code == 0, calls.said()
-    assert_whole(out)
-    assert_same(out, whole)
-    if kind == "evaluate":  # no step is made twice
-        assert calls.steps() == ([] if saved < 0 else list(range(saved, 12)))
-    else:  # no cell is scored twice
-        assert calls.said().count("done before") == len(done)
-        assert all(path.stat().st_mtime_ns == before for path, before in done.items())
+            assert_complete(out)
+    first_step = N_STEPS if (out / "checkpoint").exists() else steps_saved(out)
+    finished = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    ended = command(out)
+    assert ended.code == 0, ended.err
+    assert_complete(out)
+    assert_same_run(out, expected)
+    if name == "evaluate":  # no step is repeated
+        assert [int(step) for step in ended.observed] == list(range(first_step, N_STEPS))
+    else:  # no finished run is repeated
+        assert ended.out.count("done before") == len(finished)
+        assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
     shutil.rmtree(out)

@@ -1,19 +1,20 @@
-"""Fuzzing of what runs leave and what users write: records, tables, grids, claims, arguments."""
+"""Fuzzing of the files that runs and users write: records, tables, claims, grids; of arguments."""
 
 import contextlib
 import copy
 import io
 import json
-import os
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
-from test_fuzz import NAMES, Case, damaged, pick, spoilt_table, survive, watched
-from test_fuzz_checkpoints import TEXTS, hostile, replace_one
+from fuzzing import FILE_NAMES, Case, check_inputs, choose, corrupt, sandboxed
+from test_fuzz_checkpoints import JSON_FAULTS, corrupt_json, corrupt_values, hostile_value
+from test_fuzz_images import corrupt_table
 
 from diffad_lite.cli.main import main
 from diffad_lite.core.config import override
@@ -45,10 +46,7 @@ from diffad_lite.methods.base import METHODS
 from diffad_lite.notebook import runner
 from diffad_lite.notebook.runner import UNFINISHED
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(os.name == "nt", reason="signals and links are those of POSIX"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 # -------------------------------------------------------------------------------- records
@@ -91,15 +89,16 @@ def record(method: str, seed: int) -> dict[str, Any]:
     return {**words, "image_size": 16, "seed": seed, "config": config, **numbers, **masked, **more}
 
 
-def records_below(folder: Path) -> Path:
-    """Results of two methods with two seeds, times, and claims beside them."""
+def write_results(folder: Path) -> Path:
+    """Write records of two methods with two seeds, their speed, and claims; return their folder."""
     results = folder / "results"
     for method in ("pca", "mean_image"):
         for seed in (0, 1):
-            run = results / method / f"s{seed}"
-            run.mkdir(parents=True)
-            (run / "result.json").write_text(json.dumps(record(method, seed), indent=1))
-            (run / "scores.csv").write_text(SCORES)
+            run_folder = results / method / f"s{seed}"
+            run_folder.mkdir(parents=True)
+            text = json.dumps(record(method, seed), indent=1)
+            (run_folder / "result.json").write_text(text)
+            (run_folder / "scores.csv").write_text(SCORES)
     setting = {"ms": [1.0, 1.5], "mb": 2.0, "evaluations": 1, "parameters": 5}
     speed = {"settings": {"pca": setting, "padim": setting | {"ms": [9.0, 8.0]}}}
     (results / "speed.json").write_text(json.dumps(speed))
@@ -107,102 +106,80 @@ def records_below(folder: Path) -> Path:
     return results
 
 
-def read_all(results: Path) -> None:
-    found = read_results(results)
-    groups = list(grouped(found).values())
+def use_results(results: Path) -> None:
+    """Do with results what a report does."""
+    records = read_results(results)
+    groups = list(grouped(records).values())
     for group in groups:
         label_of(group)
         assert all(np.isfinite(auroc_over_seeds(group)))
     difference_of(groups[0], groups[-1])
     read_speeds(results)
-    claims_table(judge_all(found, results))
-    assert collect(results, results.with_name("copies"), "grid") == len(found)
-
-
-def collected(results: Path) -> Path:
-    """The same records in the files of a grid."""
-    copies = results.with_name("copies")
-    collect(results, copies, "grid")
-    return copies
+    claims_table(judge_all(records, results))
+    assert collect(results, results.with_name("copies"), "grid") == len(records)
 
 
 def read_collected(copies: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a last line that is cut short is left out, which is said
-        found = read_results(copies)
-    for result in found:
+        warnings.simplefilter("ignore")  # an incomplete final line is skipped with a warning
+        records = read_results(copies)
+    for result in records:
         labels, scores = read_scores(result)
         assert len(labels) == len(scores)
 
 
-def unfinished(folder: Path) -> None:
-    runner._finished_before(folder / UNFINISHED, "the key")
-
-
-def spoilt_json(rng: np.random.Generator, path: Path) -> str:
-    text = path.read_text()
-    what = pick(rng, ("value",) * 6 + ("text", "text", "bytes"))
-    if what == "value":
-        values = json.loads(text)
-        what = replace_one(rng, values)
-        path.write_text(json.dumps(values))
-    elif what == "text":
-        what = pick(rng, TEXTS)
-        path.write_bytes(TEXTS[what](text))
-    else:
-        path.write_bytes(damaged(rng, text.encode()))
-    return what
-
-
 def record_case(rng: np.random.Generator, folder: Path) -> Case:
-    results = records_below(folder)
-    run = results / pick(rng, ("pca", "mean_image")) / "s1"
-    named: tuple[object, ...] = (folder,)
+    results = write_results(folder)
+    run_folder = results / choose(rng, ("pca", "mean_image")) / "s1"
+    result, copies = run_folder / "result.json", results.with_name("copies")
+    action = partial(use_results, results)
     others = ("speed", "speed", "claims", "done", "series", "lines", "lines", "archive")
-    match pick(rng, ("record",) * 4 + ("scores",) * 3 + others):
+    kind = choose(rng, ("record",) * 4 + ("scores",) * 3 + others)
+    description = kind
+    if kind in ("lines", "archive"):
+        collect(results, copies, "grid")
+        action = partial(read_collected, copies)
+    match kind:
         case "record":
-            what = "record: " + spoilt_json(rng, run / "result.json")
+            description += ": " + corrupt_json(rng, result)
         case "scores":
-            what = "scores"
-            (run / "scores.csv").write_bytes(spoilt_table(rng, SCORES))
+            (run_folder / "scores.csv").write_bytes(corrupt_table(rng, SCORES))
         case "speed":
-            what = "speed: " + spoilt_json(rng, results / "speed.json")
+            description += ": " + corrupt_json(rng, results / "speed.json")
         case "claims":
             claims = copy.deepcopy(CLAIMS)
-            what = "claims: " + replace_one(rng, pick(rng, claims))
+            description += ": " + corrupt_values(rng, choose(rng, claims))
             text = yaml.safe_dump(claims, sort_keys=False)
-            (folder / "claims.yaml").write_text(pick(rng, (text, text, text, pick(rng, YAMLS))))
+            (folder / "claims.yaml").write_text(choose(rng, (text, text, text, choose(rng, YAMLS))))
         case "lines":
-            path = collected(results) / "grid.jsonl"
+            path = copies / "grid.jsonl"
             lines = path.read_bytes().splitlines()
-            at, name = int(rng.integers(len(lines))), pick(rng, TEXTS)
-            lines[at] = TEXTS[name](lines[at].decode())
-            path.write_bytes(b"\n".join(lines) + pick(rng, (b"", b"\n")))
-            return Case(f"line: {name}", lambda: read_collected(path.parent), named)
+            index, fault = int(rng.integers(len(lines))), choose(rng, JSON_FAULTS)
+            lines[index] = JSON_FAULTS[fault](lines[index].decode())
+            path.write_bytes(b"\n".join(lines) + choose(rng, (b"", b"\n")))
+            description += f": {fault}"
         case "archive":
-            path = collected(results) / "grid-scores.npz"
-            path.write_bytes(damaged(rng, path.read_bytes()))
-            return Case("archive", lambda: read_collected(path.parent), named)
+            path = copies / "grid-scores.npz"
+            path.write_bytes(corrupt(rng, path.read_bytes()))
         case "done":
-            what = "done: " + spoilt_json(rng, run / "result.json")
-            config = METHODS["pca"].Config()
+            description += ": " + corrupt_json(rng, result)
             done = Run("pca", "shapes", "disc", image_size=16, seed=1)
-            return Case(what, lambda: is_done(done, run / "result.json", config), named)
+            action = partial(is_done, done, result, METHODS["pca"].Config())
         case "series":
             path = folder / UNFINISHED
             path.write_text(json.dumps({"key": "the key", "done": ["01_a.ipynb"], "more": 1.0}))
-            what = "series: " + spoilt_json(rng, path)
-            return Case(what, lambda: unfinished(folder), named)
-    return Case(what, lambda: read_all(results), named)
+            description += ": " + corrupt_json(rng, path)
+            action = partial(runner._finished_before, path, "the key")
+    return Case(description, action, (folder,))
 
 
 def test_records(tmp_path):
-    survive("records", tmp_path, record_case)
+    check_inputs("records", tmp_path, record_case)
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"a": 1}', "{", '{"../../x": {"file": "../../y"}}'])
 def test_an_odd_index_of_bundled_weights(text, tmp_path, monkeypatch):
-    """Names in ``index.json`` are never used as paths; what is no index is refused and kept."""
+    """Names in ``index.json`` are never used as paths; a file that is no index is kept."""
     index = tmp_path / "data" / "checkpoints" / "index.json"
     index.parent.mkdir(parents=True)
     index.write_text(text)
@@ -210,7 +187,7 @@ def test_an_odd_index_of_bundled_weights(text, tmp_path, monkeypatch):
     run = Run("pca", "shapes", image_size=16, profile="ci", settings={"n_components": "3"})
     data = run.load_data()
     method = METHODS["pca"](run.configure(data)).fit(data.train, data.calibration, seed=0)
-    with watched(tmp_path):
+    with sandboxed(tmp_path):
         if text.startswith('{"'):
             bundle(run, data, method, command="diffad train")
             assert json.loads(index.read_text()).keys() == {*json.loads(text), "shapes-disc-pca"}
@@ -222,12 +199,12 @@ def test_an_odd_index_of_bundled_weights(text, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------------------------- grids
 
-BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+ALIAS_BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 10)}]\n" for i in range(9)
 )
 YAMLS = (
-    BOMB,
-    BOMB + "methods: *j\ndata: *j\n",
+    ALIAS_BOMB,
+    ALIAS_BOMB + "methods: *j\ndata: *j\n",
     "methods: &m [pca, *m]\ndata: [{dataset: shapes}]\n",
     "methods: [pca]\ndata: &d [{dataset: shapes, plants: *d}]\n",
     "methods: [pca]\nsettings: &s {a: *s}\ndata: [{dataset: shapes}]\n",
@@ -273,10 +250,10 @@ YAMLS = (
 )
 
 
-def odd_grid(rng: np.random.Generator) -> dict[str, Any]:
-    """A grid with values of many kinds under its keys, most of them right."""
-    words = ("pca", "anoddpm", "shapes", "disc", "..", "../x", "/x", "a\0b", "", *NAMES[:8])
-    right: dict[str, Any] = {
+def random_grid(rng: np.random.Generator) -> dict[str, Any]:
+    """Return a grid whose values are valid but for two at most."""
+    words = ("pca", "anoddpm", "shapes", "disc", "..", "../x", "/x", "a\0b", "", *FILE_NAMES[:8])
+    valid: dict[str, Any] = {
         "profile": "ci",
         "methods": ["pca", "anoddpm"],
         "seeds": [0, 1],
@@ -285,58 +262,52 @@ def odd_grid(rng: np.random.Generator) -> dict[str, Any]:
         "trainings": {"few": {"denoiser.train.steps": 3}},
         "settings": {"smooth_sigma": 0.5},
     }
-    grid = {k: v for k, v in right.items() if k == "methods" or rng.random() < 0.5}
+    grid = {k: v for k, v in valid.items() if k == "methods" or rng.random() < 0.5}
     entry: dict[str, Any] = {"dataset": "shapes", "image_size": 16, "resize": "pad"}
-    entry |= {"category": "disc", "root": pick(rng, ("$NOT_THERE", "~", "x", "${", "é ö"))}
+    entry |= {"category": "disc", "root": choose(rng, ("$NOT_THERE", "~", "x", "${", "é ö"))}
     entry = {k: v for k, v in entry.items() if k == "dataset" or rng.random() < 0.4}
-    entry |= {k: v for k, v in right.items() if k in SHARED_TYPES and rng.random() < 0.15}
+    entry |= {k: v for k, v in valid.items() if k in SHARED_TYPES and rng.random() < 0.15}
     grid["data"] = [entry] * int(rng.integers(1, 3))
-    for _ in range(int(pick(rng, (0, 1, 1, 2)))):
-        node = pick(rng, (grid, entry))
-        key = pick(rng, (*node, "more"))
-        word = pick(rng, words)
-        node[key] = pick(rng, (hostile(rng), word, [word], {word: {}}))
+    for _ in range(int(choose(rng, (0, 1, 1, 2)))):
+        node = choose(rng, (grid, entry))
+        key = choose(rng, (*node, "more"))
+        word = choose(rng, words)
+        node[key] = choose(rng, (hostile_value(rng), word, [word], {word: {}}))
     return grid
 
 
 def plan(path: Path, out: Path) -> None:
-    grid = read_grid(path)
-    for training, own in trainings(grid):
-        assert folder_of(training, out).resolve().is_relative_to(out.resolve())
-        for scoring in scorings(own, training):
-            assert (
-                (folder_of(training, out) / scoring.variant).resolve().is_relative_to(out.resolve())
-            )
-            with contextlib.suppress(ValueError):  # which method has which field is its own matter
+    """Read a grid and list its scorings, all of them below ``out``."""
+    out = out.resolve()
+    for training, settings in trainings(read_grid(path)):
+        folder = folder_of(training, out)
+        assert folder.resolve().is_relative_to(out)
+        for scoring in scorings(settings, training):
+            assert (folder / scoring.variant).resolve().is_relative_to(out)
+            with contextlib.suppress(ValueError):  # PCA may lack a field of another method
                 override(METHODS["pca"].Config(), scoring.settings)
 
 
 def grid_case(rng: np.random.Generator, folder: Path) -> Case:
-    path = folder / pick(rng, ("grid.yaml", f"{pick(rng, NAMES)}.yaml"))
-    what = pick(rng, ("values",) * 4 + ("text", "text", "bytes"))
-    if what == "text":
-        text = pick(rng, YAMLS)
-        what = f"text {text[:40]!r}"
+    path = folder / choose(rng, ("grid.yaml", f"{choose(rng, FILE_NAMES)}.yaml"))
+    kind = choose(rng, ("values",) * 4 + ("text", "text", "bytes"))
+    if kind == "text":
+        text = choose(rng, YAMLS)
+        description = f"text {text[:40]!r}"
         path.write_text(text)
     else:
-        text = yaml.safe_dump(odd_grid(rng), allow_unicode=True)
+        text = yaml.safe_dump(random_grid(rng), allow_unicode=True)
         data = text.encode(errors="replace")
-        path.write_bytes(damaged(rng, data) if what == "bytes" else data)
-        what = f"{what} {text[:200]!r}"
+        path.write_bytes(corrupt(rng, data) if kind == "bytes" else data)
+        description = f"{kind} {text[:200]!r}"
     fields = ("seed", "variant must", "training must", "method must", "dataset must", "resize must")
-    named = (
-        path,
-        "setting ",
-        "root",
-        *(k for k in GRID_TYPES if k != "data"),
-        *fields,
-        "category must",
-    )
-    return Case(what, lambda: plan(path, folder / "out"), named)
+    keys = (key for key in GRID_TYPES if key != "data")
+    words = (path, "setting ", "root", *keys, *fields, "category must")
+    return Case(description, partial(plan, path, folder / "out"), words)
 
 
 def test_grids(tmp_path):
-    survive("grids", tmp_path, grid_case)
+    check_inputs("grids", tmp_path, grid_case)
 
 
 # ------------------------------------------------------------------------------ arguments
@@ -357,103 +328,115 @@ OPTIONS = (
     *("--checkpoint", "--bundle", "--sheet", "--runs", "--results", "--images", "--rounds", "-p"),
     *("--only", "--folder", "--workers", "--", "-", "-x", "--m", "--se", "--im=3", "--set=", "@x"),
 )
-RIGHT = (
+VALID_OPTIONS = (
     *(("--seed", "3"), ("--profile", "ci"), ("--image-size", "16"), ("--category", "disc")),
     *(("--quiet",), ("--maps",), ("--set", "n_components=3"), ("--max-minutes", "0.5")),
     *(("--plant", "cells"), ("--resize", "pad"), ("--variant", "é ö"), ("--sheet", "s.png")),
 )
-WORDS = (
+ODD_WORDS = (
     *("", " ", "0", "-1", "1e999", "nan", "inf", "-inf", "1_0", "٣", "0x10", "9" * 5000, "1e300"),
     *("pca", "shapes", "digits", "ci", "paper", "pad", "cells", "bundled", "x", ".", "..", "~"),
     *("/dev/null", "/proc/self/mem", "a" * 5000, "a/" * 2000, "\0", "a\nb", "\r", "\t", "\u2028"),
     *("\udcff", "é", "画像", "🔥", "%s", "%(prog)s", "{}", "{0}", "$HOME", "`ls`", "'", '"', "*"),
-    *("train.steps=1", "a=b", "=", "a.b.c=1", "n_components=[", "n_components=" + "[" * 9999),
+    *(
+        "denoiser.train.steps=1",
+        "a=b",
+        "=",
+        "a.b.c=1",
+        "n_components=[",
+        "n_components=" + "[" * 9999,
+    ),
     *("n_components=" + "9" * 9999, "smooth_sigma=NaN", "smooth_sigma=" + "9" * 400, "\0=\0"),
     *("grid.yaml", "file", "folder", "out/../..", "con", "nul", "--help=", "10" * 9, "1" * 300),
 )
 
 
-class Begun(ValueError):
-    """The arguments were in order, and work would begin."""
+class Started(ValueError):
+    """The arguments were valid, and work would start."""
 
     def __init__(self) -> None:
         super().__init__(type(self).__name__)
 
 
 @pytest.fixture
-def idle(monkeypatch):
-    """Whatever would take time says that it has begun."""
+def no_work(monkeypatch):
+    """Raise Started instead of doing work."""
 
     def stop(*arguments: object, **options: object) -> None:
-        raise Begun
+        raise Started
 
-    def checked(name: str, category: str | None = None, **options: Any) -> None:
+    def check_only(name: str, category: str | None = None, **options: Any) -> None:
         plant, resize, size = (options.get(k) for k in ("plant", "resize", "image_size"))
         datasets.check_arguments(name, plant, resize or "squash", size or 64)
-        raise Begun
+        raise Started
 
-    monkeypatch.setattr(run, "load_dataset", checked)
-    monkeypatch.setattr(datasets, "load_dataset", checked)
+    monkeypatch.setattr(run, "load_dataset", check_only)
+    monkeypatch.setattr(datasets, "load_dataset", check_only)
     for place in ("dask.sweep_on_dask", "grid.sweep", "machine.run_checks"):
         monkeypatch.setattr(f"diffad_lite.experiments.{place}", stop)
 
 
-def words_of(rng: np.random.Generator) -> list[str]:
-    """A command line that is right but for something, or nothing but odd words."""
+def random_arguments(rng: np.random.Generator) -> list[str]:
+    """Return a command line with up to three changes, or odd words only."""
     if rng.random() < 0.1:
-        return [pick(rng, (*WORDS, *OPTIONS, *SUBCOMMANDS)) for _ in range(int(rng.integers(0, 6)))]
-    name = pick(rng, SUBCOMMANDS)
+        return [
+            choose(rng, (*ODD_WORDS, *OPTIONS, *SUBCOMMANDS))
+            for _ in range(int(rng.integers(0, 6)))
+        ]
+    name = choose(rng, SUBCOMMANDS)
     words = [name, *SUBCOMMANDS[name]]
     for _ in range(int(rng.integers(0, 4))):
         at = int(rng.integers(1, len(words) + 1))
-        match pick(rng, ("right", "right", "right", "option", "word", "swap", "drop")):
-            case "right":
-                words += pick(rng, RIGHT)
+        match choose(rng, ("valid", "valid", "valid", "option", "word", "swap", "drop")):
+            case "valid":
+                words += choose(rng, VALID_OPTIONS)
             case "option":
-                words += [pick(rng, OPTIONS), pick(rng, WORDS)]
+                words += [choose(rng, OPTIONS), choose(rng, ODD_WORDS)]
             case "word":
-                words.insert(at, pick(rng, WORDS))
+                words.insert(at, choose(rng, ODD_WORDS))
             case "swap":
-                words[at - 1 :] = [pick(rng, WORDS), *words[at:]] if at > 1 else words
+                words[at - 1 :] = [choose(rng, ODD_WORDS), *words[at:]] if at > 1 else words
             case "drop":
                 del words[at:]
     return words
 
 
 def call(words: list[str]) -> None:
-    """As a shell calls it: one line on stderr and exit code 2, or nothing to complain of."""
+    """Call ``diffad`` as a shell does; raise ValueError where it ends with exit code 2.
+
+    Exit code 2 needs exactly one line on stderr, 0 is fine, and nothing else is allowed.
+    """
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", e) for e in ("strict", "backslashreplace"))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             code = main(words)
-        except SystemExit as stop:  # argparse's way
+        except SystemExit as stop:  # as argparse ends
             code = stop.code
     err.seek(0)
-    said = err.read()
-    assert code in (0, 2), (code, said[:200])
-    assert "Traceback" not in said
+    message = err.read()
+    assert code in (0, 2), (code, message[:200])
+    assert "Traceback" not in message
     if code == 2:
-        assert said.startswith("diffad: "), said[:200]
-        assert said.count("\n") == 1, said[:200]
-        if said == f"diffad: {Begun.__name__}\n":
-            return
-        raise ValueError(said[:900])  # argparse says words back as they came, all of them
+        assert message.startswith("diffad: "), message[:200]
+        assert message.count("\n") == 1, message[:200]
+        if message != f"diffad: {Started.__name__}\n":
+            raise ValueError(message[:900])  # argparse repeats the words, however long they are
 
 
-def test_arguments(tmp_path, idle, monkeypatch):
-    def make(rng: np.random.Generator, folder: Path) -> Case:
-        words = words_of(rng)
+def test_arguments(tmp_path, no_work, monkeypatch):
+    def make_case(rng: np.random.Generator, folder: Path) -> Case:
+        words = random_arguments(rng)
         monkeypatch.chdir(folder)
         (folder / "grid.yaml").write_text("{methods: [pca], data: [{dataset: shapes}]}")
         (folder / "file").write_text("x")
         (folder / "folder").mkdir()
-        return Case(repr(words)[:300], lambda: call(words), ("diffad: ",))
+        return Case(repr(words)[:300], partial(call, words), ("diffad: ",))
 
-    survive("arguments", tmp_path, make)
+    check_inputs("arguments", tmp_path, make_case)
     monkeypatch.undo()
 
 
-def test_help_is_no_error(capsys):
+def test_help_exits_with_0(capsys):
     for name in SUBCOMMANDS:
         with pytest.raises(SystemExit) as stop:
             main([name, "--help"])
