@@ -158,8 +158,23 @@ def override(config: Config, assignments: Mapping[str, str]) -> Config:
     Raises:
         ValueError: an unknown field, or a value that does not fit it.
     """
-    values = to_dict(config)
+    values: dict[str, Any] = {}
     for dotted, text in assignments.items():
+        try:
+            values[dotted] = json.loads(text)
+        except (ValueError, RecursionError):
+            values[dotted] = text
+    return with_values(config, values)
+
+
+def with_values(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Return a copy with some fields replaced: dotted field name -> JSON value.
+
+    Raises:
+        ValueError: an unknown field, or a value that does not fit it.
+    """
+    values = to_dict(config)
+    for dotted, value in changes.items():
         *groups, name = dotted.split(".")
         node = values
         for group in groups:
@@ -168,11 +183,13 @@ def override(config: Config, assignments: Mapping[str, str]) -> Config:
             node = node[group]
         if name not in node or isinstance(node[name], dict):
             raise unknown_name("field", dotted, _flatten(values))
-        try:
-            node[name] = json.loads(text)
-        except (ValueError, RecursionError):
-            node[name] = text
+        node[name] = value
     return from_dict(type(config), values)
+
+
+def field_names(config: Any) -> list[str]:
+    """Return the dotted names of all fields."""
+    return list(_flatten(to_dict(config)))
 
 
 def changed_fields(a: Any, b: Any) -> set[str]:

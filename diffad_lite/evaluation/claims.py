@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from diffad_lite.core.config import from_dict, unknown_name
+from diffad_lite.core.config import configuration, from_dict, unknown_name
 from diffad_lite.core.files import read_yaml
 from diffad_lite.evaluation.metrics import verdict
 from diffad_lite.evaluation.records import (
@@ -35,7 +35,7 @@ DEFAULT_ROW |= {"training": "", "variant": "default"}
 Effect = tuple[float, float, float, list[int]]  # effect, ends of its interval, seeds
 
 
-@dataclass(frozen=True)
+@configuration
 class Claim:
     """One claim, and the experiment that tests it.
 

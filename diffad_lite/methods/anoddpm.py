@@ -43,6 +43,8 @@ class AnoDDPMConfig(DenoisingConfig):
         n_noises: independent noises whose reconstructions are averaged.
     """
 
+    profiles = "anoddpm"
+
     noise_level: Timestep = inference(25)
     steps: Count = inference(1)
     n_noises: Count = inference(4)
@@ -51,19 +53,6 @@ class AnoDDPMConfig(DenoisingConfig):
         """Validate fields against each other."""
         check_at_most(self, noise_level=self.denoiser.num_timesteps - 1)
         check_at_most(self, steps=self.noise_level + 1)
-
-    @classmethod
-    def for_profile(cls, profile: Profile, **shape: Any) -> Self:
-        """``ci`` is a smoke test, ``lite`` the defaults, ``paper`` the public code's.
-
-        Julian-Wyatt/AnoDDPM, detection.py, anomalous_metric_calculation: 200 steps. Ours differs:
-        the way back is DDIM, and maps are blurred and calibrated as in lite. Noise is simplex in
-        that code: :class:`AnoDDPMSimplex`.
-        """
-        base = super().for_profile(profile, **shape)
-        if profile == "paper":
-            return replace(base, noise_level=199, steps=200, n_noises=1)
-        return replace(base, n_noises=1) if profile == "ci" else base
 
 
 class AnoDDPM(Method):

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Unpack
 
@@ -24,7 +25,9 @@ from diffad_lite.core.config import (
     Profile,
     check_profile,
     configuration,
+    field_names,
     unknown_name,
+    with_values,
 )
 from diffad_lite.core.files import read_yaml
 from diffad_lite.data.images import check_values, image_keys, standardise, undo_standardise
@@ -33,6 +36,18 @@ from diffad_lite.methods.calibration import MapCalibration, conformal_threshold,
 from diffad_lite.methods.checkpoints import Checkpointed, claim, read_record
 from diffad_lite.training import processes
 from diffad_lite.training.loop import FitOptions, TrainReport
+
+
+@cache
+def read_profiles(name: str) -> dict[str, Any]:
+    """Read ``profiles/<name>.yaml``: dotted field name -> value, for each profile."""
+    return read_yaml(Path(__file__).parent / "profiles" / f"{name}.yaml")
+
+
+def category_settings(name: str, category: str | None) -> dict[str, Any]:
+    """Return the official settings of a category, or the default where it is unknown."""
+    table = read_profiles(name)
+    return table["default"] | table["categories"].get(category, {})
 
 
 def inference(default: Any) -> Any:
@@ -62,6 +77,8 @@ class MethodConfig:
         quantile: of the calibration scores, at which the threshold is set.
     """
 
+    profiles: ClassVar[str]  # name of the file with what a class changes in its base's profiles
+
     channels: Channels = 1
     image_size: Count = 64
     standardise: bool = False
@@ -90,7 +107,10 @@ class MethodConfig:
         category: str | None = None,
         flip_axes: tuple[int, ...] = (),
     ) -> Self:
-        """The configuration of a profile; here the same for all, methods that train refine it.
+        """Return the configuration of a profile.
+
+        ``lite`` is the defaults. ``ci``, a smoke test, and ``paper`` change what the files
+        ``profiles/*.yaml`` say, which name their sources.
 
         Args:
             profile: ``ci``, ``lite`` or ``paper``.
@@ -104,7 +124,15 @@ class MethodConfig:
             ValueError: unknown profile.
         """
         check_profile(profile)
-        return cls(channels=channels, image_size=image_size)
+        config = cls(channels=channels, image_size=image_size)
+        changes: dict[str, Any] = {}
+        for name in field_names(config):
+            if name.endswith("flip_axes"):  # of each training
+                changes[name] = flip_axes
+        for base in reversed(cls.__mro__):
+            if file := vars(base).get("profiles"):
+                changes |= read_profiles(file).get(profile, {})
+        return with_values(config, changes)
 
 
 @dataclass
@@ -170,15 +198,6 @@ class Networks(nn.ModuleDict):
     if TYPE_CHECKING:
 
         def __getitem__(self, key: str) -> Any: ...
-
-
-def paper_settings(method: str, category: str | None) -> dict[str, Any]:
-    """Return the official settings of a category, or the default of those it does not know.
-
-    They and their sources stand in ``paper/<method>.yaml``.
-    """
-    table = read_yaml(Path(__file__).parent / "paper" / f"{method}.yaml")
-    return table["default"] | table["categories"].get(category, {})
 
 
 @contextmanager

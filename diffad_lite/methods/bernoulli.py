@@ -12,7 +12,7 @@ process lacks a term (``process="erasure"``); the paper's is the default here.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import field, replace
-from typing import Annotated, Any, Literal, Self, Unpack
+from typing import Annotated, Literal, Unpack
 
 import torch
 from pydantic import Field
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from diffad_lite.core.config import (
     Count,
     NonNegative,
-    Profile,
     Timestep,
     Widths,
     check_at_most,
@@ -75,6 +74,8 @@ class BernoulliConfig(MethodConfig):
         n_chains: chains whose maps are averaged.
     """
 
+    profiles = "bernoulli"
+
     standardise: bool = True  # chosen on development defects and uncertain cells, as what follows
     top_fraction: TopFraction = 0.03
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
@@ -109,52 +110,6 @@ class BernoulliConfig(MethodConfig):
                 f"{type(self).__qualname__}.image_size must be a multiple of {factor}, the side of "
                 f"an autoencoder cell in pixels, got {self.image_size}"
             )
-
-    @classmethod
-    def for_profile(
-        cls, profile: Profile, *, flip_axes: tuple[int, ...] = (), **shape: Any
-    ) -> Self:
-        """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
-        base = super().for_profile(profile, **shape)
-        if profile == "ci":
-            small = AutoencoderConfig(base_channels=8, bits=8, codeword=16)
-            short = TrainConfig(steps=20, batch_size=8, flip_axes=flip_axes)
-            smoke: dict[str, Any] = {
-                "autoencoder": small,
-                "base_channels": 8,
-                "attention_levels": (),
-            }
-            smoke |= {"train_autoencoder": short, "train": short, "steps": 5, "n_chains": 2}
-            return replace(base, **smoke)
-        if profile == "lite":
-            stages = {name: getattr(base, name) for name in ("train_autoencoder", "train")}
-            return replace(base, **{k: replace(v, flip_axes=flip_axes) for k, v in stages.items()})
-        # Official code, README, hparams/, script_util.py, train_ae.py, latent_train.py: 256 px,
-        # base 32, (1, 2, 2, 4), two blocks, 128 bits a cell of 8 pixels, codewords of 256; Adam
-        # 1.08e-4, batch 24, EMA .995, checkpoints at 120,000 steps (BraTS); flips by a U-Net of
-        # base 128, (1, 2, 2, 2), two blocks, attention at 16 cells; AdamW 1e-4, batch 36, EMA
-        # .999, checkpoint at 110,000 with two updates each; L = 200, P = .5, every step, one chain.
-        # Ours differs: L1 alone (no discriminator, which that code never trains by default, nor a
-        # perceptual term, which it switches off), decaying learning rates, averaged weights, and
-        # a map of absolute differences, as all methods here have.
-        published: dict[str, Any] = {"warmup_steps": 0, "flip_axes": ()}
-        return replace(
-            base,
-            standardise=False,
-            autoencoder=AutoencoderConfig(32, (1, 2, 2, 4), 2, unshuffle=1, bits=128, codeword=256),
-            edges=0.0,
-            code_weight=0.0,
-            train_autoencoder=TrainConfig(120_000, 24, 1.08e-4, ema_decay=0.9995, **published),
-            base_channels=128,
-            channel_mults=(1, 2, 2, 2),
-            blocks_per_level=2,
-            train=TrainConfig(220_000, 36, 1e-4, **published),
-            noise_level=199,
-            steps=200,
-            n_chains=1,
-            calibrate=False,
-            smooth_sigma=0.0,
-        )
 
 
 class Bernoulli(Method):

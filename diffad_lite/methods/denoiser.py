@@ -5,13 +5,13 @@ that train it on normal images alone, with Gaussian noise, can use each other's 
 """
 
 from collections.abc import Callable
-from dataclasses import field, replace
-from typing import Any, Self, Unpack
+from dataclasses import field
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from diffad_lite.core.config import Count, Profile, Widths, configuration
+from diffad_lite.core.config import Count, Widths, configuration
 from diffad_lite.diffusion.gaussian import GaussianDiffusion, Generators, randn
 from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
 from diffad_lite.methods.base import MethodConfig
@@ -48,28 +48,6 @@ class DenoiserConfig:
     unshuffle: Count = 2
     residual_resampling: bool = False
     train: TrainConfig = field(default_factory=TrainConfig)
-
-    @classmethod
-    def for_profile(cls, profile: Profile, flip_axes: tuple[int, ...] = ()) -> Self:
-        """``ci`` is a smoke test, ``lite`` the defaults, ``paper`` the public code of AnoDDPM.
-
-        Julian-Wyatt/AnoDDPM, test_args/args28.json and UNet.py: base 128, multipliers
-        (1, 1, 2, 2, 4, 4), two blocks, attention at 16 and 8 of 256 px, linear betas, T = 1000,
-        AdamW 1e-4, batch 1, 3000 epochs of 100 images, EMA 0.9999. Ours differs: the learning
-        rate warms up and decays, gradients are clipped.
-        """
-        if profile == "ci":
-            return cls(base_channels=16, train=TrainConfig(20, 8, flip_axes=flip_axes))
-        if profile == "lite":
-            return cls(train=TrainConfig(flip_axes=flip_axes))
-        return cls(
-            base_channels=128,
-            channel_mults=(1, 1, 2, 2, 4, 4),
-            blocks_per_level=2,
-            attention_levels=(4, 5),
-            unshuffle=1,
-            train=TrainConfig(300_000, 1, 1e-4, ema_decay=0.9999, flip_axes=flip_axes),
-        )
 
 
 class Denoiser:
@@ -124,6 +102,8 @@ class DenoisingConfig(MethodConfig):
         denoiser: the network, its diffusion and its training.
     """
 
+    profiles = "denoiser"
+
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
 
     @property
@@ -134,11 +114,3 @@ class DenoisingConfig(MethodConfig):
         """
         names = ("channels", "standardise", "denoiser")
         return {name: getattr(self, name) for name in names}
-
-    @classmethod
-    def for_profile(
-        cls, profile: Profile, *, flip_axes: tuple[int, ...] = (), **shape: Any
-    ) -> Self:
-        """With the denoiser of the profile."""
-        base = super().for_profile(profile, **shape)
-        return replace(base, denoiser=DenoiserConfig.for_profile(profile, flip_axes))

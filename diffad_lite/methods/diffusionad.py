@@ -32,8 +32,8 @@ from diffad_lite.methods.base import (
     Method,
     Networks,
     Trace,
+    category_settings,
     inference,
-    paper_settings,
 )
 from diffad_lite.methods.denoiser import DENOISER_SHARE, Denoiser, DenoisingConfig
 from diffad_lite.networks.segmentation import SegmentationConfig, SegmentationNet, segmentation_loss
@@ -65,6 +65,8 @@ class DiffusionADConfig(DenoisingConfig):
         train: how both networks are trained together.
         denoiser_rate: learning rate of the denoiser relative to the segmentation network's.
     """
+
+    profiles = "diffusionad"
 
     calibrate: bool = False  # chosen on development defects, as all that follows
     smooth_sigma: NonNegative = 0.0
@@ -107,38 +109,10 @@ class DiffusionADConfig(DenoisingConfig):
 
     @classmethod
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
-        """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
+        """As every method; the region of synthetic anomalies is the official code's."""
         base = super().for_profile(profile, category=category, **shape)
-        denoiser = base.denoiser
-        synthesis = replace(base.synthesis, **paper_settings("diffusionad", category))
-        base = replace(base, synthesis=synthesis)
-        if profile == "ci":
-            return replace(base, segmentation=SegmentationConfig(8), train=denoiser.train)
-        if profile == "lite":
-            train = replace(base.train, flip_axes=denoiser.train.flip_axes)
-            return replace(base, train=train)
-        # Official code, args1.json, train.py, models/: 256 px, images in [0, 1], T = 1000, base
-        # 128, (1, 1, 2, 2, 4, 4), two blocks, attention at 32, 16 and 8 px, no pre-training; Adam
-        # 1e-4 (denoiser) and 1e-5 (segmentation), batch 16, 3000 epochs, which is about 60,000
-        # steps for 320 images; no flips, clipping or averaging; masks and textures as below. Ours
-        # differs: one decay of both learning rates, where the code's second one oscillates.
-        return replace(
-            base,
-            denoiser=replace(denoiser, attention_levels=(3, 4, 5), residual_resampling=True),
-            pretrain=False,
-            unit_range=True,
-            noise_level=200,
-            noise_level_big=400,
-            boundary=300,
-            highest=1000,
-            segmentation=SegmentationConfig(64, (1, 2, 4, 8, 8, 8), batch_norm=True),
-            synthesis=replace(synthesis, ridges=0.0, finest=5, texture_root="dtd"),
-            train=TrainConfig(
-                steps=60_000, learning_rate=1e-5, warmup_steps=0, ema_decay=0.0, grad_clip=0.0
-            ),
-            denoiser_rate=10.0,
-            top_fraction=50 / 256**2,
-        )
+        official = category_settings("diffusionad", category)
+        return replace(base, synthesis=replace(base.synthesis, **official))
 
 
 class Estimates(NamedTuple):

@@ -43,9 +43,9 @@ from diffad_lite.methods.base import (
     Quantile,
     TopFraction,
     Trace,
+    category_settings,
     exact,
     inference,
-    paper_settings,
 )
 from diffad_lite.methods.calibration import conformal_threshold
 from diffad_lite.methods.denoiser import DENOISER_SHARE, Denoiser, DenoisingConfig
@@ -91,6 +91,8 @@ class GLADConfig(DenoisingConfig):
         pixel_weight: weight of the pixel distance in the map; the feature distance has weight 1.
     """
 
+    profiles = "glad"
+
     standardise: bool = True  # chosen on development defects, as what follows
     top_fraction: TopFraction = 0.03
     anomaly_oriented: bool = True
@@ -126,51 +128,12 @@ class GLADConfig(DenoisingConfig):
 
     @classmethod
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
-        """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
+        """As every method; with the official settings of the category, where it is known."""
         base = super().for_profile(profile, category=category, **shape)
-        denoiser, synthesis = base.denoiser, base.synthesis
-        paper = paper_settings("glad", category)
-        synthesis = replace(synthesis, foreground=paper["foreground"])
-        base = replace(base, synthesis=synthesis)
-        if profile == "ci":
-            return replace(base, train=denoiser.train, steps=4, map_features=DENOISER)
-        if profile == "lite":
-            train = replace(base.train, flip_axes=denoiser.train.flip_axes)
-            return replace(base, train=train)
-        # Official code, main.py, dataset/, *.sh: AdamW 5e-6, weight decay .01, batch 32, 4000 steps
-        # each, fade t / T, masks and textures as below, opacity in 0..0.8; the map is blurred
-        # by 6 pixels, the score is the mean of 250 of 512 x 512. Ours differs: that code tunes the
-        # latent denoiser of Stable Diffusion and compares features of DINO, nearest anywhere; this
-        # trains AnoDDPM's on pixels first, and compares features of a WideResNet, for which that
-        # code's deltas do not hold, so that they are taken from normal images.
-        return replace(
-            base,
-            standardise=False,
-            denoiser=replace(denoiser, beta_schedule="scaled_linear"),
-            fade="linear",
-            synthesis=replace(synthesis, ridges=0.0, finest=5, threshold=0.3, texture_root="dtd"),
-            train=TrainConfig(
-                steps=4000,
-                batch_size=32,
-                learning_rate=5e-6,
-                weight_decay=1e-2,
-                warmup_steps=0,
-                ema_decay=0.0,
-            ),
-            noise_level=paper["noise_level"],
-            steps=paper["steps"],
-            min_noise_level=paper["min_noise_level"],
-            pixel_weight=paper["pixel_weight"],
-            fusion="literal",
-            drift_features="wide_resnet50_2",
-            map_features="wide_resnet50_2",
-            layers=("layer1", "layer2", "layer3"),
-            input_size=256,
-            radius=None,
-            calibrate=False,
-            smooth_sigma=6.0,
-            top_fraction=250 / 512**2,
-        )
+        official = category_settings("glad", category)
+        synthesis = replace(base.synthesis, foreground=official.pop("foreground"))
+        changes = official if profile == "paper" else {}
+        return replace(base, synthesis=synthesis, **changes)
 
 
 FEATURE_NOISE_LEVEL = 25  # timestep at which the denoiser's features are taken

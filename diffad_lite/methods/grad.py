@@ -14,7 +14,7 @@ import copy
 import math
 import time
 from dataclasses import field, replace
-from typing import Annotated, Any, Self, Unpack
+from typing import Annotated, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from pydantic import Field
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
-from diffad_lite.core.config import Count, Profile, Timestep, check_at_most, configuration
+from diffad_lite.core.config import Count, Timestep, check_at_most, configuration
 from diffad_lite.diffusion.gaussian import GaussianDiffusion, randn
 from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
 from diffad_lite.methods.base import BATCH_SIZE, Inferred, Method, MethodConfig, Networks, Trace
@@ -193,6 +193,8 @@ class GRADConfig(MethodConfig):
         weights: the rule of the weights.
     """
 
+    profiles = "grad"
+
     # Chosen on development defects and uncertain cells, like windows, twins and no weights:
     standardise: bool = True
     calibrate: bool = False
@@ -233,45 +235,6 @@ class GRADConfig(MethodConfig):
                 f"GRADConfig.image_size must be a multiple of {cell}, the cells of detector and "
                 f"PatchDiffs in pixels, got {self.image_size}"
             )
-
-    @classmethod
-    def for_profile(
-        cls, profile: Profile, *, flip_axes: tuple[int, ...] = (), **shape: Any
-    ) -> Self:
-        """``ci`` is a smoke test, ``lite`` the defaults, ``paper`` is assumed field by field."""
-        base = super().for_profile(profile, **shape)
-        if profile == "ci":
-            short = TrainConfig(steps=20, batch_size=8, flip_axes=flip_axes)
-            smoke: dict[str, Any] = {
-                "blocks": (1, 2),
-                "width": 16,
-                "train_patchdiff": short,
-                "train": short,
-            }
-            return replace(base, **smoke, n_patterns=16, steps=4, weights=WeightConfig(4))
-        stages = {
-            name: replace(getattr(base, name), flip_axes=flip_axes)
-            for name in ("train_patchdiff", "train")
-        }
-        if profile == "lite":
-            return replace(base, **stages)
-        # Assumed, all of it: the paper could not be read. 256 px; receptive fields of about 1/16,
-        # 1/8 and 1/4 of the side; T = 1000, linear; the learning rate of SinDiffusion's public
-        # code, a related model of patches; a pool and a number of clusters larger than ours.
-        return replace(
-            base,
-            standardise=False,
-            blocks=(3, 7, 15),
-            width=96,
-            train_patchdiff=TrainConfig(steps=50_000, learning_rate=5e-4, flip_axes=flip_axes),
-            n_patterns=1024,
-            steps=50,
-            extra=8,
-            train=TrainConfig(20_000, 24, 5e-4, flip_axes=flip_axes),
-            reweight=True,
-            weights=WeightConfig(128),
-            smooth_sigma=4.0,
-        )
 
 
 # --------------------------------------------------------------------------------- method

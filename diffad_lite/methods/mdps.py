@@ -40,14 +40,13 @@ from diffad_lite.methods.base import (
     TopFraction,
     Trace,
     blur,
+    category_settings,
     exact,
     inference,
-    paper_settings,
 )
 from diffad_lite.methods.denoiser import Denoiser, DenoisingConfig
 from diffad_lite.spaces.features import LITE0, ImageNetFeatures, peak_ratio, perceptual_distance
 from diffad_lite.training.loop import FitOptions, TrainReport
-from diffad_lite.training.state import TrainConfig
 
 
 @configuration
@@ -77,6 +76,8 @@ class MDPSConfig(DenoisingConfig):
             all pixels, of which the largest probabilities are summed.
     """
 
+    profiles = "mdps"
+
     standardise: bool = True  # chosen on development defects and uncertain cells, as what follows
     top_fraction: TopFraction = 0.03
     mode: Literal["paper", "code"] = inference("paper")
@@ -103,49 +104,21 @@ class MDPSConfig(DenoisingConfig):
 
     @classmethod
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
-        """``ci`` is a smoke test, ``lite`` the defaults; the sources of ``paper`` stand below."""
+        """As every method; ``paper`` has the official settings of the category."""
         base = super().for_profile(profile, category=category, **shape)
-        if profile == "ci":
-            return replace(base, steps=3, n_samples=2, input_size=64, layers=("2", "4"))
-        if profile == "lite":
+        if profile != "paper":
             return base
-        # Official code, config/*.yaml, unet.py, train.py: 256 px, base 64, (1, 1, 2, 2, 4, 4),
-        # two blocks, attention at 32, 16 and 8 px; Adam 3e-4, batch 8, 2000 epochs, no averaging
-        # or flips; stride 20; one sample; the map blurred by 4 pixels. Ours differs: AdamW without
-        # the code's weight decay of 0.05 in the gradient, gradients are clipped; as many steps in
-        # the first pass as in the second, whatever its level; an image's own norm, for which w is
-        # smaller by sqrt(8), the batch in the code; the mask's threshold from normal images.
-        paper = paper_settings("mdps", category)
-        train = TrainConfig(
-            steps=50_000, batch_size=8, learning_rate=3e-4, warmup_steps=0, ema_decay=0.0
-        )
+        official = category_settings("mdps", category)
         norm_ratio = base.image_size / (256 * math.sqrt(8))  # image norm / batch norm of the code
         return replace(
             base,
-            standardise=False,
-            denoiser=replace(
-                base.denoiser,
-                base_channels=64,
-                attention_levels=(3, 4, 5),
-                residual_resampling=True,
-                train=train,
-            ),
-            noise_level=paper["noise_level"],
-            mask_noise_level=paper["mask_noise_level"] or paper["noise_level"],
-            mask="estimated" if paper["mask_noise_level"] else "none",
-            steps=max(1, paper["noise_level"] // 20),
-            guidance=paper["guidance"] * norm_ratio,
-            mask_guidance=paper["mask_guidance"] * norm_ratio,
-            n_samples=1,
-            mask_sigma=4.0,
-            backbone="wide_resnet101_2",
-            layers=("layer2", "layer3"),
-            input_size=256,
-            pixel_weight=paper["pixel_weight"],
-            score="softmax",
-            calibrate=False,
-            smooth_sigma=4.0,
-            top_fraction=500 / 224**2,
+            noise_level=official["noise_level"],
+            mask_noise_level=official["mask_noise_level"] or official["noise_level"],
+            mask="estimated" if official["mask_noise_level"] else "none",
+            steps=max(1, official["noise_level"] // 20),
+            guidance=official["guidance"] * norm_ratio,
+            mask_guidance=official["mask_guidance"] * norm_ratio,
+            pixel_weight=official["pixel_weight"],
         )
 
 

@@ -50,6 +50,8 @@ class PatchConfig(DenoisingConfig):
         noise_level: timestep at which features of the ``denoiser`` are taken.
     """
 
+    profiles = "patches"
+
     calibrate: bool = False
     backbone: str = LITE0
     layers: tuple[str, ...] = ("2", "4", "7")
@@ -68,10 +70,9 @@ class PatchConfig(DenoisingConfig):
 
     @classmethod
     def for_profile(cls, profile: Profile, **shape: Any) -> Self:
-        """Maps are blurred as in PaDiM, 4 pixels of 224; ``ci`` sees smaller images."""
+        """As every method; maps are blurred as in PaDiM, 4 pixels of 224."""
         base = super().for_profile(profile, **shape)
-        base = replace(base, smooth_sigma=4 * base.image_size / 224)
-        return replace(base, input_size=64, grid=8) if profile == "ci" else base
+        return replace(base, smooth_sigma=4 * base.image_size / 224)
 
 
 class PatchMethod(Method):
@@ -151,19 +152,9 @@ class PaDiMConfig(PatchConfig):
         n_dims: number of features, drawn at random where there are more.
     """
 
+    profiles = "padim"
+
     n_dims: Count = 550
-
-    @classmethod
-    def for_profile(cls, profile: Profile, **shape: Any) -> Self:
-        """``paper``: Wide-ResNet-50-2, three layers on a grid of 56, 550 of 1,792 features.
-
-        Defard et al. 2021, sections III and IV; they crop the centre, 224 of 256 pixels.
-        """
-        base = super().for_profile(profile, **shape)
-        if profile != "paper":
-            return base
-        layers = ("layer1", "layer2", "layer3")
-        return replace(base, backbone="wide_resnet50_2", layers=layers, grid=56)
 
 
 class PaDiM(PatchMethod):

@@ -7,9 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffad_lite.core.files import read_yaml
 from diffad_lite.methods import base
-from diffad_lite.methods.base import METHODS, paper_settings
+from diffad_lite.methods.base import METHODS, category_settings, read_profiles
 from diffad_lite.spaces.features import ImageNetFeatures
 
 SIZE = 32
@@ -40,29 +39,35 @@ STAGES = {
 COUNTS = {"glad": 15 + 6 + 12, "mdps": 15 + 3, "diffusionad": 6 + 10 + 9 + 12 + 6}
 
 
+@pytest.mark.parametrize("path", sorted((Path(base.__file__).parent / "profiles").iterdir()))
+def test_profiles_name_their_sources(path):
+    text = path.read_text()
+    assert text.startswith("# What the profiles change in ")
+    above_paper = text.partition("\npaper:")[0].rpartition("\n\n")[2]
+    assert above_paper.startswith("# ") or "\npaper:" not in text
+
+
 @pytest.mark.parametrize("name", COUNTS)
 def test_official_settings_are_complete_and_fit_the_configuration(name):
-    path = Path(base.__file__).parent / "paper" / f"{name}.yaml"
-    assert path.read_text().startswith("# ")  # where they are from
-    table = read_yaml(path)
-    assert set(table) == {"default", "categories"}
+    table = read_profiles(name)
+    assert set(table) == {"ci", "paper", "default", "categories"}
     assert len(table["categories"]) == COUNTS[name]
     for category, settings in table["categories"].items():
         assert settings.keys() <= table["default"].keys(), category
         METHODS[name].Config.for_profile("paper", channels=3, image_size=256, category=category)
-    assert paper_settings(name, "nothing") == paper_settings(name, None) == table["default"]
+    assert category_settings(name, "nothing") == category_settings(name, None) == table["default"]
 
 
 def test_categories_have_the_official_foreground():
     def foreground(category):
-        return tuple(paper_settings("diffusionad", category).values())
+        return tuple(category_settings("diffusionad", category).values())
 
     for texture in ("carpet", "zipper", "Class10"):
         assert foreground(texture) == ("part", 0.0)
     assert foreground("bottle") == foreground("pcb4") == ("object", 0.5)
     assert foreground("mono") == foreground(None) == ("all", 0.5)
-    assert paper_settings("glad", "bottle")["foreground"] == "object"
-    assert paper_settings("glad", "cable")["foreground"] == "all"
+    assert category_settings("glad", "bottle")["foreground"] == "object"
+    assert category_settings("glad", "cable")["foreground"] == "all"
 
 
 def reduced(config):
