@@ -213,8 +213,8 @@ class GLAD(Method):
         for network in self.network.values():
             if isinstance(network, ImageNetFeatures):
                 network.load_weights()
-        share = DENOISER_SHARE if c.anomaly_oriented else 1.0
-        options["budget"] = remaining_budget(budget, {}, share)
+        fraction = DENOISER_SHARE if c.anomaly_oriented else 1.0
+        options["budget"] = remaining_budget(budget, {}, fraction)
         reports = self.denoiser.fit(train, **options)
         if c.anomaly_oriented:
             options["budget"] = remaining_budget(budget, reports)

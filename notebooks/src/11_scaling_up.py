@@ -228,7 +228,7 @@ for name, about in found.items():
 data = {"dataset": dataset, "image_size": image_size}
 data |= {"category": category} if category else {}
 data |= {"root": str(Path(root).resolve())} if root else {}
-short = {"short": {"train.steps": 20 if quick else 60}}
+short = {"short": {"denoiser.train.steps": 20 if quick else 60}}
 seeds = [seed] if quick else [seed, seed + 1]
 trained = {"methods": ["anoddpm"], "trainings": short, "variants": {"default": {}}}
 grid = {
@@ -333,7 +333,7 @@ with inside(), mock.patch.object(AnoDDPM, "loss", counted):
     before = len(steps)
     sweep(one, "broken", progress=False)
 print(f"{len(steps) - before} steps in the second call")
-assert before == 7 and len(steps) == short["short"]["train.steps"]
+assert before == 7 and len(steps) == short["short"]["denoiser.train.steps"]
 
 # %%
 ((run, _),) = trainings(one)
