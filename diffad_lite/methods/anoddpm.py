@@ -59,6 +59,7 @@ class AnoDDPM(Method):
     """Partial noising and reconstruction with a noise predictor trained on normal images."""
 
     name = "anoddpm"
+    title = "AnoDDPM, Gaussian noise"
     Config = AnoDDPMConfig
     config: AnoDDPMConfig
     network: UNet
@@ -142,6 +143,7 @@ class AnoDDPMSimplex(AnoDDPM):
     """
 
     name = "anoddpm_simplex"
+    title = "AnoDDPM, simplex noise"
     Config = AnoDDPMSimplexConfig
     config: AnoDDPMSimplexConfig
 

@@ -2,8 +2,9 @@
 
 A method implements ``_build`` (its networks), ``_fit`` (their training) and ``_infer`` (one batch
 of images to raw maps). Seeds, batching, calibration by position, scores and thresholds are the same
-for all methods and stand here; files stand in ``checkpoints.py``. A new method is a file beside
-this one, imported in ``methods/__init__.py`` and named for tables in ``evaluation/records.py``.
+for all methods and stand here; files stand in ``checkpoints.py``. To add a method, write a file
+beside this one and import it in ``methods/__init__.py``; the order of imports there is the order in
+tables.
 """
 
 from abc import ABC, abstractmethod
@@ -229,6 +230,7 @@ class Method(Checkpointed, ABC):
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]  # name in tables
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     trained: ClassVar[bool] = True  # False: statistics are fitted, no network learns
     any_size: ClassVar[bool] = True  # False: images must have the side Config.image_size

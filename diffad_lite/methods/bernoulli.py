@@ -120,6 +120,7 @@ class Bernoulli(Method):
     """
 
     name = "bernoulli"
+    title = "masked Bernoulli"
     Config = BernoulliConfig
     config: BernoulliConfig
     network: Networks

@@ -136,6 +136,7 @@ class DiffusionAD(Method):
     """One-step reconstruction from two noise levels, compared by a segmentation network."""
 
     name = "diffusionad"
+    title = "DiffusionAD"
     Config = DiffusionADConfig
     config: DiffusionADConfig
     network: Networks

@@ -162,6 +162,7 @@ class GLAD(Method):
     """Adaptive steps, anomaly-oriented training and spatially adaptive fusion, in pixel space."""
 
     name = "glad"
+    title = "GLAD"
     Config = GLADConfig
     config: GLADConfig
     network: Networks

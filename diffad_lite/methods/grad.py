@@ -274,6 +274,7 @@ class GRAD(Method):
     """A patch detector trained against images that are right only locally."""
 
     name = "grad"
+    title = "GRAD-style"
     Config = GRADConfig
     config: GRADConfig
     network: Networks

@@ -135,6 +135,7 @@ class MDPS(Method):
     """
 
     name = "mdps"
+    title = "MDPS"
     Config = MDPSConfig
     config: MDPSConfig
     network: Networks

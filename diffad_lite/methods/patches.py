@@ -161,6 +161,7 @@ class PaDiM(PatchMethod):
     """Mahalanobis distance to the normal patches at the same position."""
 
     name = "padim"
+    title = "PaDiM"
     Config = PaDiMConfig
     config: PaDiMConfig
 
@@ -206,6 +207,7 @@ class Bank(PatchMethod):
     """Distance to the nearest patch in a bank of normal patches, at any position."""
 
     name = "bank"
+    title = "patch bank"
     Config = BankConfig
     config: BankConfig
 
