@@ -88,8 +88,10 @@ class AnoDDPM(Method):
     def _infer(
         self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
     ) -> Inferred:
-        """Traced, of the first noise: ``trajectory``, a list of
-        :class:`~diffad_lite.diffusion.gaussian.Step`, and ``residual`` (B, C, H, W), signed.
+        """Predict a batch; ``trace`` is of the first noise.
+
+        It gets ``trajectory``, a list of :class:`~diffad_lite.diffusion.gaussian.Step`, and
+        ``residual`` (B, C, H, W), signed.
         """
         reconstructions: list[Tensor] = []
         for _ in range(self.config.n_noises):

@@ -2,9 +2,9 @@
 
 A method implements ``_build`` (its networks), ``_fit`` (their training) and ``_infer`` (one batch
 of images to raw maps). Seeds, batching, calibration by position, scores and thresholds are the same
-for all methods and stand here; files stand in ``checkpoints.py``. To add a method, write a file
-beside this one and import it in ``methods/__init__.py``; the order of imports there is the order in
-tables.
+for all methods and stand here; files stand in ``checkpoints.py``. To add a method, follow
+CONTRIBUTING.md; read ``anoddpm.py`` first, and import the new file in ``methods/__init__.py``,
+where the order of imports is the order in tables.
 """
 
 from abc import ABC, abstractmethod
