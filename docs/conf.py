@@ -96,7 +96,7 @@ def rendered() -> dict[str, str]:
     results = records.read_results(RESULTS)
     judged = claims.judge_all(results, RESULTS)
     rendered_tables = tables.every_table(results, judged, RESULTS)
-    for method, name in records.METHOD_NAMES.items():
+    for method, name in records.method_names().items():
         compared = ["brightness", "pca", "padim", "anoddpm", method]
         records_compared = [record for record in results if record["method"] in compared]
         method_claims = [judgement for judgement in judged if judgement.claim.method == name]

@@ -150,6 +150,11 @@ def test_importing_it_imports_no_torch(module):
     assert printed(f"import sys, {module}; print(sorted({heavy} & sys.modules.keys()))") == "[]"
 
 
+def test_metrics_and_records_import_no_torch():
+    code = "import sys, diffad_lite.evaluation; print('torch' in sys.modules)"
+    assert printed(code) == "False"
+
+
 def test_short_imports():
     for name in diffad_lite.__all__:
         assert getattr(diffad_lite, name) is not None

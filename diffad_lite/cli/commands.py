@@ -81,7 +81,7 @@ RUN = (
     option("--variant", default="default", help="name of the settings of --set in tables"),
     option("--out", help="folder of the run", **FOLDER),
     option("--max-minutes", type=float, help="time limit of the training"),
-    option("--set", help=f"a field of the configuration, e.g. train.steps=100; {JSON}", **SETTING),
+    option("--set", help=f"a field of the configuration, e.g. smooth_sigma=2; {JSON}", **SETTING),
     option("--quiet", action="store_true", help="no progress bars"),
 )
 LAYOUT = """A folder of your own (--dataset folder --root DIR) in MVTec layout:
@@ -97,7 +97,7 @@ def _settings(arguments: argparse.Namespace) -> dict[str, str]:
     """Return the settings of ``--set KEY=VALUE``, their values as text."""
     for setting in arguments.set:
         if "=" not in setting:
-            fix = "write it like --set train.steps=100"
+            fix = "write it like --set smooth_sigma=2"
             raise ValueError(f"--set must be KEY=VALUE, got {setting!r}; {fix}")
     return dict(setting.split("=", 1) for setting in arguments.set)
 

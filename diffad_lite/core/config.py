@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import inspect
 import json
 import reprlib
 import typing
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -24,15 +26,17 @@ Profile = typing.Literal["ci", "lite", "paper"]
 
 # Types of fields. Bounds that depend on another field are checked in ``__post_init__``.
 Count = Annotated[int, Field(ge=1, le=10**9)]
+Size = Annotated[int, Field(ge=1, le=10**6)]  # of what is allocated at once
 Timestep = Annotated[int, Field(ge=0)]  # 0 .. T-1
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Widths = Annotated[tuple[Count, ...], Field(min_length=1)]  # multiples of the base width, per level
+Widths = Annotated[tuple[Size, ...], Field(min_length=1)]  # multiples of the base width, per level
 WORDS = {  # pydantic's words -> ours, in error messages
     "Input should": "must",
     "Tuple should have at least 1 item after validation, not 0": "must not be empty",
     "an object": "a mapping",
     "a valid array": "a list",
+    "a valid tuple": "a tuple",
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
 }
@@ -60,7 +64,19 @@ def configuration(cls: type[Config]) -> type[Config]:
             raise _explained(error, cls.__qualname__, cls) from None
 
     made.__init__ = __init__
+    # Signatures with plain types, for help() and the reference: noise_level: int = 25.
+    types = typing.get_type_hints(made)
+    signature = inspect.signature(build)
+    plain = [p.replace(annotation=types.get(p.name, Any)) for p in signature.parameters.values()]
+    made.__signature__ = signature.replace(parameters=plain)
     return made
+
+
+def strict_integer(value: Any) -> Any:
+    """Refuse booleans and floats where a ``Literal`` of integers is expected, as 1 == True."""
+    if type(value) is not int:
+        raise PydanticCustomError("int_type", "Input should be a valid integer")
+    return value
 
 
 def short_repr(value: Any) -> str:
@@ -140,11 +156,14 @@ def _explained(error: ValidationError, where: str, kind: Any) -> ValueError:
     *path, name = ["", *fault["loc"]]
     if fault["type"] == "value_error":
         return fault["ctx"]["error"]  # raised by a ``__post_init__``
+    if fault["type"] == "json_invalid":
+        return ValueError(f"{where} has values that are nested too deeply, or not text")
     if fault["type"] == "unexpected_keyword_argument":
         for part in path[1:]:
-            kind = typing.get_type_hints(kind)[part]
-        known = [field.name for field in dataclasses.fields(kind)]
-        return unknown_name(f"{kind.__qualname__} field", str(name), known)
+            kind = typing.get_type_hints(kind).get(part)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            known = [field.name for field in dataclasses.fields(kind)]
+            return unknown_name(f"{kind.__qualname__} field", str(name), known)
     place = ".".join([where, *(short_repr(part).strip("'") for part in fault["loc"])])
     message = fault["msg"]
     for theirs, ours in WORDS.items():
@@ -198,7 +217,12 @@ def field_names(config: Any) -> list[str]:
 
 def changed_fields(a: Any, b: Any) -> set[str]:
     """Return the dotted names of the fields in which two configurations differ."""
-    flat_a, flat_b = _flatten(to_dict(a)), _flatten(to_dict(b))
+    return changed_values(to_dict(a), to_dict(b))
+
+
+def changed_values(a: Mapping[str, Any], b: Mapping[str, Any]) -> set[str]:
+    """Return the dotted names of the values in which two nested dictionaries differ."""
+    flat_a, flat_b = _flatten(a), _flatten(b)
     return {name for name in flat_a.keys() | flat_b.keys() if flat_a.get(name) != flat_b.get(name)}
 
 

@@ -1,7 +1,7 @@
 """Gaussian diffusion: closed forms, one DDPM or DDIM step, samplers as generators, the loss.
 
-A *denoiser* is any callable ``denoiser(x_t, t) -> noise_hat`` with ``x_t`` (B, C, H, W) and ``t``
-an int64 tensor (B,). Everything here is a few lines of arithmetic around it.
+A *noise predictor* is any callable ``predictor(x_t, t) -> noise_hat`` with ``x_t`` (B, C, H, W) and
+``t`` an int64 tensor (B,). Everything here is a few lines of arithmetic around it.
 """
 
 import hashlib
@@ -156,7 +156,7 @@ class GaussianDiffusion:
 
     def ddpm_sample(
         self,
-        denoiser: NoisePredictor,
+        predictor: NoisePredictor,
         x_t: Tensor,
         timesteps: Sequence[int],
         generators: Generators,
@@ -167,13 +167,13 @@ class GaussianDiffusion:
         """
         yield Step(timesteps[0], x_t, None)
         for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
-            noise_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
+            noise_hat = predictor(x_t, torch.full((len(x_t),), t, device=x_t.device))
             noise = randn(x_t, generators) if t_prev >= 0 else torch.zeros_like(x_t)
             x_t, x0_hat = self.ddpm_step(x_t, t, t_prev, noise_hat, noise)
             yield Step(t_prev, x_t, x0_hat)
 
     def ddim_sample(
-        self, denoiser: NoisePredictor, x_t: Tensor, timesteps: Sequence[int]
+        self, predictor: NoisePredictor, x_t: Tensor, timesteps: Sequence[int]
     ) -> Iterator[Step]:
         """Sample deterministically along ``timesteps`` (decreasing) and yield every state.
 
@@ -181,26 +181,26 @@ class GaussianDiffusion:
         """
         yield Step(timesteps[0], x_t, None)
         for t, t_prev in zip(timesteps, [*timesteps[1:], -1], strict=True):
-            noise_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
+            noise_hat = predictor(x_t, torch.full((len(x_t),), t, device=x_t.device))
             x_t, x0_hat = self.ddim_step(x_t, t, t_prev, noise_hat)
             yield Step(t_prev, x_t, x0_hat)
 
     def ddim_encode(
-        self, denoiser: NoisePredictor, x0: Tensor, timesteps: Sequence[int]
+        self, predictor: NoisePredictor, x0: Tensor, timesteps: Sequence[int]
     ) -> Iterator[Step]:
         """Run DDIM from the image to the noise along ``timesteps`` (increasing).
 
-        The denoiser is evaluated at the *target* timestep, since the clean image has none. Encoding
-        and decoding give the image back only in the limit of many steps.
+        The predictor is evaluated at the *target* timestep, since the clean image has none.
+        Encoding and decoding give the image back only in the limit of many steps.
         """
         yield Step(-1, x0, None)
         x_t = x0
         for t, t_next in zip([-1, *timesteps[:-1]], timesteps, strict=True):
-            noise_hat = denoiser(x_t, torch.full((len(x0),), t_next, device=x0.device))
+            noise_hat = predictor(x_t, torch.full((len(x0),), t_next, device=x0.device))
             x0_hat = self.predict_x0(x_t, t, noise_hat)
             x_t = self.add_noise(x0_hat, t_next, noise_hat)
             yield Step(t_next, x_t, x0_hat)
 
-    def loss(self, denoiser: NoisePredictor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def loss(self, predictor: NoisePredictor, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Return ``E || eps - eps_theta(x_t, t) ||^2`` per element (Ho et al., eq. 14)."""
-        return F.mse_loss(denoiser(self.add_noise(x0, t, noise), t).float(), noise)
+        return F.mse_loss(predictor(self.add_noise(x0, t, noise), t).float(), noise)

@@ -17,11 +17,11 @@ from diffad_lite.core.files import read_yaml
 from diffad_lite.evaluation.metrics import verdict
 from diffad_lite.evaluation.records import (
     FIELD_TYPES,
-    METHOD_NAMES,
     Result,
     difference_of,
     grouped,
     markdown_table,
+    method_names,
     read_speeds,
     select,
 )
@@ -122,8 +122,8 @@ def _check_settings(claim: Claim) -> None:
                 raise unknown_name("key of a setting", key, known)
         if is_ratio and not isinstance(setting.get("name"), str):
             raise ValueError("a setting has no name")
-        if not is_ratio and setting.get("method") not in list(METHOD_NAMES):
-            raise unknown_name("method", str(setting.get("method")), METHOD_NAMES)
+        if not is_ratio and setting.get("method") not in method_names():
+            raise unknown_name("method", str(setting.get("method")), method_names())
 
 
 def judge(claim: Claim, results: Sequence[Result], speeds: Mapping[str, Any]) -> Judged:
@@ -188,7 +188,7 @@ def _name(setting: Mapping[str, Any], measure: str) -> str:
     if measure != "auroc":
         return setting["name"]
     details = [str(setting[key]) for key in ("training", "variant", "category") if setting.get(key)]
-    return ", ".join([METHOD_NAMES[setting["method"]], *details])
+    return ", ".join([method_names()[setting["method"]], *details])
 
 
 def _effect(judged: Judged) -> str:

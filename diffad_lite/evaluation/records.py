@@ -13,11 +13,9 @@ import numpy as np
 from diffad_lite.core.config import config_hash, convert
 from diffad_lite.core.files import read_json, read_rows, write_atomically
 from diffad_lite.evaluation.metrics import bootstrap_auroc, paired_bootstrap_auroc
-from diffad_lite.methods import METHODS
 
 Result = dict[str, Any]
 Key = tuple[str, str, int, str]  # method, variant, image size, training
-METHOD_NAMES = {name: method.title for name, method in METHODS.items()}  # in tables, in this order
 VARIANTS = ("raw", "default", "calibrated")  # first in tables, in this order
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "aupro", "dice_oracle")  # None without masks
 # Fields that tables need, with their types; a record may have more.
@@ -313,10 +311,17 @@ def grouped(results: Iterable[Result]) -> dict[Key, list[Result]]:
     return {k: sorted(groups[k], key=lambda r: r["seed"]) for k in sorted(groups, key=_table_order)}
 
 
+def method_names() -> dict[str, str]:
+    """Return the titles of the methods in tables, in the order of tables, by name."""
+    from diffad_lite.methods import METHODS  # imports torch, which reading records does not need
+
+    return {name: method.title for name, method in METHODS.items()}
+
+
 def _table_order(key: Key) -> tuple:
     """Sort key of a group: unknown names last, t5 before t10, full before ablated training."""
     method, variant, image_size, training = key
-    method_rank = [*METHOD_NAMES, method].index(method)
+    method_rank = [*method_names(), method].index(method)
     variant_rank = [*VARIANTS, variant].index(variant)
     return method_rank, method, image_size, variant_rank, len(variant), variant, training
 
@@ -353,7 +358,7 @@ def label_of(group: Sequence[Result]) -> str:
     if variant in VARIANTS:
         variant = "calibrated" if first["config"]["calibrate"] else "raw maps"
     sizes = [] if size == 64 else [f"{size} px"]
-    return ", ".join([METHOD_NAMES.get(method, method), *sizes, variant])
+    return ", ".join([method_names().get(method, method), *sizes, variant])
 
 
 def is_default(result: Result) -> bool:

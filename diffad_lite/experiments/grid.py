@@ -209,10 +209,10 @@ def _run_one(grid: Grid, run: Run, out: Path, progress: bool) -> None:
 
 
 def copy_denoiser(run: Run, config: MethodConfig, out: Path) -> None:
-    """Copy the denoiser that AnoDDPM trained for the same data and seed in the same way.
+    """Copy the last saved state of AnoDDPM's denoiser, if it trains in the same way.
 
-    Nothing happens where there is none, where the run trains no denoiser on normal images alone,
-    or where it has begun already.
+    It must be of the same data and seed. Nothing is copied if the run trains no denoiser on normal
+    images alone, or has begun already.
     """
     needed = config.denoiser_training if isinstance(config, DenoisingConfig) else None
     anoddpm = folder_of(replace(run, method="anoddpm", training=""), out)
@@ -227,7 +227,7 @@ def copy_denoiser(run: Run, config: MethodConfig, out: Path) -> None:
 
 
 def trained_denoiser(record: Path, seed: int) -> dict[str, Any] | None:
-    """Return the ``denoiser_training`` of a finished ``training.json`` of AnoDDPM, else None."""
+    """Return the ``denoiser_training`` of a ``training.json`` of AnoDDPM, else None."""
     training = read_json(record, "record of a training")
     try:
         if (training["method"], training["seed"], training["budget"]) == ("anoddpm", seed, None):

@@ -11,6 +11,7 @@ the reconstruction at a small ``t``, and everything else that the noise destroys
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Self, Unpack
 
 import torch
@@ -25,10 +26,10 @@ from diffad_lite.core.config import (
     check_at_most,
     configuration,
 )
-from diffad_lite.diffusion.gaussian import Generators, Step, final_step, randn
+from diffad_lite.diffusion.gaussian import Step, final_step, randn
 from diffad_lite.diffusion.simplex import simplex_noise
 from diffad_lite.methods.base import Inferred, Method, Trace, inference
-from diffad_lite.methods.denoiser import Denoiser, DenoisingConfig
+from diffad_lite.methods.denoiser import Denoiser, DenoisingConfig, NoiseSource
 from diffad_lite.networks.unet import UNet
 from diffad_lite.training.loop import FitOptions, TrainReport
 
@@ -56,7 +57,11 @@ class AnoDDPMConfig(DenoisingConfig):
 
 
 class AnoDDPM(Method):
-    """Partial noising and reconstruction with a noise predictor trained on normal images."""
+    """Partial noising and reconstruction with a noise predictor trained on normal images.
+
+    :meth:`explain` adds, of the first noise, ``trajectory``, a list of
+    :class:`~diffad_lite.diffusion.gaussian.Step`, and ``residual`` (B, C, H, W), signed.
+    """
 
     name = "anoddpm"
     title = "AnoDDPM, Gaussian noise"
@@ -65,13 +70,13 @@ class AnoDDPM(Method):
     network: UNet
 
     def _build(self) -> UNet:
-        self.denoiser = Denoiser(self.config.denoiser, self.config.channels, self.draw_noise)
-        self.diffusion = self.denoiser.diffusion
+        self.denoiser = Denoiser(self.config.denoiser, self.config.channels, self._noise())
+        self.diffusion, self.draw_noise = self.denoiser.diffusion, self.denoiser.draw_noise
         return self.denoiser.network
 
-    def draw_noise(self, like: Tensor, generators: Generators) -> Tensor:
-        """Draw the noise of the forward process, shaped as ``like`` (B, C, H, W)."""
-        return randn(like, generators)
+    def _noise(self) -> NoiseSource:
+        """Return the noise of the forward process."""
+        return randn
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         return self.denoiser.fit(train, **options)
@@ -88,11 +93,6 @@ class AnoDDPM(Method):
     def _infer(
         self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
     ) -> Inferred:
-        """Predict a batch; ``trace`` is of the first noise.
-
-        It gets ``trajectory``, a list of :class:`~diffad_lite.diffusion.gaussian.Step`, and
-        ``residual`` (B, C, H, W), signed.
-        """
         reconstructions: list[Tensor] = []
         for _ in range(self.config.n_noises):
             steps: Iterable[Step] = self.trajectory(images, generators)
@@ -149,12 +149,10 @@ class AnoDDPMSimplex(AnoDDPM):
     Config = AnoDDPMSimplexConfig
     config: AnoDDPMSimplexConfig
 
-    def draw_noise(self, like: Tensor, generators: Generators) -> Tensor:
-        """Draw simplex noise shaped as ``like`` (B, C, H, W)."""
+    def _noise(self) -> NoiseSource:
         c = self.config
-        return simplex_noise(
-            like,
-            generators,
+        return partial(
+            simplex_noise,
             wavelength=c.wavelength,
             octaves=c.octaves,
             persistence=c.persistence,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Unpack
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
@@ -27,6 +27,7 @@ from diffad_lite.core.config import (
     check_profile,
     configuration,
     field_names,
+    strict_integer,
     unknown_name,
     with_values,
 )
@@ -41,7 +42,11 @@ from diffad_lite.training.loop import FitOptions, TrainReport
 
 @cache
 def read_profiles(name: str) -> dict[str, Any]:
-    """Read ``profiles/<name>.yaml``: dotted field name -> value, for each profile."""
+    """Read ``profiles/<name>.yaml``; callers must not change it, as it is read once.
+
+    Keys ``ci`` and ``paper``: dotted field name -> value. Some files also have ``default`` and
+    ``categories``: official settings per category.
+    """
     return read_yaml(Path(__file__).parent / "profiles" / f"{name}.yaml")
 
 
@@ -56,7 +61,7 @@ def inference(default: Any) -> Any:
     return field(default=default, metadata={"inference": True})
 
 
-Channels = Literal[1, 3, 4]
+Channels = Annotated[Literal[1, 3, 4], BeforeValidator(strict_integer)]
 TopFraction = Annotated[float, Field(ge=1e-6, le=1)]
 Quantile = Annotated[float, Field(ge=0.001, le=0.999)]
 InputSize = Annotated[int, Field(ge=32)]  # side in pixels of an ImageNet network's input
@@ -177,7 +182,10 @@ def on_cpu(value: Any) -> Any:
         return {key: on_cpu(part) for key, part in value.items()}
     if isinstance(value, list):
         return [on_cpu(part) for part in value]
-    return type(value)(*map(on_cpu, value)) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        parts = [on_cpu(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value
 
 
 class Buffers(nn.Module):
@@ -237,6 +245,8 @@ class Method(Checkpointed, ABC):
 
     def __init_subclass__(cls) -> None:
         if "name" in vars(cls):  # a base class of several methods has none
+            if not hasattr(cls, "title"):
+                raise TypeError(f"{cls.__name__} has no title, its name in tables")
             METHODS[cls.name] = cls
 
     def __init__(self, config: MethodConfig) -> None:
@@ -264,7 +274,7 @@ class Method(Checkpointed, ABC):
         Args:
             images: as the networks see them, on ``self.device``.
             generators: one for each image.
-            trace: where to note intermediates for figures; the method documents them here.
+            trace: where to put intermediates for figures; the class documents them.
         """
 
     # ----------------------------------------------------------------- what users call
@@ -355,11 +365,17 @@ class Method(Checkpointed, ABC):
     ) -> dict[str, Any]:
         """Score a few images and return what was computed on the way, on the CPU, for figures.
 
-        Arguments and errors are those of :meth:`predict`.
+        Arguments are those of :meth:`predict`, for at most 32 images.
 
         Returns:
-            ``anomaly_map``, ``reconstruction``, and what ``_infer`` of the method documents.
+            ``anomaly_map`` and ``reconstruction`` as :meth:`predict` returns them, and the
+            intermediates that the class documents, in the range of the networks.
+
+        Raises:
+            ValueError: as :meth:`predict`; more than 32 images.
         """
+        if len(images) > BATCH_SIZE:
+            raise ValueError(f"explain takes at most {BATCH_SIZE} images, got {len(images)}")
         trace: Trace = {}
         prediction = self._predict(images, seed, self._check_keys(images, keys), trace)
         shown = {"anomaly_map": prediction.anomaly_map, "reconstruction": prediction.reconstruction}

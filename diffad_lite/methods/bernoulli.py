@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from diffad_lite.core.config import (
     Count,
     NonNegative,
+    Size,
     Timestep,
     Widths,
     check_at_most,
@@ -43,7 +44,7 @@ from diffad_lite.networks.unet import UNet
 from diffad_lite.training.loop import FitOptions, TrainReport, remaining_budget, train_network
 from diffad_lite.training.state import TrainConfig
 
-AUTOENCODER_SHARE = 0.5  # of a time budget
+AUTOENCODER_FRACTION = 0.5  # of a time budget
 
 
 @configuration
@@ -87,9 +88,9 @@ class BernoulliConfig(MethodConfig):
     beta_schedule: BetaSchedule = "linear"
     num_timesteps: Count = 1000
     process: Process = "symmetric"
-    base_channels: Count = 32
+    base_channels: Size = 32
     channel_mults: Widths = (1, 2)
-    blocks_per_level: Count = 1
+    blocks_per_level: Size = 1
     attention_levels: tuple[int, ...] = (1,)
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=8000, batch_size=32, learning_rate=5e-4)
@@ -116,7 +117,9 @@ class Bernoulli(Method):
     """Diffusion of bits that keeps the bits without suspected flips.
 
     Network evaluations are those of the flip predictor; the autoencoder adds one to encode an
-    image and one per chain to decode it.
+    image and one per chain to decode it. :meth:`explain` adds, of the first chain, ``code``
+    (B, bits, h, w), ``chain``, a list of :class:`~diffad_lite.diffusion.bernoulli.BitStep`, and
+    ``decoded`` (B, C, H, W), the image of the unchanged code.
     """
 
     name = "bernoulli"
@@ -166,7 +169,7 @@ class Bernoulli(Method):
             train,
             c.train_autoencoder,
             stage="autoencoder",
-            **(options | {"budget": remaining_budget(budget, {}, AUTOENCODER_SHARE)}),
+            **(options | {"budget": remaining_budget(budget, {}, AUTOENCODER_FRACTION)}),
         )
         options["budget"] = remaining_budget(budget, {"autoencoder": first})
         # The code of a flipped image is not the flipped code: encode both.
@@ -203,12 +206,6 @@ class Bernoulli(Method):
     def _infer(
         self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
     ) -> Inferred:
-        """Predict a batch; ``trace`` is of the first chain.
-
-        It gets ``code`` (B, bits, h, w), ``chain``, a list of
-        :class:`~diffad_lite.diffusion.bernoulli.BitStep`, and ``decoded`` (B, C, H, W), the image
-        of the unchanged code.
-        """
         y, changed = self.encode(images), []
         residuals: list[Tensor] = []
         reconstructions: list[Tensor] = []

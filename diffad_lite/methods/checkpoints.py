@@ -133,7 +133,8 @@ class Checkpointed:
         try:
             config = from_dict(cls.Config, values["config"])
         except ValueError as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}; {_fix(folder)}") from None
+            older = "if an older version wrote it, CHANGELOG.md says how to convert it, else"
+            raise ValueError(f"{folder / 'config.json'}: {error}; {older} {_fix(folder)}") from None
         tensors = _read_tensors(folder / "model.safetensors")
         method = cls._build_limited(config, folder, sum(v.numel() for v in tensors.values()))
         weights = {k[8:]: v.float() for k, v in tensors.items() if k.startswith("network.")}

@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from diffad_lite.core.config import Count, Widths, configuration
+from diffad_lite.core.config import Count, Size, Widths, configuration
 from diffad_lite.diffusion.gaussian import GaussianDiffusion, Generators, randn
 from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
 from diffad_lite.methods.base import MethodConfig
@@ -19,8 +19,9 @@ from diffad_lite.networks.unet import UNet
 from diffad_lite.training.loop import FitOptions, TrainReport, train_network
 from diffad_lite.training.state import TrainConfig
 
+NoiseSource = Callable[[Tensor, Generators], Tensor]  # (like, generators) -> noise
 STAGE = "diffusion"  # name of the training, in reports and files
-DENOISER_SHARE = 0.7  # fraction of a time budget for the denoiser if a second stage follows
+DENOISER_FRACTION = 0.7  # fraction of a time budget for the denoiser if a second stage follows
 
 
 @configuration
@@ -42,11 +43,11 @@ class DenoiserConfig:
 
     beta_schedule: BetaSchedule = "linear"
     num_timesteps: Count = 1000
-    base_channels: Count = 32
+    base_channels: Size = 32
     channel_mults: Widths = (1, 2, 4)
-    blocks_per_level: Count = 1
+    blocks_per_level: Size = 1
     attention_levels: tuple[int, ...] = (2,)
-    unshuffle: Count = 2
+    unshuffle: Size = 2
     residual_resampling: bool = False
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -57,7 +58,7 @@ class Denoiser:
     Args:
         config: see :class:`DenoiserConfig`.
         channels: of the images.
-        draw_noise: ``(like, generators) -> noise`` of the forward process; default Gaussian.
+        draw_noise: noise of the forward process, shaped as ``like``; default Gaussian.
     """
 
     network: UNet
@@ -67,7 +68,7 @@ class Denoiser:
         self,
         config: DenoiserConfig,
         channels: int,
-        draw_noise: Callable[[Tensor, Generators], Tensor] = randn,
+        draw_noise: NoiseSource = randn,
     ) -> None:
         self.config, self.draw_noise = config, draw_noise
         schedule = NoiseSchedule.named(config.beta_schedule, config.num_timesteps)

@@ -12,9 +12,10 @@ the same t hides half as much; nevertheless, at 64 pixels, lower levels serve be
 
 from collections.abc import Sequence
 from dataclasses import field, replace
-from typing import Any, Literal, NamedTuple, Self, Unpack
+from typing import Annotated, Any, Literal, NamedTuple, Self, Unpack
 
 import torch
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from diffad_lite.core.config import (
@@ -24,6 +25,7 @@ from diffad_lite.core.config import (
     Timestep,
     check_at_most,
     configuration,
+    strict_integer,
 )
 from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig
 from diffad_lite.diffusion.gaussian import NoisePredictor, final_step, randn
@@ -35,7 +37,7 @@ from diffad_lite.methods.base import (
     category_settings,
     inference,
 )
-from diffad_lite.methods.denoiser import DENOISER_SHARE, Denoiser, DenoisingConfig
+from diffad_lite.methods.denoiser import DENOISER_FRACTION, Denoiser, DenoisingConfig
 from diffad_lite.networks.segmentation import SegmentationConfig, SegmentationNet, segmentation_loss
 from diffad_lite.training.loop import FitOptions, TrainReport, remaining_budget, train_network
 from diffad_lite.training.state import TrainConfig
@@ -72,7 +74,7 @@ class DiffusionADConfig(DenoisingConfig):
     smooth_sigma: NonNegative = 0.0
     pretrain: bool = True
     unit_range: bool = False
-    scales: Literal[1, 2] = 2
+    scales: Annotated[Literal[1, 2], BeforeValidator(strict_integer)] = 2
     noise_level: Timestep = inference(25)
     noise_level_big: Timestep = inference(250)
     boundary: Count = 200
@@ -133,7 +135,10 @@ class Estimates(NamedTuple):
 
 
 class DiffusionAD(Method):
-    """One-step reconstruction from two noise levels, compared by a segmentation network."""
+    """One-step reconstruction from two noise levels, compared by a segmentation network.
+
+    :meth:`explain` adds ``estimates``, the :class:`Estimates`; None for the control without one.
+    """
 
     name = "diffusionad"
     title = "DiffusionAD"
@@ -155,7 +160,7 @@ class DiffusionAD(Method):
 
     def estimates(
         self,
-        denoiser: NoisePredictor,
+        predictor: NoisePredictor,
         images: Tensor,
         timesteps: Sequence[Tensor],
         noises: Sequence[Tensor],
@@ -164,7 +169,7 @@ class DiffusionAD(Method):
         """Noise images to one or two timesteps, each (B,), and estimate the clean image."""
         d = self.diffusion
         noised = [d.add_noise(images, t, noise) for t, noise in zip(timesteps, noises, strict=True)]
-        both = denoiser(torch.cat(noised), torch.cat(list(timesteps))).float()
+        both = predictor(torch.cat(noised), torch.cat(list(timesteps))).float()
         noise_hat = list(both.chunk(len(timesteps)))  # both scales were one batch
         estimated = zip(noised, timesteps, noise_hat, strict=True)
         x0_hat = [d.clean_estimate(*arguments) for arguments in estimated]
@@ -221,7 +226,7 @@ class DiffusionAD(Method):
         reports: dict[str, TrainReport] = {}
         _ = self.synthesis.files  # missing textures are an error now, not after the first stage
         if c.pretrains:
-            options["budget"] = remaining_budget(budget, {}, DENOISER_SHARE)
+            options["budget"] = remaining_budget(budget, {}, DENOISER_FRACTION)
             reports |= self.denoiser.fit(train, **options)
         options["budget"] = remaining_budget(budget, reports)
         rates = {"denoiser": c.denoiser_rate}
@@ -235,7 +240,6 @@ class DiffusionAD(Method):
     def _infer(
         self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
     ) -> Inferred:
-        """Predict a batch; ``trace`` gets ``estimates`` in the denoiser's range, or None."""
         images = self._in_range(images)
         reconstruction, estimates = images, None
         if self.config.reconstruction == "guided":
@@ -255,8 +259,8 @@ class DiffusionAD(Method):
         noise_levels = [c.noise_level, c.noise_level_big][: c.scales]
         noises = [randn(images, generators) for _ in noise_levels]
         timesteps = [torch.full((len(images),), t, device=images.device) for t in noise_levels]
-        denoiser = self.network["denoiser"] if c.steps == 1 else self.sampled_noise
-        return self.estimates(denoiser, images, timesteps, noises, c.guidance)
+        predictor = self.network["denoiser"] if c.steps == 1 else self.sampled_noise
+        return self.estimates(predictor, images, timesteps, noises, c.guidance)
 
     def _in_range(self, images: Tensor, back: bool = False) -> Tensor:
         """From [-1, 1] to the denoiser's range, or back."""

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, Unpack
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from diffad_lite.core.config import (
@@ -30,6 +30,7 @@ from diffad_lite.core.config import (
     Timestep,
     check_at_most,
     configuration,
+    strict_integer,
 )
 from diffad_lite.core.numbers import top_count
 from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig
@@ -49,7 +50,7 @@ from diffad_lite.methods.base import (
     inference,
 )
 from diffad_lite.methods.calibration import conformal_threshold
-from diffad_lite.methods.denoiser import DENOISER_SHARE, Denoiser, DenoisingConfig
+from diffad_lite.methods.denoiser import DENOISER_FRACTION, Denoiser, DenoisingConfig
 from diffad_lite.spaces.features import (
     DENOISER,
     LITE0,
@@ -98,7 +99,7 @@ class GLADConfig(DenoisingConfig):
     standardise: bool = True  # chosen on development defects, like the defaults below
     top_fraction: TopFraction = 0.03
     anomaly_oriented: bool = True
-    kappa: Literal[-1, 0, 1] = 1
+    kappa: Annotated[Literal[-1, 0, 1], BeforeValidator(strict_integer)] = 1
     fade: Literal["linear", "matched"] = "matched"
     fade_noise_level: Timestep = 100
     synthesis: SynthesisConfig = field(
@@ -161,7 +162,10 @@ class Reconstruction(NamedTuple):
 
 
 class GLAD(Method):
-    """Adaptive steps, anomaly-oriented training and spatially adaptive fusion, in pixel space."""
+    """Adaptive steps, anomaly-oriented training and spatially adaptive fusion, in pixel space.
+
+    :meth:`explain` adds ``path``, the :class:`Reconstruction`.
+    """
 
     name = "glad"
     title = "GLAD"
@@ -216,7 +220,7 @@ class GLAD(Method):
         for network in self.network.values():
             if isinstance(network, ImageNetFeatures):
                 network.load_weights()
-        fraction = DENOISER_SHARE if c.anomaly_oriented else 1.0
+        fraction = DENOISER_FRACTION if c.anomaly_oriented else 1.0
         options["budget"] = remaining_budget(budget, {}, fraction)
         reports = self.denoiser.fit(train, **options)
         if c.anomaly_oriented:
@@ -325,7 +329,6 @@ class GLAD(Method):
     def _infer(
         self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
     ) -> Inferred:
-        """Predict a batch; ``trace`` gets ``path``, its :class:`Reconstruction`."""
         noise = randn(images, generators)
         path = self.reconstruct(images, noise)
         if trace is not None:

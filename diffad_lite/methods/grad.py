@@ -22,7 +22,14 @@ from pydantic import Field
 from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
-from diffad_lite.core.config import Count, Timestep, check_at_most, configuration
+from diffad_lite.core.config import (
+    Count,
+    Size,
+    Timestep,
+    Widths,
+    check_at_most,
+    configuration,
+)
 from diffad_lite.diffusion.gaussian import GaussianDiffusion, randn
 from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
 from diffad_lite.methods.base import BATCH_SIZE, Inferred, Method, MethodConfig, Networks, Trace
@@ -60,7 +67,7 @@ class WeightConfig:
             have.
     """
 
-    n_clusters: Count = 32
+    n_clusters: Size = 32
     flatten_contrastive: Exponent = 0.5
     flatten_normal: Exponent = 0.5
     filter_normal: Exponent = 2.0
@@ -200,9 +207,9 @@ class GRADConfig(MethodConfig):
     calibrate: bool = False
     beta_schedule: BetaSchedule = "linear"
     num_timesteps: Count = 1000
-    blocks: tuple[Count, ...] = (2, 4)
-    width: Count = 48
-    unshuffle: Count = 2
+    blocks: Widths = (2, 4)
+    width: Size = 48
+    unshuffle: Size = 2
     train_patchdiff: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=1500, learning_rate=2e-3, ema_decay=0.995)
     )
@@ -227,7 +234,7 @@ class GRADConfig(MethodConfig):
             ends = getattr(self, name)
             if len(ends) != 2 or not 0 < ends[0] <= ends[1] <= 1:
                 raise ValueError(f"GRADConfig.{name} must be (low, high) within 0..1, got {ends}")
-        if not self.blocks or len(set(self.blocks)) < len(self.blocks):
+        if len(set(self.blocks)) < len(self.blocks):
             raise ValueError(f"GRADConfig.blocks must be different numbers, got {self.blocks}")
         cell = math.lcm(DETECTOR_CELL, self.unshuffle)
         if self.image_size % cell:
@@ -243,8 +250,8 @@ DETECTOR_WIDTH = 64
 DETECTOR_CELL = 4  # pixels to the side for each of its logits
 TWIN_STEPS = 3
 PATTERN_BATCH = 8  # images of the pool with the same start timestep
-GENERATORS_SHARE = 0.6  # of a time budget
-WARMUP_SHARE = 1 / 3  # of the time budget that remains after the pool
+GENERATORS_FRACTION = 0.6  # of a time budget
+WARMUP_FRACTION = 1 / 3  # of the time budget that remains after the pool
 
 
 def draw_windows(images: Tensor, sides: tuple[float, ...], generator: torch.Generator) -> Tensor:
@@ -362,12 +369,9 @@ class GRAD(Method):
 
     def twins(self, normal: Tensor, seed: int) -> Tensor:
         """Return normal images after a few steps of each PatchDiff from a low noise level."""
-        generator, level, parts = (
-            torch.Generator().manual_seed(seed),
-            self.config.twin_noise_level,
-            [],
-        )
-        timesteps = self.diffusion.schedule.timesteps(level, min(TWIN_STEPS, level + 1))
+        generator, parts = torch.Generator().manual_seed(seed), []
+        start = self.config.twin_noise_level
+        timesteps = self.diffusion.schedule.timesteps(start, min(TWIN_STEPS, start + 1))
         for network in self.patchdiffs.values():
             for x0 in normal.split(BATCH_SIZE):
                 x0, noise = x0.to(self.device), randn(x0.to(self.device), generator)
@@ -409,7 +413,7 @@ class GRAD(Method):
         pool = self.draw_pool(train, seed)
         normal = torch.cat([train, self.twins(train, seed)])
         reports["pool"] = TrainReport(0, time.monotonic() - started, torch.zeros(0))
-        options["budget"] = remaining_budget(budget, reports, WARMUP_SHARE)
+        options["budget"] = remaining_budget(budget, reports, WARMUP_FRACTION)
         reports["warmup"] = self.warm_up(normal, pool, **options)
         options["budget"] = remaining_budget(budget, reports)
         reports["detector"] = self.train_detector(normal, pool, **options)
@@ -419,7 +423,7 @@ class GRAD(Method):
         self, train: Tensor, **options: Unpack[FitOptions]
     ) -> dict[str, TrainReport]:
         """Train each PatchDiff to predict noise; all get the same time."""
-        fraction = GENERATORS_SHARE / len(self.patchdiffs)
+        fraction = GENERATORS_FRACTION / len(self.patchdiffs)
         options["budget"] = remaining_budget(options["budget"], {}, fraction)
         config = self.config.train_patchdiff
         return {

@@ -24,8 +24,10 @@ from diffad_lite.core.config import (
     NonNegative,
     Profile,
     Timestep,
+    changed_values,
     check_at_most,
     configuration,
+    to_dict,
 )
 from diffad_lite.core.numbers import top_count
 from diffad_lite.diffusion.gaussian import randn
@@ -125,6 +127,9 @@ class MDPSConfig(DenoisingConfig):
 class MDPS(Method):
     """Masked posterior sampling with a denoiser of normal images.
 
+    :meth:`explain` adds ``mask`` (B, 1, H, W), ``samples`` (n, B, C, H, W), and the map of each
+    sample, ``maps`` (n, B, H, W).
+
     Args:
         config: see :class:`MDPSConfig`.
         prior: a fitted AnoDDPM with the same denoiser; its weights are used, and :meth:`fit`
@@ -142,11 +147,16 @@ class MDPS(Method):
 
     def __init__(self, config: MDPSConfig, prior: AnoDDPM | None = None) -> None:
         if prior is not None:
-            given, needed = (c.denoiser_training or {} for c in (prior.config, config))
-            if differing := [name for name in needed if given.get(name) != needed[name]]:
+            if prior.config.denoiser_training is None:
+                raise ValueError(
+                    f"the prior must be an AnoDDPM with Gaussian noise, got {prior.name}"
+                )
+            names = config.denoiser_training or {}
+            given, needed = ({n: to_dict(c)[n] for n in names} for c in (prior.config, config))
+            if differing := changed_values(given, needed):
                 raise ValueError(
                     f"the prior's training differs from the configuration in "
-                    f"{', '.join(differing)}; train the prior with the same values"
+                    f"{', '.join(sorted(differing))}; train the prior with the same values"
                 )
         self.prior = prior
         super().__init__(config)
@@ -255,9 +265,6 @@ class MDPS(Method):
     def _infer(
         self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
     ) -> Inferred:
-        """Predict a batch; ``trace`` gets ``mask`` (B, 1, H, W), ``samples`` (n, B, C, H, W) and
-        the map of each sample, ``maps`` (n, B, H, W).
-        """
         mask = self.find_mask(images, generators)
         samples, maps = self.posterior(images, mask, generators)
         if trace is not None:

@@ -8,7 +8,7 @@ bits that are 1.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffad_lite.core.config import Count, Widths, configuration
+from diffad_lite.core.config import Size, Widths, configuration
 from diffad_lite.diffusion.bernoulli import sample_bits
 from diffad_lite.diffusion.gaussian import Generators
 from diffad_lite.networks.unet import Attention, Upsample, group_norm
@@ -27,12 +27,12 @@ class AutoencoderConfig:
         codeword: length of a codeword.
     """
 
-    base_channels: Count = 32
+    base_channels: Size = 32
     channel_mults: Widths = (1, 2)
-    blocks_per_level: Count = 1
-    unshuffle: Count = 2
-    bits: Count = 8
-    codeword: Count = 64
+    blocks_per_level: Size = 1
+    unshuffle: Size = 2
+    bits: Size = 8
+    codeword: Size = 64
 
     @property
     def factor(self) -> int:

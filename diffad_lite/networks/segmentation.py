@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffad_lite.core.config import Count, Widths, configuration
+from diffad_lite.core.config import Size, Widths, configuration
 from diffad_lite.networks.unet import group_norm
 
 Norm = Callable[[int], nn.Module]  # number of channels -> layer
@@ -28,7 +28,7 @@ class SegmentationConfig:
         batch_norm: BatchNorm as published; else GroupNorm, where an image does not affect others.
     """
 
-    base_channels: Count = 24
+    base_channels: Size = 24
     channel_mults: Widths = (1, 2, 4, 4)
     batch_norm: bool = False
 

@@ -202,7 +202,7 @@ def plant_at(
         ValueError: a fraction is out of range, or ``plant_defect`` refuses the defect.
     """
     if not (0 < size <= 1 and 0 <= min(place) <= max(place) <= 1):
-        raise ValueError(f"place and size must be shares of the image in 0..1, got {place}, {size}")
+        raise ValueError(f"place and size must be fractions in 0..1, got {place} and {size}")
     shape, centre = np.array(image.shape[-2:]), np.asarray(place)
     sides = (size * shape).round().astype(int).clip(min(16, *shape), shape)
     corner = (centre * shape - sides / 2).round().astype(int).clip(0, shape - sides)

@@ -18,6 +18,7 @@ from diffad_lite.core.config import (
     Count,
     Fraction,
     NonNegative,
+    Size,
     config_hash,
     configuration,
     convert,
@@ -43,7 +44,7 @@ class TrainConfig:
     """
 
     steps: Count = 5000
-    batch_size: Count = 16
+    batch_size: Size = 16
     learning_rate: Annotated[float, Field(ge=0, le=1e6)] = 5e-4  # what float32 can compute with
     weight_decay: NonNegative = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 100

@@ -213,7 +213,7 @@ for name in ("brightness", "mean_image", "pca"):
     )
     baseline = get_method(name)(config).fit(data.train, data.calibration, seed=seed)
     baseline_scores = baseline.predict(data.test_images).image_score.numpy()
-    key = records.METHOD_NAMES[name]
+    key = records.method_names()[name]
     aurocs[key] = image_metrics(labels, baseline_scores)["image_auroc"]
     intervals[key] = bootstrap_auroc(labels, baseline_scores)
 aurocs["AnoDDPM"], intervals["AnoDDPM"] = auroc, (low, high)

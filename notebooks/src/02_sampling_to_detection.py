@@ -848,7 +848,7 @@ lines.append("| --- " * (len(categories) + 1) + "|")
 for name in ("mean_image", "pca", "anoddpm"):
     cells = [compare(stored(name, k), stored(name, k, "raw")) for k in categories]
     row = " | ".join(f"{difference}, {word}" for difference, word in cells)
-    lines.append(f"| {records.METHOD_NAMES[name]} | {row} |")
+    lines.append(f"| {records.method_names()[name]} | {row} |")
 Markdown("\n".join(lines))
 
 # %% [markdown]
@@ -1165,7 +1165,7 @@ for result in by_kind:
     areas.setdefault(result["method"], []).append(found)
 for name, values in areas.items():
     print(
-        f"AUPRO of inactive areas {np.mean(values):.2f}, {records.METHOD_NAMES[name]}"
+        f"AUPRO of inactive areas {np.mean(values):.2f}, {records.method_names()[name]}"
     )
 better = [np.mean(areas[name]) for name in ("anoddpm", "pca", "padim") if name in areas]
 assert better == sorted(better)

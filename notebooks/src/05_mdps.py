@@ -1014,7 +1014,7 @@ lines = [
     "| MDPS - other | image AUROC [95 %] | MDPS ranks better |",
     "| --- " * 3 + "|",
 ]
-compared = {records.METHOD_NAMES[name]: runs_of(name) for name in others}
+compared = {records.method_names()[name]: runs_of(name) for name in others}
 compared["AnoDDPM, standardised"] = runs_of("anoddpm", "standardised")
 
 # %%

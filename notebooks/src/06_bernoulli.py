@@ -1078,7 +1078,7 @@ Markdown("\n".join(told))
 
 # %%
 others = ("pca", "padim", "anoddpm", "glad", "mdps")
-groups = {records.METHOD_NAMES[name]: runs_of(name) for name in others}
+groups = {records.method_names()[name]: runs_of(name) for name in others}
 groups["AnoDDPM, standardised"] = runs_of("anoddpm", "standardised")
 lines = ["| Bernoulli - other | image AUROC [95 %] | Bernoulli ranks better |"]
 lines.append("| --- " * 3 + "|")

@@ -1171,8 +1171,8 @@ lines.append("| --- " * 3 + "|")
 sorts = {}
 for name in others:
     number, verdict, said = difference(default, runs(name))
-    lines.append(f"| {records.METHOD_NAMES[name]} | {number} | {verdict} |")
-    sorts.setdefault(said, []).append(records.METHOD_NAMES[name])
+    lines.append(f"| {records.method_names()[name]} | {number} | {verdict} |")
+    sorts.setdefault(said, []).append(records.method_names()[name])
 told = [f"*{said}* {' / '.join(found)}" for said, found in sorts.items()]
 note = f"By these intervals GRAD-style {'; '.join(told)}."
 shown = [r for name in ("brightness", *others, "grad") for r in runs(name)]
@@ -1223,7 +1223,7 @@ fig, _ = plots.show_detections(
 lines = ["| GRAD-style - other | " + " | ".join(elsewhere) + " |"]
 lines.append("| --- " * (1 + len(elsewhere)) + "|")
 for name in others:
-    cells = [records.METHOD_NAMES[name]]
+    cells = [records.method_names()[name]]
     for at in elsewhere.values():
         cells.append(difference(runs("grad", where=at), runs(name, where=at))[0])
     lines.append("| " + " | ".join(cells) + " |")
@@ -1239,7 +1239,7 @@ for place, at in elsewhere.items():
     if "grad" in mean:
         rank = f"place {1 + ranked.index('grad')} of {len(ranked)}"
         own = f"GRAD-style {mean['grad']:.3f}, {rank}"
-        best = f"{records.METHOD_NAMES[ranked[0]]} {mean[ranked[0]]:.3f}"
+        best = f"{records.method_names()[ranked[0]]} {mean[ranked[0]]:.3f}"
         told.append(f"- **{place}**: first is {best}; {own}.")
 Markdown("\n\n".join(["\n".join(lines), "\n".join(told) or waiting]))
 

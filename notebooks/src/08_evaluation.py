@@ -82,7 +82,7 @@ default = [
     for r in records.select(results, variant="default", training="", image_size=64)
     if r["plant"] in (None, "cells", "lesions")
 ]
-NAMES = records.METHOD_NAMES
+NAMES = records.method_names()
 FIVE = ("diffusionad", "glad", "mdps", "bernoulli", "grad")  # of notebooks 03 to 07
 CONTROLS = ("brightness", "mean_image")
 

@@ -319,7 +319,7 @@ pca = fitted["pca"]
 fit("brightness", run_of("brightness"))
 fit("padim", run_of("padim"))
 for name in fitted:
-    print(f"{records.METHOD_NAMES[name]:22}{seconds[name]:6.1f} s")
+    print(f"{records.method_names()[name]:22}{seconds[name]:6.1f} s")
 print(f"threshold of PCA: {first.threshold_:.1f} before, {pca.threshold_:.1f} now")
 assert not as_described or pca.threshold_ != first.threshold_
 
@@ -441,7 +441,7 @@ held_out = data.test_images[data.test_labels == 0]
 print("false alarms on images held out")
 for name, method in fitted.items():
     alarms = alarms_of(method, held_out)
-    print(f"{records.METHOD_NAMES[name]:26}{share(alarms.sum(), len(alarms))}")
+    print(f"{records.method_names()[name]:26}{share(alarms.sum(), len(alarms))}")
 
 # %% [markdown]
 # ## What would be found? Planted defects
@@ -464,7 +464,7 @@ for severity in severities:
         caught[name].append(alarms_of(method, defects).mean())
 
 # %%
-curves = {records.METHOD_NAMES[name]: values for name, values in caught.items()}
+curves = {records.method_names()[name]: values for name, values in caught.items()}
 axes = {"xlabel": "severity of planted defects", "ylabel": "share above threshold"}
 fig, _ = plots.show_curves(severities, curves, **axes, log="x", markers=True)
 ax = fig.axes[0]
@@ -507,7 +507,7 @@ written = work / "judged" / "padim"
 files = sorted(p.relative_to(written).as_posix() for p in written.rglob("*.*"))
 print(len(files), "files for each method, such as", *files[-2:])
 for name, count in alarms.items():
-    print(f"{records.METHOD_NAMES[name]:26}{count} alarms among {len(judged[name])}")
+    print(f"{records.method_names()[name]:26}{count} alarms among {len(judged[name])}")
 
 # %%
 Picture(filename=str(written / "gallery.png"))
@@ -525,7 +525,7 @@ if truth:
 for name, rows in judged.items() if truth else ():
     hit = [[row["alarm"] for row in rows if truth[row["file"]] == k] for k in (1, 0)]
     cells_of = "     ".join(share(sum(h), len(h)) for h in hit)
-    print(f"{records.METHOD_NAMES[name]:26}{cells_of}")
+    print(f"{records.method_names()[name]:26}{cells_of}")
 
 # %%
 at_one = severities.index(1.0)
@@ -572,7 +572,7 @@ for name, method in fitted.items():
     for paths in (healthy, list_images(dark)):
         images = read_images(paths, data.info["channels"], image_size, "squash")
         counts.append(alarms_of(method, images).sum())
-    label = records.METHOD_NAMES.get(name, name)
+    label = records.method_names().get(name, name)
     print(f"{label:28}{counts[0]:3d} of {len(healthy):<10d}{counts[1]:3d}")
     if checked and name in ("brightness", "mean image, standardised"):
         assert (counts[1] > 0.8 * len(healthy)) == (name == "brightness")
@@ -645,7 +645,7 @@ by_pca = records.select(results, method="pca")
 for name in ("brightness", "padim", "anoddpm"):
     own = records.select(results, method=name)
     difference, low, high = records.difference_of(own, by_pca)
-    label = f"{records.METHOD_NAMES[name]} minus PCA"
+    label = f"{records.method_names()[name]} minus PCA"
     print(f"{label:36}{difference:+.3f} [{low:+.3f}, {high:+.3f}]")
 
 # %% [markdown]
@@ -699,7 +699,7 @@ for n in steps:
         learnt[name].append(metrics.image_metrics(fake[1], few_scores)["image_auroc"])
 
 # %%
-curves = {records.METHOD_NAMES[name]: values for name, values in learnt.items()}
+curves = {records.method_names()[name]: values for name, values in learnt.items()}
 axes = {"xlabel": "normal images in training", "ylabel": "image AUROC, planted"}
 fig, _ = plots.show_curves(steps, curves, **axes, log="x", markers=True)
 fig.axes[0].set_xticks(steps, steps)
@@ -742,13 +742,15 @@ else:
 print(f"{'':26}{'training':>10}{'an image':>12}{'86,400 images':>16}")
 for result in results:
     each = result["ms_per_image"]
-    label = records.METHOD_NAMES[result["method"]]
+    label = records.method_names()[result["method"]]
     row = f"{result['train_seconds']:8.1f} s{each:9.1f} ms"
     print(f"{label:26}{row}{86_400 * each / 3.6e6:14.1f} h")
 speeds = records.read_speeds(data_dir() / "results")  # of solar cells, in one run
 for name in ("glad", "mdps") if speeds else ():
     times = np.median(speeds[name]["ms"]) / np.median(speeds["anoddpm"]["ms"])
-    print(f"{records.METHOD_NAMES[name]}: {times:.0f} times AnoDDPM's time, on record")
+    print(
+        f"{records.method_names()[name]}: {times:.0f} times AnoDDPM's time, on record"
+    )
 
 # %% [markdown]
 # *List: seconds in training loops, milliseconds to score an image (among few, so that start-up counts), and hours for

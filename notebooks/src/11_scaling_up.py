@@ -155,7 +155,7 @@ counts = {name: [parameters_of(name, p) for p in three] for name in weighed}
 print("millions of parameters      ci    lite   paper    five times paper")
 for name, (ci, lite, paper) in counts.items():
     row = "".join(f"{n / 1e6:8.1f}" for n in (ci, lite, paper))
-    print(f"{records.METHOD_NAMES[name]:22}{row}{20 * paper / 1e9:15.1f} GB")
+    print(f"{records.method_names()[name]:22}{row}{20 * paper / 1e9:15.1f} GB")
 assert counts["anoddpm"][2] > 10 * counts["anoddpm"][1]
 
 # %% [markdown]
@@ -590,7 +590,7 @@ print(f"{'':26}trainings   hours to train   to score")
 for name in dict.fromkeys(method for method, _, _ in jobs.values()):
     rows = [job for job in jobs.values() if job[0] == name]
     train, score = (sum(row[i] for row in rows) for i in (1, 2))
-    print(f"{records.METHOD_NAMES[name]:26}{len(rows):6d}{train:15.2f}{score:13.2f}")
+    print(f"{records.method_names()[name]:26}{len(rows):6d}{train:15.2f}{score:13.2f}")
 total = sum(train + score for _, train, score in jobs.values())
 print(f"{len(jobs)} trainings, {total:.1f} hours; without any record: {len(unknown)}")
 assert grid_file or total > 1

@@ -65,6 +65,8 @@ def migrate_record(record: Values) -> Values:
 
 def migrate_entry(values: Values) -> Values:
     """Return the contents of a ``config.json`` or ``training.json`` brought up to date."""
+    if not isinstance(values.get("config"), dict) or "method" not in values:
+        return values  # of something else
     return values | {"config": migrate(values["method"], values["config"])}
 
 
@@ -93,11 +95,11 @@ def main(folder: Path) -> None:
                 write_json(path, changed)
                 print(path)
     for path in sorted(folder.rglob("*.jsonl")):
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        changed_lines = [migrate_record(line) for line in lines]
+        texts = path.read_text(encoding="utf-8").splitlines()
+        lines = [json.loads(text) for text in texts]
+        changed_lines = [migrate_record(line) if "config_hash" in line else line for line in lines]
         if changed_lines != lines:
-            texts = (json.dumps(line, ensure_ascii=False) + "\n" for line in changed_lines)
-            text = "".join(texts)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in changed_lines)
             write_atomically(path, lambda p, text=text: p.write_text(text, encoding="utf-8"))
             print(path)
 

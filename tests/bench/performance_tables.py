@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffad_lite.core.files import read_json
-from diffad_lite.evaluation.records import METHOD_NAMES, markdown_table
+from diffad_lite.evaluation.records import markdown_table, method_names
 from diffad_lite.evaluation.tables import replace_tables, write_changed
 
 RESULTS = Path(__file__).resolve().parents[2] / "data" / "results"
@@ -147,7 +147,7 @@ def paper_table(record: Record) -> str:
     for method, stages in record["paper"].items():
         for stage, cost in stages.items():
             total = cost["steps"] * cost["flops"]
-            cells = [METHOD_NAMES[method], stage.replace("_", " ")]
+            cells = [method_names()[method], stage.replace("_", " ")]
             cells += [f"{cost['parameters'] / 1e6:.1f} M", f"{cost['steps']:,} x {cost['batch']}"]
             cells += [f"{cost['flops'] / 1e12:.2f}", f"{cost['gb']:.1f}"]
             cells += [f"{total / r / 3600:,.{d}f}" for r, d in ((rate, 0), (GPU_TFLOPS * 1e12, 1))]

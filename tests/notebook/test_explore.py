@@ -185,7 +185,7 @@ def test_a_defect_grows_with_its_window(cell):
 
 def test_places_and_sizes_out_of_range_are_refused(cell):
     for wrong in ({"place": (0.5, 1.2), "size": 0.5}, {"place": (0.5, 0.5), "size": 0}):
-        with pytest.raises(ValueError, match="shares of the image"):
+        with pytest.raises(ValueError, match="must be fractions in"):
             plant_at(cell, "crack", **wrong)
 
 
