@@ -205,35 +205,34 @@ def _describe_unread(base: Path, source: Source, masks: MaskIndex) -> list[str]:
             f"{count_of(beside, 'file')} among the test images, e.g. {beside[0]}, taken as masks"
         )
     read = {*source.images.values(), *masks.paths()}
-    unread, foreign = _find_unread(base, read)
-    if unread:
-        notices.append(
-            f"{count_of(unread, 'image file or linked folder')} not read, e.g. {unread[0]}; only "
-            "train/good, test/good, test/<defect> and their sub-folders are read, or images "
-            "directly in a folder without these"
-        )
-    if foreign:
-        notices.append(
-            f"{count_of(foreign, 'file')} not read, e.g. {foreign[0]}: {foreign_format(foreign[0])}"
-        )
+    fixes = {
+        "image": "only train/good, test/good, test/<defect> and their sub-folders are read, or "
+        "images directly in a folder without these",
+        "linked folder": "copy its images, or link each of them",
+        "file of another format": "",
+    }
+    for what, paths in _find_unread(base, read).items():
+        fix = fixes[what] or foreign_format(paths[0])
+        notices.append(f"{count_of(paths, what)} not read, e.g. {paths[0]}; {fix}")
     return notices
 
 
-def _find_unread(base: Path, read: set[Path]) -> tuple[list[Path], list[Path]]:
-    """Return image files and linked folders that were not read, and files of other formats."""
-    unread, foreign = [], []
+def _find_unread(base: Path, read: set[Path]) -> dict[str, list[Path]]:
+    """Return the files that were not read but look like images, by what they are."""
+    unread: dict[str, list[Path]] = {}
     folders = {parent for path in read for parent in path.parents}
     for folder in walk_folders(base):
         for name in sorted(os.listdir(folder)):
             path = folder / name
             if name.startswith(".") or path in read or path in folders:
                 continue
-            is_link = path.is_symlink() and path.is_dir()
-            if is_link or (path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()):
-                unread.append(path)
+            if path.is_symlink() and path.is_dir():
+                unread.setdefault("linked folder", []).append(path)
+            elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+                unread.setdefault("image", []).append(path)
             elif foreign_format(path):
-                foreign.append(path)
-    return unread, foreign
+                unread.setdefault("file of another format", []).append(path)
+    return unread
 
 
 # -------------------------------------------------------------------- subjects, loose folders

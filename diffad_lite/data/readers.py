@@ -75,7 +75,8 @@ def read_digits(category: str | None, root: Path | None) -> Source:
         raise unknown_name("digits category", category, categories)
     digits = load_digits()
     images = (digits.images / 16 * 255).round().astype(np.uint8)[:, None]
-    source = Source(category, {}, (0.2, 0.2))
+    remark = "all digits are normal; choose a category from 0 to 9 to have anomalous images"
+    source = Source(category, {}, (0.2, 0.2), remarks=(remark,) if category == "all" else ())
     for i, (image, label) in enumerate(zip(images, map(str, digits.target), strict=True)):
         if category in ("all", label):
             source.normals[f"{label}/{i:04d}"] = image

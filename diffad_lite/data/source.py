@@ -82,8 +82,9 @@ def add_name(images: dict[str, Any], name: str, image: Any) -> None:
 
 
 def count_of(items: Collection[Any], noun: str) -> str:
-    """Return the number of items in words, such as "1 mask" and "3 masks"."""
-    return f"{len(items)} {noun}{'' if len(items) == 1 else 's'}"
+    """Return the number of items with a noun, as in "1 mask", "3 masks" and "2 files of ..."."""
+    first, *rest = noun.split(" of ")
+    return " of ".join([f"{len(items)} {first}{'' if len(items) == 1 else 's'}", *rest])
 
 
 def require_root(root: Path | None, dataset: str, content: str) -> Path:
