@@ -7,7 +7,7 @@ from its normal images, so that all images stay comparable.
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from diffad_lite.data.images import Header, read_header, read_image, read_values
+from diffad_lite.data.images import Header, is_rotated, read_header, read_image, read_values
 from diffad_lite.data.source import count_of
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits of the usual cameras and scanners
@@ -64,7 +64,7 @@ def describe_files(images: Mapping[str, Path], bits: int, masked: set[str]) -> l
             f"({headers[several[0]].n_pictures}): only the first is read; save each as a file if "
             "they are images of their own"
         )
-    if turned := [name for name in sorted(masked & set(headers)) if headers[name].is_rotated]:
+    if turned := [n for n in sorted(masked & set(images)) if is_rotated(images[n])]:
         notices.append(
             f"{count_of(turned, 'image')} with a mask and EXIF rotation, e.g. "
             f"{images[turned[0]]}: the image is rotated, the mask is taken as it is; save the "
@@ -87,7 +87,7 @@ def _describe_depth(
     if range_ < 2**stored - 1:
         notices.append(
             f"{count_of(deep, 'image')} stored with {stored} bits, e.g. {images[deep[0]]}: read "
-            f"with {bits} bits, 0 .. {range_}, the range of the normal images"
+            f"with {bits} bits, 0 .. {range_}"
         )
     clipped = [name for name in deep if read_values(images[name]).max() > range_]
     if clipped:

@@ -4,13 +4,20 @@ Whatever is understood in another way than the layout says, or is not read, beco
 """
 
 import os
+from collections import Counter
 from pathlib import Path
 
 from diffad_lite.core.config import short_repr, unknown_name
 from diffad_lite.core.files import read_rows
 from diffad_lite.data.formats import describe_foreign, foreign_format
 from diffad_lite.data.images import IMAGE_SUFFIXES, list_images
-from diffad_lite.data.masks import MASK_FOLDERS, MaskIndex, mask_beside
+from diffad_lite.data.masks import (
+    MASK_ENDING,
+    MASK_FOLDERS,
+    MaskIndex,
+    is_mask_beside,
+    without_masks,
+)
 from diffad_lite.data.source import (
     Source,
     add_name,
@@ -82,11 +89,11 @@ def _read_normals(base: Path, part: str) -> dict[str, Path] | None:
         return None
     good = _good_folders(folder)
     if not good:
-        return name_images(list_images(folder), folder, f"{part}/") or None
+        return name_images(without_masks(list_images(folder)), folder, f"{part}/") or None
     images: dict[str, Path] = {}
     for place in good:
         prefix = f"{part}/" if place == good[0] else f"{part}/{place.name}-"
-        for name, path in name_images(walk_images(place), place, prefix).items():
+        for name, path in name_images(without_masks(walk_images(place)), place, prefix).items():
             add_name(images, name, path)
     if not images:
         fault = f"{good[0]} holds no images ({FILE_TYPES}); put normal images there"
@@ -132,11 +139,11 @@ def _sort_images(folder: Path, masks: MaskIndex) -> dict[Path, tuple[str, ...]]:
     """Return the images of one kind with their sub-folders; index the masks among them."""
     images = {}
     paths = walk_images(folder)
-    siblings = {(path.parent, path.stem) for path in paths}
+    stems = {(path.parent, path.stem) for path in paths}
     for path in paths:
         parts = path.relative_to(folder).parts[:-1]
         place = (folder.name, *(part for part in parts if part.lower() not in MASK_FOLDERS))
-        if len(place) <= len(parts) or mask_beside(path, siblings):
+        if len(place) <= len(parts) or is_mask_beside(path, stems):
             masks.add(path, place)
             continue
         if folder.name.lower() not in GOOD and any(part.lower() in GOOD for part in parts):
@@ -183,6 +190,12 @@ def _describe_places(base: Path, source: Source) -> list[str]:
             f"{count_of(direct, 'image')} directly in {direct[0].parent}, e.g. {direct[0].name}, "
             "taken as normal"
         )
+    stems = Counter((path.parent, path.stem) for path in source.images.values())
+    if twice := [folder / stem for (folder, stem), count in stems.items() if count > 1]:
+        notices.append(
+            f"{count_of(twice, 'name')} of several files, e.g. {twice[0]}.*; each is read as an "
+            "image of its own: move masks to ground_truth, and remove copies"
+        )
     if deeper:
         notices.append(
             f"{count_of(deeper, 'image')} in deeper sub-folders, e.g. "
@@ -208,6 +221,7 @@ def _describe_unread(base: Path, source: Source, masks: MaskIndex) -> list[str]:
     fixes = {
         "image": "only train/good, test/good, test/<defect> and their sub-folders are read, or "
         "images directly in a folder without these",
+        "mask": "only masks of test images are",
         "linked folder": "copy its images, or link each of them",
         "file of another format": "",
     }
@@ -229,7 +243,8 @@ def _find_unread(base: Path, read: set[Path]) -> dict[str, list[Path]]:
             if path.is_symlink() and path.is_dir():
                 unread.setdefault("linked folder", []).append(path)
             elif path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-                unread.setdefault("image", []).append(path)
+                what = "mask" if MASK_ENDING.search(path.stem) else "image"
+                unread.setdefault(what, []).append(path)
             elif foreign_format(path):
                 unread.setdefault("file of another format", []).append(path)
     return unread
@@ -264,7 +279,7 @@ def _read_loose_folder(base: Path, category: str | None) -> Source:
         raise ValueError(
             f"{base} holds one folder for each category; choose --category {join_or(inside)}"
         )
-    normals = name_images(list_images(base), base, "good/")
+    normals = name_images(without_masks(list_images(base)), base, "good/")
     if not normals:
         content = ", ".join(sorted(p.name for p in base.iterdir())[:8]) or "nothing"
         raise ValueError(

@@ -160,14 +160,12 @@ class Header(NamedTuple):
         bits: of a stored value: 8, 16 or 32.
         is_grey: one channel, of more than 8 bits.
         n_pictures: pages or frames; only the first is read.
-        is_rotated: EXIF data rotate or mirror the image.
         is_lossy: the compression may change values.
     """
 
     bits: int = 8
     is_grey: bool = False
     n_pictures: int = 1
-    is_rotated: bool = False
     is_lossy: bool = False
 
 
@@ -183,10 +181,17 @@ def read_header(path: Path) -> Header:
                 bits = 16
             lossy = {file.format, str(file.info.get("compression")).upper()}
             n_pictures = int(getattr(file, "n_frames", 1))
-            is_rotated = file.getexif().get(ORIENTATION, 1) in range(2, 9)
-            return Header(bits, is_deep, n_pictures, is_rotated, bool(lossy & LOSSY))
+            return Header(bits, is_deep, n_pictures, bool(lossy & LOSSY))
     except Exception:  # read_values names the fault
         return Header()
+
+
+def is_rotated(path: Path) -> bool:
+    """Return whether EXIF data rotate or mirror a readable image file."""
+    if path.suffix.lower() == STACK:
+        return False
+    with Image.open(path, formats=FORMATS) as file:
+        return file.getexif().get(ORIENTATION, 1) in range(2, 9)
 
 
 def error_reason(error: Exception) -> str:

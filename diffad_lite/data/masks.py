@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,10 +77,16 @@ class MaskIndex:
         return [path for path in self.paths() if path not in self.used]
 
 
-def mask_beside(path: Path, siblings: set[tuple[Path, str]]) -> str | None:
-    """Return the stem of the image whose mask this file is; ``siblings`` are (folder, stem)."""
+def without_masks(paths: Sequence[Path]) -> list[Path]:
+    """Return the images without the masks that lie beside them, such as ``000_mask.png``."""
+    stems = {(path.parent, path.stem) for path in paths}
+    return [path for path in paths if not is_mask_beside(path, stems)]
+
+
+def is_mask_beside(path: Path, stems: Container[tuple[Path, str]]) -> bool:
+    """Return whether a file is the mask of another file; ``stems`` are (folder, stem)."""
     stem = MASK_ENDING.sub("", path.stem)
-    return stem if stem != path.stem and (path.parent, stem) in siblings else None
+    return stem != path.stem and (path.parent, stem) in stems
 
 
 def read_masks(

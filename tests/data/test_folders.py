@@ -234,6 +234,35 @@ def test_masks_among_the_test_images_are_masks(tmp_path, masks):
     assert notices.endswith("taken as masks")
 
 
+def test_masks_beside_normal_images_are_left_out(tmp_path):
+    build(tmp_path / "a")
+    for i in range(N_TRAIN):
+        save(tmp_path / f"a/train/good/{i:03d}_mask.png", box(0, value=0))
+    data, notices = load(tmp_path / "a")
+    assert_usual(data)
+    assert notices.startswith("20 masks not read, e.g. ")
+    for i in range(30):
+        save(tmp_path / f"b/{i:02d}.png", picture(i))
+        save(tmp_path / f"b/{i:02d}_mask.png", box())
+    data, notices = load(tmp_path / "b")
+    assert len(data.train) + len(data.calibration) + len(data.test_ids) == 30
+    assert notices.startswith("30 masks not read, e.g. ")
+
+
+def test_files_of_one_name_are_images_and_said(tmp_path):
+    build(tmp_path, masks="test/crack/{:03d}.bmp")
+    data, notices = load(tmp_path)
+    assert data.test_labels.tolist().count(1) == 2 * N_CRACK
+    assert notices.startswith("6 names of several files, e.g. ")
+    assert "move masks to ground_truth" in notices
+
+
+def test_masks_directly_in_ground_truth_are_named(tmp_path):
+    data, notices = load(build(tmp_path, masks="ground_truth/{:03d}_mask.png"))
+    assert data.test_masks is None
+    assert notices.startswith("6 masks of no test image, e.g. ")
+
+
 def test_jpeg_masks_are_used_and_said(tmp_path):
     data, notices = load(build(tmp_path, masks="ground_truth/crack/{:03d}_mask.jpg"))
     assert_usual(data)
@@ -360,7 +389,7 @@ def test_the_depth_is_decided_for_the_data_set(tmp_path, scale, bits, dtype, suf
     parts = (data.train, data.calibration, data.test_images)
     pixels = [((part + 1) * 127.5).round().numpy().astype(np.uint8) for part in parts]
     assert sorted(image.tobytes() for part in pixels for image in part) == expected
-    said = f"read with {bits} bits, 0 .. {2**bits - 1}, the range of the normal images"
+    said = f"read with {bits} bits, 0 .. {2**bits - 1}"
     assert (said in notices) == (bits < 16 or dtype is np.int32)
 
 
