@@ -131,10 +131,10 @@ def load_dataset(
     check_arguments(name, plant, resize, image_size)
     check_inside(category or "", "category")
     if root is not None and name in PACKAGED:
-        fix = (
-            f"leave out root {root}, or choose the data set 'folder' (--dataset folder) to read it"
+        fix = "leave root out, or read that folder with --dataset folder"
+        raise ValueError(
+            f"data set {name!r} is part of a package and has no root, got {root}; {fix}"
         )
-        raise ValueError(f"data set {name!r} is part of a package and has no root; {fix}")
     source = READERS[name](category, Path(root) if root is not None else None)
     bits = choose_bits(_files(source.normals | source.calibration).values())
     source.bits = bits or 16

@@ -82,17 +82,17 @@ def _describe_depth(
     if not deep:
         return []
     notices = []
-    range_ = 2**bits - 1
+    highest = 2**bits - 1
     stored = headers[deep[0]].bits
-    if range_ < 2**stored - 1:
+    if highest < 2**stored - 1:
         notices.append(
             f"{count_of(deep, 'image')} stored with {stored} bits, e.g. {images[deep[0]]}: read "
-            f"with {bits} bits, 0 .. {range_}"
+            f"with {bits} bits, 0 .. {highest}"
         )
-    clipped = [name for name in deep if read_values(images[name]).max() > range_]
+    clipped = [name for name in deep if read_values(images[name]).max() > highest]
     if clipped:
         notices.append(
-            f"{count_of(clipped, 'image')} with values above {range_}, e.g. {images[clipped[0]]}, "
+            f"{count_of(clipped, 'image')} with values above {highest}, e.g. {images[clipped[0]]}, "
             "clipped; save all images with 8 bits if these values matter"
         )
     if len(deep) < len(headers):

@@ -157,7 +157,7 @@ def _binarise(
     example at blurred edges: there it is what lies above half of the file's largest value.
     """
     levels = {path: np.unique(values[values != 0]) for path, values in files.items()}
-    several = [path for path, found in levels.items() if len(found) > 1]
+    several = [path for path, values in levels.items() if len(values) > 1]
     lossy = [path for path in several if isinstance(path, Path) and read_header(path).is_lossy]
     classes = [path for path in several if path not in set(lossy)]
     faint = [path for path in lossy if levels[path].max() < FAINT]
