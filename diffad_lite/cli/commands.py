@@ -62,7 +62,9 @@ JSON = "values are JSON; may be repeated"
 FOLDER: dict[str, Any] = {"type": Path, "required": True}
 DATASET = "name in the list of 'diffad datasets'"
 DATA = (
-    option("--category", help="mono or poly (elpv), a sub-folder of --root (folder)"),
+    option(
+        "--category", help="mono or poly (elpv), 0 to 9 (digits), a sub-folder of --root (others)"
+    ),
     option("--root", help="folder of your images"),
     option("--image-size", type=int, help="side in pixels; without it 64, for paper 256"),
     option("--resize", default="squash", help="squash, or pad to keep the aspect ratio"),
@@ -90,6 +92,8 @@ LAYOUT = """A folder of your own (--dataset folder --root DIR) in MVTec layout:
   DIR/test/<defect>          anomalous images, one folder for each kind of defect
   DIR/ground_truth/<defect>  their masks: <stem>_mask.png, or <stem>.png, or a folder <stem>
   DIR/calibration/good       normal images for thresholds (else 20 % of train/good)
+"normal" and "ok" mean "good", in any case of letters; sub-folders are read, too. A warning
+names what was read in another way, or not at all.
 With --category NAME all of this lies in DIR/NAME."""
 
 
@@ -191,8 +195,9 @@ def score(arguments: argparse.Namespace) -> int:
     from diffad_lite.methods.checkpoints import read_record
 
     method = load_pretrained(arguments.checkpoint)
-    resize = read_record(arguments.checkpoint).get("resize", "squash")
-    rows = score_folder(method, arguments.images, arguments.out, resize=resize)
+    record = read_record(arguments.checkpoint)
+    reading = {"resize": record.get("resize", "squash"), "bits": record.get("bits")}
+    rows = score_folder(method, arguments.images, arguments.out, **reading)
     for warning in survey(list_images(arguments.images)).warnings(training=False):
         say(f"warning: {warning}")
     for row in rows[:10]:

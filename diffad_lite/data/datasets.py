@@ -7,6 +7,7 @@ each image. Nothing is downloaded.
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from diffad_lite.core.config import unknown_name
 from diffad_lite.core.files import course_dir
+from diffad_lite.data.depth import choose_bits, describe_files
 from diffad_lite.data.images import Resize, read_image, resize_image, to_float
+from diffad_lite.data.masks import read_masks
 from diffad_lite.data.planting import KINDS, plant_defects
 from diffad_lite.data.readers import FLIP_AXES, READERS
 from diffad_lite.data.source import Labelled, Source, check_inside
@@ -26,6 +29,7 @@ from diffad_lite.data.source import Labelled, Source, check_inside
 UNCERTAIN = "uncertain"
 LARGEST_IMAGE = 4096  # pixels per side
 MIN_CALIBRATION = 8  # normal images
+PACKAGED = ("elpv", "shapes", "digits")  # data sets that need no root
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,10 @@ class AnomalyData:
         original_sizes: per test image, (height, width) before resizing.
         uncertain: images that the experts could not decide on, excluded from all scores.
         info: name, category, channels, image_size, resize, split_seed, plant, ``flip_axes`` (axes
-            along which training may flip the images), ``remarks`` (known faults), and the
-            ``fingerprint`` of the split (names and pixels of all training and calibration images).
+            along which training may flip the images), ``bits`` (depth of grey images of more than
+            8 bits, else None), ``remarks`` (known faults), ``notices`` (what reading assumed or
+            left out), and the ``fingerprint`` of the split (names and pixels of all training and
+            calibration images).
     """
 
     train: Tensor
@@ -101,6 +107,9 @@ def load_dataset(
 ) -> AnomalyData:
     """Load, split and resize one category.
 
+    Whatever was read in another way than usual, or not read, is a warning, and stands in
+    ``info["notices"]``.
+
     Args:
         name: ``elpv``, ``folder``, ``visa``, ``dagm``, ``medmnist``, ``shapes`` or ``digits``.
         category: ``mono`` or ``poly`` for elpv; a sub-folder of ``root`` for folder, visa and dagm;
@@ -116,42 +125,44 @@ def load_dataset(
         severity: of the planted defects, in (0, 2]; 1 is clearly visible, 0.3 is hard to see.
 
     Raises:
-        ValueError: unknown name, category, resize or plant; no normal images; mixed channels.
+        ValueError: unknown name, category, resize or plant; no normal images; mixed channels; a
+            range of values that is not known; a root for a data set that has none.
         FileNotFoundError: ``root`` does not exist.
     """
     check_arguments(name, plant, resize, image_size)
     check_inside(category or "", "category")
+    if root is not None and name in PACKAGED:
+        fix = "leave root out, or read that folder with --dataset folder"
+        raise ValueError(
+            f"data set {name!r} is part of a package and has no root, got {root}; {fix}"
+        )
     source = READERS[name](category, Path(root) if root is not None else None)
+    bits = choose_bits(_files(source.normals | source.calibration).values())
+    source.bits = bits or 16
     train, calibration, test = split(source, split_seed)
-    fingerprint = _fingerprint(train, calibration)
+    fingerprint = _fingerprint(train, calibration, source.bits)
     calibration, test = _select_test(source, calibration, test, plant, severity, split_seed)
-    test_images = {n: item.image for n, item in test.items()}
-    sizes: dict[str, tuple[int, int]] = {}
-
-    def read_small(name: str, image: Path | np.ndarray) -> np.ndarray:
-        pixels = _read_pixels(image)
-        sizes[name] = pixels.shape[1:]
-        return resize_image(pixels, image_size, resize)
-
-    parts = [
-        {n: read_small(n, image) for n, image in part.items()}
-        for part in (train, calibration, source.uncertain, test_images)
-    ]
-    channels = max(image.shape[0] for part in parts for image in part.values())
-    tensors = [_stack(part, channels, image_size) for part in parts]
-    test_masks = None
-    if any(item.mask is not None for item in test.values()):
-        test_masks = [_read_mask(n, item, sizes[n]) for n, item in test.items()]
+    parts = [train, calibration, source.uncertain, {n: item.image for n, item in test.items()}]
+    tensors, sizes, notices = _read_parts(parts, source.bits, image_size, resize)
+    test_masks, mask_notices = read_masks(test, sizes)
+    masked = {n for n, item in test.items() if item.mask is not None}
+    files = {n: path for part in parts for n, path in _files(part).items()}
+    notices += [*describe_files(files, source.bits, masked), *mask_notices]
+    notices = [*source.notices, *notices]
+    for notice in notices:
+        warnings.warn(notice, stacklevel=2)
     info = {
         "name": name,
         "category": source.category,
-        "channels": channels,
+        "channels": tensors[0].shape[1],
         "image_size": image_size,
         "resize": resize,
         "split_seed": split_seed,
         "plant": plant,
         "flip_axes": FLIP_AXES.get(name, ()),
+        "bits": bits,
         "remarks": source.remarks,
+        "notices": notices,
         "fingerprint": fingerprint,
     }
     return AnomalyData(
@@ -166,6 +177,42 @@ def load_dataset(
         uncertain=tensors[2],
         info=info,
     )
+
+
+def _files(images: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the images that are files."""
+    return {name: image for name, image in images.items() if isinstance(image, Path)}
+
+
+def _read_parts(
+    parts: Sequence[Mapping[str, Any]], bits: int, image_size: int, resize: Resize
+) -> tuple[list[Tensor], dict[str, tuple[int, int]], list[str]]:
+    """Read and resize the images of all parts.
+
+    Returns:
+        one tensor a part; the original (height, width) of each image; a notice if images differ in
+        their number of channels.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    names: dict[int, list[str]] = {}  # by number of channels
+
+    def read_small(name: str, image: Path | np.ndarray) -> np.ndarray:
+        pixels = _read_pixels(image, bits)
+        sizes[name] = pixels.shape[1:]
+        names.setdefault(len(pixels), []).append(name)
+        return resize_image(pixels, image_size, resize)
+
+    small = [{n: read_small(n, image) for n, image in part.items()} for part in parts]
+    channels = max(names)
+    tensors = [_stack(part, channels, image_size) for part in small]
+    if len(names) < 2:
+        return tensors, sizes, []
+    few, many = sorted(names, key=lambda channels: len(names[channels]))
+    notice = (
+        f"{len(names[few])} of {len(sizes)} images have {few} channels, e.g. {names[few][0]}, and "
+        f"the others {many}: all are read with {channels}; save all alike"
+    )
+    return tensors, sizes, [notice]
 
 
 def check_arguments(name: str, plant: str | None, resize: str, image_size: int) -> None:
@@ -208,12 +255,12 @@ def bundled_checkpoints() -> list[str]:
     return sorted(p.name for p in (data_dir() / "checkpoints").iterdir() if p.is_dir())
 
 
-def _fingerprint(train: dict, calibration: dict) -> str:
+def _fingerprint(train: dict, calibration: dict, bits: int) -> str:
     """Return twelve hex digits of a hash over names and original pixels of the images."""
     digest = hashlib.sha256()
     for part in (train, calibration):
         for name, value in part.items():
-            digest.update(name.encode() + _read_pixels(value).tobytes())
+            digest.update(name.encode() + _read_pixels(value, bits).tobytes())
     return digest.hexdigest()[:12]
 
 
@@ -225,20 +272,23 @@ def _select_test(
     ``"development"`` and ``"uncertain"`` do not even read the real test images.
     """
     if plant in ("development", UNCERTAIN):
-        calibration, clean = _halve(calibration, seed)
+        calibration, clean = _halve(calibration, seed, source.subjects)
         test = {n: Labelled(image) for n, image in clean.items()}
     if plant == UNCERTAIN:
         if not source.uncertain:
             raise ValueError(f"{source.category} has no images of uncertain label")
         test |= {n: Labelled(image, "uncertain") for n, image in source.uncertain.items()}
     elif plant is not None:
-        test = _plant(test, plant, severity)
+        test = _plant(test, plant, severity, source.bits)
     return calibration, test
 
 
-def _plant(test: dict[str, Labelled], family: str, severity: float) -> dict[str, Labelled]:
+def _plant(
+    test: dict[str, Labelled], family: str, severity: float, bits: int
+) -> dict[str, Labelled]:
     """Return the normal test images, followed by a copy of each with one planted defect."""
-    clean = {n: _read_pixels(t.image) for n, t in test.items() if t.defect_type == "good"}
+    normal = {n: item.image for n, item in test.items() if item.defect_type == "good"}
+    clean = {n: _read_pixels(image, bits) for n, image in normal.items()}
     if not clean:
         raise ValueError("plant= needs normal test images, and this data set has none")
     planted = plant_defects(list(clean.values()), family, seed_names=list(clean), severity=severity)
@@ -248,9 +298,9 @@ def _plant(test: dict[str, Labelled], family: str, severity: float) -> dict[str,
     }
 
 
-def _read_pixels(value: Path | np.ndarray) -> np.ndarray:
+def _read_pixels(value: Path | np.ndarray, bits: int) -> np.ndarray:
     """Return an image of a :class:`Source` as uint8 (C, H, W)."""
-    return value if isinstance(value, np.ndarray) else read_image(value)
+    return value if isinstance(value, np.ndarray) else read_image(value, bits)
 
 
 def _stack(images: Mapping[str, np.ndarray], channels: int, size: int) -> Tensor:
@@ -262,28 +312,6 @@ def _stack(images: Mapping[str, np.ndarray], channels: int, size: int) -> Tensor
             raise ValueError(f"{name} has {image.shape[0]} channels where others have {channels}")
     shape = (channels, size, size)
     return to_float(np.stack([np.broadcast_to(image, shape) for image in images.values()]))
-
-
-def _read_mask(name: str, item: Labelled, size: tuple[int, int]) -> np.ndarray | None:
-    """Return a bool mask of the image's original ``size``, or None where it is not known."""
-    file = item.mask
-    if file is None:
-        return np.zeros(size, dtype=bool) if item.defect_type == "good" else None
-    if isinstance(file, np.ndarray):
-        masks = [file]
-    elif isinstance(file, tuple):  # one file per defect; the grey value is the kind of defect
-        masks = [read_image(path).max(axis=0) > 0 for path in file]
-    else:
-        pixels = read_image(file).max(axis=0)
-        masks = [pixels > (127 if pixels.max() > 127 else 0)]  # some data sets number the defects
-    for mask in masks:
-        if mask.shape != size:
-            raise ValueError(
-                f"the mask of {name} is {mask.shape[1]}x{mask.shape[0]} pixels, its image "
-                f"{size[1]}x{size[0]}; export masks at the size of their images ({file})"
-            )
-    mask = np.any(masks, axis=0)
-    return mask if mask.any() else None  # an empty mask does not show the defect
 
 
 # -------------------------------------------------------------------------------------- splits
@@ -327,10 +355,25 @@ def split(source: Source, split_seed: int) -> tuple[dict, dict, dict]:
     return train, calibration, test
 
 
-def _halve(images: Mapping[str, Any], split_seed: int) -> tuple[dict, dict]:
-    """Split calibration images into two halves; the second serves as a development test set."""
-    names = _rank(list(images), split_seed + 1, {})
-    half = len(names) // 2
+def _halve(
+    images: Mapping[str, Any], split_seed: int, subjects: Mapping[str, str]
+) -> tuple[dict, dict]:
+    """Split calibration images into two halves; the second serves as a development test set.
+
+    All images of a subject are in one half.
+
+    Raises:
+        ValueError: all images are of one subject.
+    """
+    names = _rank(list(images), split_seed + 1, subjects)
+    half = _align_cut(names, len(names) // 2, subjects)
+    if half == 0 and len(names) > 1:  # the first subject has more than half of the images
+        half = next((k for k in range(1, len(names)) if _align_cut(names, k, subjects) == k), 0)
+    if half == 0:
+        raise ValueError(
+            f"the {len(names)} calibration images are of one subject, so they cannot be split into "
+            "two halves; add normal images of other subjects"
+        )
     return {n: images[n] for n in names[:half]}, {n: images[n] for n in names[half:]}
 
 

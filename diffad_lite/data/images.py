@@ -2,12 +2,15 @@
 
 import hashlib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
+
+from diffad_lite.data.formats import foreign_format
 
 Resize = Literal["squash", "pad"]
 STANDARD_DEVIATION = 0.35  # of a standardised image, so that few pixels leave [-1, 1]
@@ -16,6 +19,9 @@ STACK = ".npy"  # several channels in one array, such as the sequences of an MRI
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", STACK}
 # Accepted formats, whatever the suffix; one of Pillow's other formats starts a program.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+LOSSY = {"JPEG", "MPO", "WEBP"}
+ORIENTATION = 0x0112  # tag of EXIF data
+GREY_FIX = "choose a range, and save 8 or 16 bit, for example with Pillow or tifffile"
 
 
 class _Cache(dict[tuple[str, int], np.ndarray]):
@@ -55,16 +61,36 @@ def list_images(folder: Path) -> list[Path]:
     return paths
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, bits: int = 16) -> np.ndarray:
     """Read an image file as uint8 (C, H, W), C = 1 or 3; a process decodes each file once.
 
-    EXIF rotation is applied, transparency is dropped, 16-bit grey is scaled to 8 bit. A ``.npy``
-    file is a stack of channels, uint8 (C, H, W), C from 1 to 4.
+    EXIF rotation is applied, transparency is dropped. Grey values of more than 8 bits are scaled
+    from 0 .. 2 ** ``bits`` - 1 to 0 .. 255; larger values become 255. A ``.npy`` file is a stack of
+    channels, uint8 (C, H, W), C from 1 to 4.
 
     Raises:
         FileNotFoundError: no such file.
         PermissionError: no permission to read it.
-        ValueError: not an image, or a truncated one.
+        ValueError: not an image, a truncated one, or one whose range of values is unknown.
+    """
+    values = read_values(path)
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.float32:
+        fault = "floating-point pixels have no agreed range"
+        raise ValueError(f"cannot read {path}: the file is fine, but {fault}; {GREY_FIX}")
+    low, high = values.min(), values.max()
+    if low < 0 or high >= 2**16:
+        fault = f"the range of its values ({low} .. {high}) is not known"
+        raise ValueError(f"cannot read {path}: the file is fine, but {fault}; {GREY_FIX}")
+    return (values / ((2**bits - 1) / 255)).clip(0, 255).round().astype(np.uint8)
+
+
+def read_values(path: Path) -> np.ndarray:
+    """Read an image file with the values that it holds, (C, H, W), read-only.
+
+    uint8; for grey images also uint16, int32 or float32. The rest, and the errors, are those of
+    :func:`read_image`.
     """
     if not path.exists():
         raise FileNotFoundError(f"no image at {path}, or it is a broken link; repair or remove it")
@@ -73,25 +99,27 @@ def read_image(path: Path) -> np.ndarray:
     key = str(path), path.stat().st_mtime_ns
     if key in _cache:
         return _cache[key]
-    pixels = _decode(str(path))
-    _cache.add(key, pixels)
-    return pixels
+    values = _decode(str(path))
+    _cache.add(key, values)
+    return values
 
 
 def _decode(path: str) -> np.ndarray:
     is_stack = path.lower().endswith(STACK)
     try:
-        pixels = _decode_stack(path) if is_stack else _decode_picture(path)
+        values = _decode_stack(path) if is_stack else _decode_picture(path)
     except PermissionError:
         raise
     except Exception as error:  # decoders raise errors of any type on damaged files
+        if not is_stack and (fault := foreign_format(Path(path), by_content=True)):
+            raise ValueError(f"cannot read {path}: the file is fine, but {fault}") from None
         kind, fix = "an image", "repair or remove it"
         if is_stack:
             kind, fix = "a stack", "save uint8 (C, H, W), C from 1 to 4, with numpy.save"
         reason = error_reason(error)
         raise ValueError(f"cannot read {path} as {kind} ({reason}); {fix}") from None
-    pixels.setflags(write=False)  # the cache returns the same array again
-    return pixels
+    values.setflags(write=False)  # the cache returns the same array again
+    return values
 
 
 def _decode_stack(path: str) -> np.ndarray:
@@ -105,16 +133,65 @@ def _decode_stack(path: str) -> np.ndarray:
 
 def _decode_picture(path: str) -> np.ndarray:
     with Image.open(path, formats=FORMATS) as file:
+        if isinstance(file, TiffImageFile):
+            _check_tiff(file)
         image = ImageOps.exif_transpose(file)
         image.info.pop("transparency", None)  # Pillow would warn about it on conversion
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no agreed range; save 8 or 16 bit")
-        if image.mode.startswith("I"):  # 16 bit grey: 0..65535 -> 0..255
-            grey16 = np.asarray(image, dtype=np.float64) / 257
-            return grey16.clip(0, 255).round().astype(np.uint8)[None]
+        if image.mode == "F" or image.mode.startswith("I"):
+            values = np.array(image)[None]
+            return values.astype(values.dtype.newbyteorder("="))
         if image.mode in ("1", "L", "LA"):
-            return np.asarray(image.convert("L"))[None]
+            return np.array(image.convert("L"))[None]
         return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+
+
+def _check_tiff(file: TiffImageFile) -> None:
+    """Refuse what Pillow reads without an error, but wrongly."""
+    if file.tag_v2.get(277, 1) > 4:
+        raise ValueError("Pillow would drop channels")
+    if file.mode == "L" and 2 in file.tag_v2.get(339, ()):
+        raise ValueError("Pillow would take signed values for unsigned ones")
+
+
+class Header(NamedTuple):
+    """Properties of an image file that are known without decoding it.
+
+    Attributes:
+        bits: of a stored value: 8, 16 or 32.
+        is_grey: one channel, of more than 8 bits.
+        n_pictures: pages or frames; only the first is read.
+        is_lossy: the compression may change values.
+    """
+
+    bits: int = 8
+    is_grey: bool = False
+    n_pictures: int = 1
+    is_lossy: bool = False
+
+
+def read_header(path: Path) -> Header:
+    """Read the header of an image file; of a broken file, which cannot be read, the default."""
+    if not path.is_file() or path.suffix.lower() == STACK:
+        return Header()
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            is_deep = file.mode == "F" or file.mode.startswith("I")
+            bits = 32 if is_deep else 8
+            if "16" in file.mode or any(";16" in str(tile[3]) for tile in file.tile):
+                bits = 16
+            lossy = {file.format, str(file.info.get("compression")).upper()}
+            n_pictures = int(getattr(file, "n_frames", 1))
+            return Header(bits, is_deep, n_pictures, bool(lossy & LOSSY))
+    except Exception:  # read_values names the fault
+        return Header()
+
+
+def is_rotated(path: Path) -> bool:
+    """Return whether EXIF data rotate or mirror a readable image file."""
+    if path.suffix.lower() == STACK:
+        return False
+    with Image.open(path, formats=FORMATS) as file:
+        return file.getexif().get(ORIENTATION, 1) in range(2, 9)
 
 
 def error_reason(error: Exception) -> str:

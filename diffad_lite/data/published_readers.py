@@ -10,9 +10,18 @@ import numpy as np
 from diffad_lite.core.config import unknown_name
 from diffad_lite.core.files import read_rows
 from diffad_lite.data.images import error_reason, list_images
-from diffad_lite.data.source import DEFAULT_CATEGORIES, Source, check_inside, require_root
+from diffad_lite.data.masks import MASK_ENDING
+from diffad_lite.data.source import (
+    DEFAULT_CATEGORIES,
+    Source,
+    check_inside,
+    count_of,
+    require_category,
+    require_root,
+)
 
 VISA_SPLIT = Path("split_csv") / "1cls.csv"
+VISA_VALUES = {"split": ("train", "test"), "label": ("normal", "anomaly")}
 MEDMNIST_LABELS = {  # by number, as in the files; "good" is normal
     "pneumoniamnist": ("good", "pneumonia"),
     "octmnist": ("cnv", "dme", "drusen", "good"),
@@ -40,16 +49,18 @@ def read_visa(category: str | None, root: Path | None) -> Source:
         rows.append(row := dict(zip(head, line, strict=True)))
         for key in ("image", "mask"):
             check_inside(row[key], f"the {key} in line {number} of {table}")
-    categories = {row["object"] for row in rows}
-    if category not in categories:
-        raise unknown_name("visa category", str(category), categories)
+        for key, known in VISA_VALUES.items():
+            row[key] = row[key].strip().lower()
+            if row[key] not in known:
+                raise unknown_name(f"{key} in line {number} of {table}", row[key], known)
+    category = require_category("visa category", category, {row["object"] for row in rows})
     source = Source(category, {}, (0.2, 0.0))
     for row in rows:
         if row["object"] != category:
             continue
         is_normal, path = row["label"] == "normal", root / row["image"]
         if row["split"] == "train" and is_normal:
-            source.normals[f"train/{path.stem}"] = path
+            source.add_normal(f"train/{path.stem}", path)
         elif row["split"] == "test":
             mask = root / row["mask"] if row["mask"] else None
             source.add_test("good" if is_normal else "anomaly", path.stem, path, mask)
@@ -64,19 +75,21 @@ def read_dagm(category: str | None, root: Path | None) -> Source:
     """
     root = require_root(root, "dagm", "the folder with Class1 to Class10")
     categories = [p.name for p in root.iterdir() if (p / "Train").is_dir()]
-    if category not in categories:
-        raise unknown_name(f"dagm category in {root}", str(category), categories)
+    category = require_category(f"dagm category in {root}", category, categories)
     source = Source(category, {}, (0.2, 0.0), remarks=("masks are ellipses around the defects",))
     for part in ("Train", "Test"):
         folder = root / category / part
         files = list_images(folder / "Label") if (folder / "Label").is_dir() else []
-        masks = {path.stem.removesuffix("_label"): path for path in files}
+        masks = {MASK_ENDING.sub("", path.stem): path for path in files}
         for path in list_images(folder):
-            mask = masks.get(path.stem)
+            mask = masks.pop(path.stem, None)
             if part == "Test":
                 source.add_test("defect" if mask else "good", path.stem, path, mask)
             elif mask is None:
-                source.normals[f"train/{path.stem}"] = path
+                source.add_normal(f"train/{path.stem}", path)
+        if masks:
+            example = min(masks.values())
+            source.notices.append(f"{count_of(masks, 'mask')} of no image, e.g. {example}")
     return source
 
 

@@ -180,7 +180,7 @@ def pretrained_or_train(
 
 def _provenance(run: Run, data: AnomalyData) -> dict[str, Any]:
     """Return what a checkpoint records of its training besides its configuration."""
-    info = {key: data.info[key] for key in ("fingerprint", "split_seed", "resize")}
+    info = {key: data.info[key] for key in ("fingerprint", "split_seed", "resize", "bits")}
     return {"seed": run.seed, "profile": run.profile, **info}
 
 
@@ -217,9 +217,10 @@ def evaluate(
     check_writable(out)
     data = run.load_data()
     if len(set(data.test_labels.tolist())) < 2:
+        remarks = "".join(f"; {remark}" for remark in data.info["remarks"])
         raise ValueError(
             "the test set has only one class, so there is nothing to measure; add "
-            "test/<defect> images, or use --plant cells to score planted defects"
+            f"test/<defect> images, or use --plant cells to score planted defects{remarks}"
         )
     if checkpoint is None:
         method = train(run, data, out, budget=budget, progress=progress)

@@ -1,6 +1,7 @@
 """Your own images without labels: survey them before training, then score a folder of them."""
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from diffad_lite.core.files import check_writable, write_rows
+from diffad_lite.data.depth import DEPTHS, choose_bits, describe_files
+from diffad_lite.data.formats import describe_foreign
 from diffad_lite.data.images import Resize, list_images, read_image, resize_image, to_float
 from diffad_lite.experiments.evaluate import (
     at_original_size,
@@ -148,15 +151,19 @@ def find_shifts(normal: Survey, new: Survey) -> list[str]:
     return shifts
 
 
-def read_images(paths: Sequence[Path], channels: int, image_size: int, resize: Resize) -> Tensor:
+def read_images(
+    paths: Sequence[Path], channels: int, image_size: int, resize: Resize, bits: int = 16
+) -> Tensor:
     """Read image files as methods take them, (n, C, H, W), float32 in [-1, 1].
+
+    ``bits`` is the depth that deep grey images have in the training, ``AnomalyData.info["bits"]``.
 
     Raises ValueError for a file that is no image, or has another number of channels (a grey image
     fits any).
     """
     images = []
     for path in paths:
-        image = resize_image(read_image(path), image_size, resize)
+        image = resize_image(read_image(path, bits), image_size, resize)
         if len(image) not in (1, channels):
             raise ValueError(
                 f"{path} has {len(image)} channels, and the model is for {channels}; save it as "
@@ -167,7 +174,12 @@ def read_images(paths: Sequence[Path], channels: int, image_size: int, resize: R
 
 
 def score_folder(
-    method: Method, folder: str | Path, out: str | Path, *, resize: Resize = "squash"
+    method: Method,
+    folder: str | Path,
+    out: str | Path,
+    *,
+    resize: Resize = "squash",
+    bits: int | None = None,
 ) -> list[dict[str, Any]]:
     """Score images that have no labels; write ``scores.csv``, ``maps/`` and ``gallery.png``.
 
@@ -176,6 +188,8 @@ def score_folder(
         folder: holds the images directly.
         out: where to write; a map is a float32 TIFF of its image's size.
         resize: as in training.
+        bits: as in training, ``AnomalyData.info["bits"]``; None if it had images of 8 bits, and
+            deep images are then read with the depth that they use.
 
     Returns:
         a row for each image, highest score first: ``file``, ``image_score``, ``alarm`` (is it
@@ -190,12 +204,20 @@ def score_folder(
         raise FileNotFoundError(f"no folder {folder}; give the one that holds the images")
     paths = list_images(folder)
     if not paths:
-        raise ValueError(f"{folder} holds no images; give the folder that they lie in directly")
+        hint = describe_foreign(folder)
+        raise ValueError(
+            f"{folder} holds no images; give the folder that they lie in directly{hint}"
+        )
     check_writable(out)
     c, threshold = method.config, method.threshold_
     if threshold is None:
         raise ValueError("the model has no threshold yet; call calibrate() with normal images")
-    images = read_images(paths, c.channels, c.image_size, resize)
+    if bits is not None and bits not in DEPTHS:
+        raise ValueError(f"bits must be one of {', '.join(map(str, DEPTHS))}, got {bits!r}")
+    bits = bits or choose_bits(paths) or 16
+    for notice in describe_files({path.name: path for path in paths}, bits, set()):
+        warnings.warn(notice, stacklevel=2)
+    images = read_images(paths, c.channels, c.image_size, resize, bits)
     prediction = method.predict(images)
     scores, maps = prediction.image_score.numpy(), prediction.anomaly_map
     order = np.argsort(-scores, kind="stable")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from diffad_lite.data import datasets, images, readers, source
+from diffad_lite.data import datasets, images, masks, readers, source
 from diffad_lite.data.datasets import AnomalyData, load_dataset
 from diffad_lite.data.images import (
     list_images,
@@ -123,7 +123,7 @@ def elpv() -> AnomalyData:
 def no_decoding(monkeypatch):
     """Images made of the path's own name, for tests where pixels do not matter."""
 
-    def fake(path: Path) -> np.ndarray:
+    def fake(path: Path, bits: int = 16) -> np.ndarray:
         seed = int.from_bytes(path.name.encode()[-12:], "big")
         return np.random.default_rng(seed).integers(0, 256, (1, 16, 16)).astype(np.uint8)
 
@@ -723,11 +723,12 @@ def test_development_defects_lie_on_half_of_the_calibration_images(mvtec):
 def test_planting_never_reads_the_real_defects(mvtec, monkeypatch, plant, forbidden):
     real, asked = read_image, []
 
-    def spy(path: Path) -> np.ndarray:
+    def spy(path: Path, *bits: int) -> np.ndarray:
         asked.append(path.as_posix())
-        return real(path)
+        return real(path, *bits)
 
     monkeypatch.setattr(datasets, "read_image", spy)
+    monkeypatch.setattr(masks, "read_values", lambda path: spy(path))
     load(mvtec, plant=plant)
     assert asked
     assert not [p for p in asked if any(f in p for f in forbidden)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diffad_lite.data import datasets
 from diffad_lite.data.datasets import load_dataset
 from diffad_lite.data.images import read_image
 
@@ -130,6 +131,58 @@ def test_a_visa_table_without_its_columns_is_named(tmp_path):
         load_dataset("visa", "candle", root=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["visa", "dagm"])
+def test_a_missing_category_lists_the_choices(tmp_path, name):
+    for category in ("nut", "bolt"):
+        (tmp_path / category / "Train").mkdir(parents=True)
+    (tmp_path / "split_csv").mkdir()
+    rows = [f"{c},train,normal,{c}/0.png," for c in ("nut", "bolt")]
+    table = "\n".join(["object,split,label,image,mask", *rows])
+    (tmp_path / "split_csv" / "1cls.csv").write_text(table)
+    with pytest.raises(ValueError, match=rf"{name} category.* is missing; .* bolt or nut"):
+        load_dataset(name, root=tmp_path)
+
+
+def test_digits_without_a_category_say_which_have_anomalies():
+    assert (
+        "choose a category from 0 to 9" in load_dataset("digits", image_size=8).info["remarks"][0]
+    )
+    assert load_dataset("digits", "3", image_size=8).info["remarks"] == ()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("test,anomaly", "test,Defect", r"unknown label in line 42 of .*1cls\.csv 'defect'"),
+        ("train,normal", "dev,normal", r"unknown split in line 2 of .*1cls\.csv 'dev'"),
+        ("Normal/0001.JPG", "Normal/0000.JPG", "two images have the name train/0000"),
+    ],
+)
+def test_odd_rows_of_a_visa_table_are_refused(tmp_path, before, after, message):
+    table = visa(tmp_path) / "split_csv" / "1cls.csv"
+    table.write_text(table.read_text().replace(before, after, 1))
+    with pytest.raises(ValueError, match=message):
+        load_dataset("visa", "candle", root=tmp_path)
+
+
+def test_labels_of_visa_count_in_any_case(tmp_path):
+    table = visa(tmp_path) / "split_csv" / "1cls.csv"
+    table.write_text(table.read_text().replace("test,normal", "Test,Normal"))
+    data = load_dataset("visa", "candle", root=tmp_path, image_size=16)
+    assert data.defect_types == ["good"] * 10 + ["anomaly"] * 5
+
+
+def test_masks_of_dagm_without_an_image_are_named(tmp_path):
+    for part in ("Train", "Test"):
+        for i in range(20):
+            png(tmp_path / "Class1" / part / f"{i:04d}.PNG", noise(16, 16, seed=i))
+        png(tmp_path / "Class1" / part / "Label" / "0001_LABEL.png", half())
+    png(tmp_path / "Class1" / "Test" / "Label" / "0077_label.PNG", half())
+    with pytest.warns(UserWarning, match=r"1 mask of no image, e\.g\. .*0077_label\.PNG"):
+        data = load_dataset("dagm", "Class1", root=tmp_path, image_size=16)
+    assert data.test_labels.sum() == 1
+
+
 def test_dagm_leaves_defective_training_images_out(tmp_path):
     for part, count in {"Train": 30, "Test": 12}.items():
         folder = tmp_path / "Class1" / part
@@ -218,6 +271,32 @@ def test_no_subject_is_on_two_sides(tmp_path, split_seed):
     assert sum(map(len, sides)) == len(set.union(*sides)) == 12
     assert 2 <= len(sides[1]) <= 4  # close to the requested fifth
     assert 2 <= len(sides[2]) <= 4
+
+
+@pytest.mark.parametrize("split_seed", range(5))
+def test_no_subject_is_in_two_development_halves(tmp_path, split_seed):
+    root = folder_of_patients(tmp_path / "scans", patients=20, slices=3)
+    options = {"root": root, "image_size": 16, "split_seed": split_seed}
+    data = load_dataset("folder", plant="development", **options)
+    whose = {noise(1, 16, 16, seed=i).tobytes(): i // 3 for i in range(60)}
+    n_clean = len(data.test_images) // 2
+    kept, clean = (
+        {whose[image.tobytes()] for image in ((part + 1) * 127.5).round().numpy().astype(np.uint8)}
+        for part in (data.calibration, data.test_images[:n_clean])
+    )
+    assert not kept & clean
+    assert 4 <= len(kept) + len(clean) <= 6
+    assert kept
+    assert clean
+
+
+def test_calibration_images_of_one_subject_cannot_be_halved():
+    images, subjects = {"a": 0, "b": 1, "c": 2}, dict.fromkeys("abc", "x")
+    with pytest.raises(ValueError, match="3 calibration images are of one subject"):
+        datasets._halve(images, 0, subjects)
+    kept, clean = datasets._halve(images, 0, subjects | {"c": "y"})
+    assert {*kept, *clean} == {"a", "b", "c"}
+    assert {"a", "b"} in (set(kept), set(clean))
 
 
 def test_a_subject_in_training_and_test_is_an_error(tmp_path):

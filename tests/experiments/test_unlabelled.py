@@ -110,6 +110,28 @@ def test_a_folder_without_labels_is_scored(trained, tmp_path, capsys):
     assert float(rows[0]["image_score"]) == pytest.approx(expected.max(), rel=1e-5)
 
 
+def test_new_images_are_read_with_the_depth_of_the_training(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        pixels = rng.integers(2000, 3000, (20, 24)).astype(np.uint16)  # 12 bits
+        folder = tmp_path / ("good" if i < 35 else "new")
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(pixels if i < 35 else pixels // 4).save(folder / f"{i:02d}.png")
+    run = Run("pca", "folder", "good", str(tmp_path), image_size=16)
+    with pytest.warns(UserWarning, match="read with 12 bits"):
+        method = train(run, run.load_data(), tmp_path / "run", progress=False)
+    command = ["--checkpoint", tmp_path / "run/checkpoint", "--images", tmp_path / "new"]
+    assert main(["score", *map(str, command), "--out", str(tmp_path / "out")]) == 0
+    assert "read with 12 bits, 0 .. 4095" in capsys.readouterr().err
+    with (tmp_path / "out" / "scores.csv").open() as file:
+        scores = {row["file"]: float(row["image_score"]) for row in csv.DictReader(file)}
+    images = read_images(list_images(tmp_path / "new"), 1, 16, "squash", bits=12)
+    expected = method.predict(images).image_score.numpy()
+    assert list(dict(sorted(scores.items())).values()) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="bits must be one of 8, 10, 12, 14, 16, got 'x'"):
+        score_folder(method, tmp_path / "new", tmp_path / "out", bits="x")
+
+
 def test_bad_folders_are_refused_and_leave_nothing(trained, tmp_path):
     method, _ = trained
     with pytest.raises(FileNotFoundError, match=r"no folder .*gone"):
