@@ -5,8 +5,6 @@ settings; the functions below it do the work.
 """
 
 import math
-import shutil
-import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffad_lite.core.config import convert, from_dict, short_repr, to_dict, unknown_name
-from diffad_lite.core.files import read_json, write_json, writing
+from diffad_lite.core.files import read_json, staged, write_atomically, write_json
 from diffad_lite.methods.calibration import MapCalibration, conformal_threshold
 from diffad_lite.training import processes
 
@@ -123,7 +121,6 @@ def save(
     method: "Checkpointed", folder: Path, dtype: torch.dtype, record: Mapping[str, Any]
 ) -> None:
     """Write a checkpoint beside ``folder``, then move it there: complete, or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
         # Single numbers are statistics, not weights; they stay as they are, as do indices.
         f"network.{name}": value.detach()
@@ -138,22 +135,10 @@ def save(
     if method.calibration_scores_ is not None:
         tensors["calibration_scores"] = torch.from_numpy(method.calibration_scores_)
     values = {"method": method.name, "config": to_dict(method.config), "reports": method.reports_}
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    aside = Path(f"{temporary}.old")
-    try:
-        temporary.chmod(0o755)
-        with writing(folder / "model.safetensors"):
-            save_file(tensors, temporary / "model.safetensors")
-        (temporary / "model.safetensors").chmod(0o644)  # safetensors makes it private
-        write_json(temporary / "config.json", {**values, **record})
-        if folder.exists():  # a folder cannot replace another: move the old one aside
-            folder.replace(aside)
-        temporary.replace(folder)
-    finally:
-        if aside.exists() and not folder.exists():  # interrupted between the two
-            aside.replace(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
+    with staged(folder.parent) as stage:
+        new = stage / folder.name
+        write_atomically(new / "model.safetensors", lambda path: save_file(tensors, path))
+        write_json(new / "config.json", {**values, **record})
 
 
 def read_record(folder: Path) -> dict[str, Any]:
