@@ -183,7 +183,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
 def score(arguments: argparse.Namespace) -> int:
     """Score a folder of images that have no labels.
 
-    Writes scores.csv, anomaly maps as TIFF and a gallery into --out.
+    Writes scores.csv, anomaly maps as TIFF and a gallery into --out, in place of those of an
+    earlier call. Images that cannot be read are named, and the exit code is 1.
     """
     from diffad_lite.data.images import list_images
     from diffad_lite.experiments.unlabelled import score_folder, survey
@@ -193,14 +194,16 @@ def score(arguments: argparse.Namespace) -> int:
     method = load_pretrained(arguments.checkpoint)
     resize = read_record(arguments.checkpoint).get("resize", "squash")
     rows = score_folder(method, arguments.images, arguments.out, resize=resize)
-    for warning in survey(list_images(arguments.images)).warnings(training=False):
+    scored = {row["file"] for row in rows}
+    paths = list_images(arguments.images)
+    for warning in survey([p for p in paths if p.name in scored]).warnings(training=False):
         say(f"warning: {warning}")
     for row in rows[:10]:
         print(f"{row['image_score']:10.4g}  {'ALARM' if row['alarm'] else '':5}  {row['file']}")
     alarms = sum(row["alarm"] for row in rows)
     print(f"{alarms} of {len(rows)} images lie above the threshold {method.threshold_:.4g}")
     print(f"all scores: {arguments.out / 'scores.csv'}")
-    return 0
+    return 0 if len(rows) == len(paths) else 1
 
 
 @command(

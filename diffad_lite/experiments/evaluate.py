@@ -5,8 +5,9 @@ A run folder holds ``state/`` (to resume training), ``checkpoint/``, ``scores.cs
 """
 
 import hashlib
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from diffad_lite.core.config import changed_fields, convert, from_dict, override
 from diffad_lite.core.files import (
     check_writable,
     read_json,
+    staged,
     write_atomically,
     write_json,
     write_rows,
@@ -205,6 +207,9 @@ def evaluate(
         )
     out = Path(out)
     check_writable(out)
+    check_replaceable(
+        out / "maps", lambda p: p.suffix == ".tiff" and "test" in p.relative_to(out).parts
+    )
     data = run.load_data()
     if len(set(data.test_labels.tolist())) < 2:
         raise ValueError(
@@ -236,9 +241,28 @@ def evaluate(
     write_scores(out / "scores.csv", data, prediction)
     write_figure(out / "figure.png", data, prediction, method)
     if save_maps:
-        export_maps(data, prediction.anomaly_map, out / "maps" / data.info["category"])
+        with staged(out) as stage:
+            export_maps(data, prediction.anomaly_map, stage / "maps" / data.info["category"])
+    else:  # those of an older result
+        shutil.rmtree(out / "maps", ignore_errors=True)
     write_json(out / "result.json", result)
     return result
+
+
+def check_replaceable(maps: Path, is_map: Callable[[Path], bool]) -> None:
+    """Check that a folder which new maps will replace holds nothing but maps, or does not exist.
+
+    Raises:
+        NotADirectoryError: it is a file.
+        ValueError: it holds a file for which ``is_map`` is false, except for a hidden one.
+    """
+    check_writable(maps)
+    for path in sorted(maps.rglob("*")):
+        if path.is_file() and not path.name.startswith(".") and not is_map(path):
+            raise ValueError(
+                f"{path} is no map of an earlier call, and {maps} would be replaced; choose "
+                "another output folder"
+            )
 
 
 def _identity(

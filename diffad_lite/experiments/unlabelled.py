@@ -1,6 +1,7 @@
 """Your own images without labels: survey them before training, then score a folder of them."""
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +12,23 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from diffad_lite.core.files import check_writable, write_rows
-from diffad_lite.data.images import Resize, list_images, read_image, resize_image, to_float
+from diffad_lite.core.files import check_writable, staged, write_rows
+from diffad_lite.data.images import (
+    IMAGE_SUFFIXES,
+    Resize,
+    list_images,
+    read_image,
+    resize_image,
+    to_float,
+)
 from diffad_lite.experiments.evaluate import (
     at_original_size,
+    check_replaceable,
     escape_dollars,
     save_figure,
     write_map,
 )
-from diffad_lite.methods.base import Method
+from diffad_lite.methods.base import Method, Prediction
 from diffad_lite.plots import show_detections
 
 FEW = 50  # normal images below which both training and threshold are unreliable
@@ -171,6 +180,9 @@ def score_folder(
 ) -> list[dict[str, Any]]:
     """Score images that have no labels; write ``scores.csv``, ``maps/`` and ``gallery.png``.
 
+    They replace those of an earlier call in ``out``, all of them or, on an error, none. A warning
+    names the images that the method cannot take; the others are scored.
+
     Args:
         method: fitted and calibrated.
         folder: holds the images directly.
@@ -178,40 +190,102 @@ def score_folder(
         resize: as in training.
 
     Returns:
-        a row for each image, highest score first: ``file``, ``image_score``, ``alarm`` (is it
-        above the method's threshold?).
+        a row for each scored image, highest score first: ``file``, ``image_score``, ``alarm`` (is
+        it above the method's threshold?).
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: the folder has no images or an unreadable one, or the method no threshold.
+        ValueError: the folder has no images, or none that the method can take; the method has no
+            threshold; ``out`` lies inside ``folder``, or holds other files than an earlier call's.
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; give the one that holds the images")
+    _check_output(folder, out)
     paths = list_images(folder)
     if not paths:
         raise ValueError(f"{folder} holds no images; give the folder that they lie in directly")
-    check_writable(out)
-    c, threshold = method.config, method.threshold_
-    if threshold is None:
+    if method.threshold_ is None:
         raise ValueError("the model has no threshold yet; call calibrate() with normal images")
-    images = read_images(paths, c.channels, c.image_size, resize)
+    c = method.config
+    paths, images = _read_usable(paths, c.channels, c.image_size, resize)
     prediction = method.predict(images)
-    scores, maps = prediction.image_score.numpy(), prediction.anomaly_map
-    order = np.argsort(-scores, kind="stable")
     rows: list[dict[str, Any]] = [
         {
-            "file": paths[i].name,
-            "image_score": float(scores[i]),
-            "alarm": bool(scores[i] > threshold),
+            "file": path.name,
+            "image_score": float(score),
+            "alarm": bool(score > method.threshold_),
         }
-        for i in order
+        for path, score in zip(paths, prediction.image_score.numpy(), strict=True)
     ]
-    for path, anomaly_map in zip(paths, maps, strict=True):
-        size = read_image(path).shape[1:]
-        pixels = at_original_size(anomaly_map, size, resize, c.image_size)
-        write_map(out / "maps" / f"{path.name}.tiff", pixels)
-    top = torch.as_tensor(order[:SHOWN].copy())
+    rows.sort(key=lambda row: -row["image_score"])
+    cells = [
+        (r["file"], f"{r['image_score']:.6g}", f"{method.threshold_:.6g}", int(r["alarm"]))
+        for r in rows
+    ]
+    with staged(out) as stage:
+        for path, anomaly_map in zip(paths, prediction.anomaly_map, strict=True):
+            size = read_image(path).shape[1:]
+            pixels = at_original_size(anomaly_map, size, resize, c.image_size)
+            write_map(stage / "maps" / f"{path.name}.tiff", pixels)
+        _write_gallery(stage / "gallery.png", method, images, prediction, rows)
+        write_rows(stage / "scores.csv", [("file", "image_score", "threshold", "alarm"), *cells])
+        (out / "scores.csv").unlink(missing_ok=True)  # its presence means that all else is there
+    return rows
+
+
+def _check_output(folder: Path, out: Path) -> None:
+    """Check that results can be written to ``out``, and replace nothing but older results."""
+    check_writable(out)
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"the output folder {out} lies in that of the images, {folder}, whose next call would "
+            "take the gallery for an image; choose an output folder outside of it"
+        )
+    if (out / "result.json").exists():
+        raise ValueError(
+            f"{out} holds an evaluated run, whose scores.csv would be replaced; choose another "
+            "output folder"
+        )
+    check_replaceable(
+        out / "maps",
+        lambda path: path.suffix == ".tiff" and Path(path.stem).suffix.lower() in IMAGE_SUFFIXES,
+    )
+
+
+def _read_usable(
+    paths: Sequence[Path], channels: int, image_size: int, resize: Resize
+) -> tuple[list[Path], Tensor]:
+    """Read the images that :func:`read_images` takes; a warning names the others.
+
+    Raises what the first image raised if no image can be read.
+    """
+    images: dict[Path, Tensor] = {}
+    errors: dict[Path, OSError | ValueError] = {}
+    for path in paths:
+        try:
+            images[path] = read_images([path], channels, image_size, resize)
+        except (OSError, ValueError) as error:
+            errors[path] = error
+    if not images:
+        raise next(iter(errors.values()))
+    if errors:
+        names = ", ".join(path.name for path in errors)
+        reason = next(iter(errors.values()))
+        warnings.warn(
+            f"{len(errors)} of {len(paths)} images are not scored: {names}; the first, because "
+            f"{reason}",
+            stacklevel=3,
+        )
+    return list(images), torch.cat(list(images.values()))
+
+
+def _write_gallery(
+    path: Path, method: Method, images: Tensor, prediction: Prediction, rows: list[dict[str, Any]]
+) -> None:
+    """Show the images with the highest scores; ``rows`` are in the order of their scores."""
+    scores, maps = prediction.image_score.numpy(), prediction.anomaly_map
+    top = torch.as_tensor(np.argsort(-scores, kind="stable")[:SHOWN].copy())
     low, high = np.quantile(maps.numpy(), (0.05, 0.999))  # above normal pixels
     alarms = sum(row["alarm"] for row in rows)
     fig, _ = show_detections(
@@ -222,9 +296,4 @@ def score_folder(
         caption=f"{method.name}: highest scores of {len(images)} images; "
         f"{alarms} lie above the threshold",
     )
-    save_figure(out / "gallery.png", fig)
-    cells = [
-        (r["file"], f"{r['image_score']:.6g}", f"{threshold:.6g}", int(r["alarm"])) for r in rows
-    ]
-    write_rows(out / "scores.csv", [("file", "image_score", "threshold", "alarm"), *cells])
-    return rows
+    save_figure(path, fig)
