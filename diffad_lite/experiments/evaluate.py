@@ -7,6 +7,7 @@ A run folder holds ``state/`` (to resume training), ``checkpoint/``, ``scores.cs
 import hashlib
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,13 @@ from diffad_lite.evaluation import metrics
 from diffad_lite.evaluation.records import PIXEL_METRICS, ScoreTable
 from diffad_lite.experiments.machine import machine_record
 from diffad_lite.experiments.run import Run, fields_of, run_hash
-from diffad_lite.methods.base import Method, Prediction, get_method, load_pretrained
+from diffad_lite.methods.base import (
+    Method,
+    MethodConfig,
+    Prediction,
+    get_method,
+    load_pretrained,
+)
 from diffad_lite.methods.checkpoints import check_changeable, read_record
 from diffad_lite.plots import show_detections
 from diffad_lite.training import processes
@@ -52,27 +59,17 @@ def train(
 ) -> Method:
     """Train into ``out/state`` and ``out/checkpoint``; a second call resumes or loads.
 
-    Several processes may call it at once, see :mod:`diffad_lite.training.processes`. Raises
-    ValueError if the checkpoint there is of another configuration, seed, data or ``budget`` (s).
+    Several processes may call it at once, see :mod:`diffad_lite.training.processes`. A checkpoint
+    that was trained in a limited time serves a call without ``budget`` (s), with a warning. Raises
+    ValueError if the checkpoint there is of another configuration, seed, data or ``budget``.
     """
     checkpoint, state = out / "checkpoint", out / "state"
     check_writable(state)
     config = run.configure(data)
-    identity = {"method": run.method, **_provenance(run, data), "budget": budget}
     if (checkpoint / "config.json").exists():
-        stored = read_record(checkpoint)
-        same_run = {key: stored.get(key) for key in identity} == identity
-        try:
-            same_run = same_run and from_dict(type(config), stored["config"]) == config
-        except ValueError as error:
-            fix = f"delete {checkpoint} to train anew"
-            raise ValueError(f"{checkpoint / 'config.json'}: {error}; {fix}") from None
-        if same_run:
-            return load_checkpoint(checkpoint, run, data)
-        raise ValueError(
-            f"{checkpoint} was trained with another configuration, seed, data or time budget; "
-            "choose another --out, or delete that folder to train anew"
-        )
+        identity = {"method": run.method, **_provenance(run, data)}
+        _check_same_training(checkpoint, identity, config, budget)
+        return load_checkpoint(checkpoint, run, data)
     method = get_method(run.method)(config)
     method.fit(
         data.train, data.calibration, seed=run.seed, budget=budget, workdir=state, progress=progress
@@ -80,6 +77,37 @@ def train(
     if processes.rank() == 0:
         method.save_pretrained(checkpoint, **_provenance(run, data), budget=budget)
     return method
+
+
+def _check_same_training(
+    checkpoint: Path, identity: Mapping[str, Any], config: MethodConfig, budget: float | None
+) -> None:
+    """Raise ValueError if a checkpoint comes from another training than the one asked for."""
+    stored, fix = read_record(checkpoint), "delete that folder to train anew"
+    same = {key: stored.get(key) for key in identity} == identity
+    try:
+        same = same and from_dict(type(config), stored["config"]) == config
+    except ValueError as error:
+        fix = f"delete {checkpoint} to train anew"
+        raise ValueError(f"{checkpoint / 'config.json'}: {error}; {fix}") from None
+    if not same:
+        raise ValueError(
+            f"{checkpoint} was trained with another configuration, seed or data; "
+            f"choose another --out, or {fix}"
+        )
+    limit = stored.get("budget")
+    if limit == budget:
+        return
+    trained = "without --max-minutes" if limit is None else f"with --max-minutes {limit / 60:g}"
+    if budget is not None:
+        raise ValueError(
+            f"{checkpoint} was trained {trained}, not with --max-minutes {budget / 60:g}; leave it "
+            f"out to use that training, choose another --out, or {fix}"
+        )
+    steps = sum(report["steps"] for report in stored.get("reports", {}).values())
+    warnings.warn(
+        f"{checkpoint} was trained {trained} ({steps:.0f} steps) and is used; {fix}", stacklevel=3
+    )
 
 
 def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
@@ -197,8 +225,8 @@ def evaluate(
         save_maps: write every anomaly map at its original size, in MVTec's layout (float32 TIFF).
 
     Raises:
-        ValueError: the test set has one class only, several processes call it, or loading or
-            training fails.
+        ValueError: the test set has one class only, several processes call it, ``budget`` is given
+            with a ``checkpoint``, or loading or training fails.
     """
     if processes.count() > 1:
         raise ValueError(
@@ -210,12 +238,12 @@ def evaluate(
     check_replaceable(
         out / "maps", lambda p: p.suffix == ".tiff" and "test" in p.relative_to(out).parts
     )
-    data = run.load_data()
-    if len(set(data.test_labels.tolist())) < 2:
+    if checkpoint is not None and budget is not None:
         raise ValueError(
-            "the test set has only one class, so there is nothing to measure; add "
-            "test/<defect> images, or use --plant cells to score planted defects"
+            "nothing is trained with --checkpoint, so --max-minutes has no effect; leave one out"
         )
+    data = run.load_data()
+    check_scorable(data)
     if checkpoint is None:
         method = train(run, data, out, budget=budget, progress=progress)
     else:
@@ -247,6 +275,15 @@ def evaluate(
         shutil.rmtree(out / "maps", ignore_errors=True)
     write_json(out / "result.json", result)
     return result
+
+
+def check_scorable(data: AnomalyData) -> None:
+    """Raise ValueError unless the test set has normal and anomalous images."""
+    if len(set(data.test_labels.tolist())) < 2:
+        raise ValueError(
+            "the test set has only one class, so there is nothing to measure; add "
+            "test/<defect> images, or use --plant cells to score planted defects"
+        )
 
 
 def check_replaceable(maps: Path, is_map: Callable[[Path], bool]) -> None:

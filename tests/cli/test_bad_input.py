@@ -669,9 +669,11 @@ def test_a_grid_that_is_not_there(tmp_path, refused):
         ("variants: {raw: {calibrate: no idea}}", "PCAConfig.calibrate must be a valid boolean"),
         ("plants: [null, cell]", "unknown family of planted defects 'cell'; did you mean 'cells'?"),
         ("settings: {smooth: 1}", "unknown field 'smooth'; did you mean 'smooth_sigma'?"),
+        ("variants: {few: {n_components: 2}}", "n_components cannot be changed on a trained model"),
+        ("plants: [uncertain]", "disc has no images of uncertain label"),
     ],
 )
-def test_a_grid_with_a_misspelt_setting_does_not_train_first(more, what, tmp_path, capsys):
+def test_a_grid_that_cannot_be_scored_does_not_train_first(more, what, tmp_path, capsys):
     (tmp_path / "grid.yaml").write_text(GRID + more)
     assert main(["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
