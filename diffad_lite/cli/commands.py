@@ -318,6 +318,7 @@ def datasets(arguments: argparse.Namespace) -> int:
     ),
     option("--folder", type=Path, default=Path("notebooks"), help="folder of the lessons"),
     option("--out", type=Path, default=Path("runs/notebooks"), help="folder of executed copies"),
+    option("--start-timeout", type=int, default=180, help="seconds in which a kernel must start"),
 )
 def notebooks(arguments: argparse.Namespace) -> int:
     """Execute the lessons into copies.
@@ -334,7 +335,11 @@ def notebooks(arguments: argparse.Namespace) -> int:
         except (ValueError, RecursionError):
             parameters[name] = text
     failures = run_notebooks(
-        arguments.folder, arguments.out, parameters=parameters, only=arguments.only
+        arguments.folder,
+        arguments.out,
+        parameters=parameters,
+        only=arguments.only,
+        start_timeout=arguments.start_timeout,
     )
     return _exit_code(failures)
 

@@ -301,7 +301,8 @@ def find_missing(grid: Grid, records: Iterable[Mapping[str, Any]]) -> tuple[list
 
     Compares the grid with ``records``, as :func:`~diffad_lite.evaluation.records.read_results`
     returns them; reads no image and trains nothing. Raises ValueError for an unknown method,
-    impossible fields of a run, or two runs of one name. A setting that no configuration has shows only in the sweep.
+    impossible fields of a run, or two runs of one name. A setting that no configuration has shows
+    only in the sweep.
     """
     check_distinct(grid)
     by_name = {record["name"]: record for record in records}

@@ -189,6 +189,7 @@ def test_override_by_a_value_that_does_not_fit_is_refused(name, text, message):
 def test_unknown_name_lists_what_is_known_and_guesses_only_when_near():
     near = str(unknown_name("fruit", "aple", ["pear", "apple"]))
     assert near == "unknown fruit 'aple'; did you mean 'apple'? known: apple, pear"
+    assert "did you mean 'ci'?" in str(unknown_name("profile", "CI", ["ci", "lite", "paper"]))
     far = str(unknown_name("fruit", "xyz", ["pear", "apple"]))
     assert far == "unknown fruit 'xyz'; known: apple, pear"
 
