@@ -110,17 +110,26 @@ def _check_same_training(
     )
 
 
+def find_checkpoint(folder: str | Path) -> Path:
+    """Return the folder of a checkpoint: ``folder`` itself, or ``checkpoint`` in that of a run."""
+    folder = Path(folder)
+    inside = folder / "checkpoint"
+    is_run = not (folder / "config.json").exists() and (inside / "config.json").exists()
+    return inside if is_run else folder
+
+
 def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
     """Load a checkpoint for ``data``, which must be split as in training.
 
     Applies ``run.settings``; then calibrates again if the settings or the calibration images are
-    not those of the checkpoint.
+    not those of the checkpoint. ``folder`` may also be that of a run.
 
     Raises:
         ValueError: the checkpoint is of another method, seed or profile than ``run``, or was
             fitted on another split, so test images of ``data`` may have been training images.
     """
-    stored = read_record(Path(folder))
+    folder = find_checkpoint(folder)
+    stored = read_record(folder)
     provenance = _provenance(run, data)
     if stored.get("fingerprint") != provenance.pop("fingerprint"):
         raise ValueError(
@@ -219,8 +228,8 @@ def evaluate(
     """Train or load, score the test set, write the run folder, and return its ``result.json``.
 
     Args:
-        checkpoint: load this instead of training; ``run.settings`` may then change inference
-            settings only.
+        checkpoint: load this, or that of this run's folder, instead of training;
+            ``run.settings`` may then change inference settings only.
         budget: seconds of training.
         save_maps: write every anomaly map at its original size, in MVTec's layout (float32 TIFF).
 
@@ -247,6 +256,7 @@ def evaluate(
     if checkpoint is None:
         method = train(run, data, out, budget=budget, progress=progress)
     else:
+        checkpoint = find_checkpoint(checkpoint)
         method = load_checkpoint(checkpoint, run, data)
     assert method.threshold_ is not None  # trained or loaded, hence calibrated
     started = time.perf_counter()

@@ -426,15 +426,15 @@ def test_a_checkpoint_of_other_data(plate, trained, refused):
     assert "train on this data instead" in said
 
 
-def test_the_run_folder_in_the_place_of_its_checkpoint(made, trained, refused):
-    said = refused(*evaluate(made, "--checkpoint", trained))
-    assert f"no checkpoint's config.json at {trained}/config.json; {CHECKPOINT}" in said
+def test_a_folder_that_is_neither_a_checkpoint_nor_that_of_a_run(made, trained, refused):
+    said = refused(*evaluate(made, "--checkpoint", trained.parent))
+    assert f"no checkpoint's config.json at {trained.parent}/config.json; {CHECKPOINT}" in said
 
 
 def test_weights_that_are_not_bundled(made, refused):
     said = refused(*evaluate(made, "--checkpoint", "bundled"))
     assert "no weights are bundled for folder-pca, only for: " in said
-    assert "leave --checkpoint out to train" in said
+    assert "to train, leave --checkpoint out of 'evaluate'" in said
 
 
 @pytest.mark.parametrize(

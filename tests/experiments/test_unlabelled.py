@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffad_lite.cli.main import main
 from diffad_lite.data.images import list_images
-from diffad_lite.experiments.evaluate import evaluate, train
+from diffad_lite.experiments.evaluate import bundled_checkpoint, evaluate, train
 from diffad_lite.experiments.run import Run
 from diffad_lite.experiments.unlabelled import find_shifts, read_images, score_folder, survey
 
@@ -220,3 +220,34 @@ def test_images_that_cannot_be_read_are_named_and_the_others_scored(trained, tmp
     )
     assert rest == [row for row in whole if row[0] not in ("002.png", "004.png")]
     assert len(names_below(tmp_path / "out" / "maps")) == 4
+
+
+def test_the_checkpoint_is_a_folder_that_of_a_run_or_bundled(trained, tmp_path, capsys):
+    _, root = trained
+    write(tmp_path / "new", 3)
+    bundled = ["bundled", "--method", "anoddpm"]
+    named = {
+        "run": [str(root / "run")],
+        "checkpoint": [str(root / "run" / "checkpoint")],
+        "bundled": [*bundled, "--dataset", "elpv", "--category", "mono"],
+        "default": bundled,
+        "folder": [str(bundled_checkpoint("anoddpm", "elpv", "mono"))],
+    }
+    tables = {}
+    for name, words in named.items():
+        command = ["score", "--images", str(tmp_path / "new"), "--out", str(tmp_path / name)]
+        assert main([*command, "--checkpoint", *words]) == 0
+        tables[name] = (tmp_path / name / "scores.csv").read_text()
+    assert tables["run"] == tables["checkpoint"]
+    assert tables["bundled"] == tables["default"] == tables["folder"]
+    capsys.readouterr()
+    for words, message in (
+        (["bundled"], "--method is missing; 'diffad methods' lists them"),
+        (
+            ["bundled", "--method", "pca"],
+            "no weights are bundled for elpv-mono-pca, only for: elpv",
+        ),
+        ([str(root / "run"), "--category", "mono"], "choose among bundled checkpoints; leave them"),
+    ):
+        assert main([*command, "--checkpoint", *words]) == 2
+        assert message in capsys.readouterr().err
