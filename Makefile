@@ -7,6 +7,8 @@ BIN    := $(VENV)/bin
 TORCH  ?=
 # Corrupted inputs of `make fuzz`, and a sixtieth as many kills, at most 100.
 FUZZ   ?= 10000
+# Seconds in which the kernel of a notebook must have started; a busy machine needs more.
+START_TIMEOUT ?= 180
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
 
@@ -17,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 .PHONY: fuzz bench size docs
 
 run: $(VENV)/.installed
-	$(BIN)/diffad notebooks --profile lite --out runs/notebooks
+	$(BIN)/diffad notebooks --profile lite --out runs/notebooks --start-timeout $(START_TIMEOUT)
 	@echo "Executed notebooks are in runs/notebooks; 'make lab' opens the series."
 
 test: lint check-notebooks
@@ -44,7 +46,8 @@ check-notebooks: $(VENV)/.installed-test
 # Every notebook runs from start to end; loadfile keeps all cells of a notebook in one process.
 test-notebooks: $(VENV)/.installed-test
 	DIFFAD_PROFILE=ci DIFFAD_STATIC=1 $(PYTEST) --dist loadfile --nbval-lax \
-	    --nbval-cell-timeout=300 --timeout=600 $(LESSONS)
+	    --nbval-kernel-startup-timeout=$(START_TIMEOUT) --nbval-cell-timeout=300 --timeout=600 \
+	    $(LESSONS)
 
 # Notebook 09 in a real browser; skipped where Chromium or playwright is missing.
 test-browser: $(VENV)/.installed-test

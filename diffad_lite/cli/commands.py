@@ -122,6 +122,24 @@ def _run_from(arguments: argparse.Namespace) -> "Run":
     return Run(**values, plant=plant, settings=_settings(arguments))
 
 
+def _find_checkpoint(name: str, method: str | None, dataset: str, category: str | None) -> Path:
+    """Return the folder that ``--checkpoint`` names: a path, that of a run, or ``bundled``."""
+    from diffad_lite.data.datasets import bundled_checkpoints
+    from diffad_lite.experiments.evaluate import bundled_checkpoint, find_checkpoint
+
+    if name != "bundled":
+        return find_checkpoint(name)
+    if method is None:
+        raise ValueError("--method is missing; 'diffad methods' lists them")
+    folder = bundled_checkpoint(method, dataset, category)
+    if not folder.is_dir():
+        raise ValueError(
+            f"no weights are bundled for {folder.name}, only for: "
+            f"{', '.join(bundled_checkpoints())}; to train, leave --checkpoint out of 'evaluate'"
+        )
+    return folder
+
+
 def _budget(arguments: argparse.Namespace) -> float | None:
     """Return the time budget of a training in seconds, None for no limit."""
     minutes = arguments.max_minutes
@@ -135,7 +153,9 @@ def _budget(arguments: argparse.Namespace) -> float | None:
     option("--method", help="name in the list of 'diffad methods'; a --checkpoint folder has it"),
     *RUN,
     PLANT,
-    option("--checkpoint", help="load this folder, or 'bundled', instead of training"),
+    option(
+        "--checkpoint", help="load this folder, that of a run, or 'bundled', instead of training"
+    ),
     option("--maps", action="store_true", help="also write all anomaly maps as TIFF"),
     notes=LAYOUT,
 )
@@ -145,23 +165,17 @@ def evaluate(arguments: argparse.Namespace) -> int:
     Writes result.json (metrics with intervals, configuration, seeds, versions), scores.csv
     and figure.png into --out. The same call continues an interrupted run.
     """
-    from diffad_lite.data.datasets import bundled_checkpoints
-    from diffad_lite.experiments.evaluate import bundled_checkpoint, evaluate
+    from diffad_lite.experiments.evaluate import evaluate
     from diffad_lite.methods.checkpoints import read_record
 
-    checkpoint = arguments.checkpoint
-    if arguments.method is None:
-        if checkpoint in (None, "bundled"):
-            raise ValueError("--method is missing; 'diffad methods' lists them")
-        arguments.method = read_record(Path(checkpoint))["method"]
+    method, checkpoint = arguments.method, None
+    if arguments.checkpoint is not None:
+        data = arguments.dataset, arguments.category
+        checkpoint = _find_checkpoint(arguments.checkpoint, method, *data)
+        arguments.method = method or read_record(checkpoint)["method"]
+    elif method is None:
+        raise ValueError("--method is missing; 'diffad methods' lists them")
     run = _run_from(arguments)
-    if checkpoint == "bundled":
-        checkpoint = bundled_checkpoint(run.method, run.dataset, run.category)
-        if not checkpoint.is_dir():
-            raise ValueError(
-                f"no weights are bundled for {checkpoint.name}, only for: "
-                f"{', '.join(bundled_checkpoints())}; leave --checkpoint out to train"
-            )
     result = evaluate(
         run,
         arguments.out,
@@ -179,33 +193,46 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 @command(
-    "diffad score --checkpoint runs/pca/checkpoint --images new_images --out runs/new",
-    option("--checkpoint", help="its folder: that of a run, or data/checkpoints/...", **FOLDER),
+    "diffad score --checkpoint runs/pca --images new_images --out runs/new",
+    option("--checkpoint", required=True, help="its folder, that of a run, or 'bundled'"),
+    option("--method", help="of --checkpoint bundled: name in the list of 'diffad methods'"),
+    option("--dataset", help="of --checkpoint bundled; without it elpv"),
+    option("--category", help="of --checkpoint bundled; without it the data set's default"),
     option("--images", help="folder of the images", **FOLDER),
     option("--out", help="folder of the results", **FOLDER),
 )
 def score(arguments: argparse.Namespace) -> int:
     """Score a folder of images that have no labels.
 
-    Writes scores.csv, anomaly maps as TIFF and a gallery into --out.
+    Writes scores.csv, anomaly maps as TIFF and a gallery into --out, in place of those of an
+    earlier call. Images that cannot be read are named, and the exit code is 1.
     """
     from diffad_lite.data.images import list_images
     from diffad_lite.experiments.unlabelled import score_folder, survey
     from diffad_lite.methods.base import load_pretrained
     from diffad_lite.methods.checkpoints import read_record
 
-    method = load_pretrained(arguments.checkpoint)
-    record = read_record(arguments.checkpoint)
+    chosen = arguments.method, arguments.dataset, arguments.category
+    if arguments.checkpoint != "bundled" and any(chosen):
+        raise ValueError(
+            "--method, --dataset and --category choose among bundled checkpoints; leave them out, "
+            f"or use --checkpoint bundled, not {arguments.checkpoint}"
+        )
+    checkpoint = _find_checkpoint(arguments.checkpoint, chosen[0], chosen[1] or "elpv", chosen[2])
+    method = load_pretrained(checkpoint)
+    record = read_record(checkpoint)
     reading = {"resize": record.get("resize", "squash"), "bits": record.get("bits")}
     rows = score_folder(method, arguments.images, arguments.out, **reading)
-    for warning in survey(list_images(arguments.images)).warnings(training=False):
+    scored = {row["file"] for row in rows}
+    paths = list_images(arguments.images)
+    for warning in survey([p for p in paths if p.name in scored]).warnings(training=False):
         say(f"warning: {warning}")
     for row in rows[:10]:
         print(f"{row['image_score']:10.4g}  {'ALARM' if row['alarm'] else '':5}  {row['file']}")
     alarms = sum(row["alarm"] for row in rows)
     print(f"{alarms} of {len(rows)} images lie above the threshold {method.threshold_:.4g}")
     print(f"all scores: {arguments.out / 'scores.csv'}")
-    return 0
+    return 0 if len(rows) == len(paths) else 1
 
 
 @command(
@@ -327,6 +354,7 @@ def datasets(arguments: argparse.Namespace) -> int:
         help="execute nothing: write the lessons that came with this package, with exercises and "
         "solutions, into DIR; no file is overwritten",
     ),
+    option("--start-timeout", type=int, default=180, help="seconds in which a kernel must start"),
 )
 def notebooks(arguments: argparse.Namespace) -> int:
     """Execute the lessons into copies.
@@ -345,7 +373,13 @@ def notebooks(arguments: argparse.Namespace) -> int:
         except (ValueError, RecursionError):
             parameters[name] = text
     folder = arguments.folder or Path("notebooks")
-    failures = run_notebooks(folder, arguments.out, parameters=parameters, only=arguments.only)
+    failures = run_notebooks(
+        folder,
+        arguments.out,
+        parameters=parameters,
+        only=arguments.only,
+        start_timeout=arguments.start_timeout,
+    )
     return _exit_code(failures)
 
 

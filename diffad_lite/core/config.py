@@ -89,10 +89,14 @@ def short_repr(value: Any) -> str:
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> ValueError:
-    """Return the error for a name that does not exist, with the nearest one that does."""
+    """Return the error for a name that does not exist, with the nearest one that does.
+
+    Capital and small letters count as equal in the search for the nearest.
+    """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    small = {text.lower(): text for text in known}
+    near = difflib.get_close_matches(name.lower(), small, n=1)
+    hint = f"did you mean {small[near[0]]!r}? " if near else ""
     return ValueError(f"unknown {what} {short_repr(name)}; {hint}known: {', '.join(known)}")
 
 

@@ -8,7 +8,8 @@ import json
 import math
 import os
 import re
-import tempfile
+import secrets
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,16 +75,55 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     check_writable(path.parent)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f".{path.name}."
-        handle, name = tempfile.mkstemp(prefix=prefix, suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{path.suffix}")
         try:
+            temporary.touch(exist_ok=False)
+            mode = temporary.stat().st_mode  # as the umask allows
             write(temporary)
-            temporary.chmod(0o644)
+            temporary.chmod(mode)  # safetensors makes its files private
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder; after the block, move what is in it into ``folder``.
+
+    Files and folders move in the order of their names; each replaces the old one of its name as a
+    whole. If the block fails, ``folder`` keeps what it holds.
+
+    Raises:
+        OSError: the disk is full, or ``folder`` cannot be written; its ``filename`` is the final
+            path.
+    """
+    check_writable(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stage = folder / f".new.{secrets.token_hex(4)}"
+        stage.mkdir()
+    try:
+        yield stage
+        for path in sorted(stage.iterdir()):
+            _replace(folder / path.name, path)
+    except OSError as error:
+        if error.filename is not None:
+            error.filename = str(error.filename).replace(str(stage), str(folder))
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _replace(target: Path, new: Path) -> None:
+    """Move ``new`` to ``target``; a folder cannot replace another: move the old one aside."""
+    aside = new.with_name(f"{new.name}.old")
+    try:
+        if new.is_dir() and target.exists():
+            target.replace(aside)
+        new.replace(target)
+    finally:
+        if aside.exists() and not target.exists():  # interrupted between the two
+            aside.replace(target)
 
 
 def write_json(path: Path, values: Any) -> None:

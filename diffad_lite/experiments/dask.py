@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffad_lite.core.files import check_writable
-from diffad_lite.experiments.grid import Grid, attempt, folder_of, trainings
+from diffad_lite.experiments.grid import Grid, attempt, check_distinct, folder_of, trainings
 from diffad_lite.experiments.run import Run
 
 PATIENCE = 10  # seconds to wait for a scheduler's answer
@@ -39,12 +39,13 @@ def sweep_on_dask(
     Raises:
         ImportError: Dask is not installed.
         OSError: no scheduler at that address, or ``out`` cannot be written.
-        ValueError: impossible fields of a run, or fewer than one worker.
+        ValueError: impossible fields of a run, two runs of one name, or fewer than one worker.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
     out, failures = Path(out), []
     check_writable(out)
+    check_distinct(grid)
     jobs = defaultdict(list)
     for run, entry_grid in trainings(grid):
         jobs[folder_of(run, out)].append((entry_grid, run))  # a shared training is one job

@@ -5,9 +5,10 @@ A run folder holds ``state/`` (to resume training), ``checkpoint/``, ``scores.cs
 """
 
 import hashlib
+import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from diffad_lite.core.config import changed_fields, convert, from_dict, override
 from diffad_lite.core.files import (
     check_writable,
     read_json,
+    staged,
     write_atomically,
     write_json,
     write_rows,
@@ -36,7 +38,13 @@ from diffad_lite.evaluation import metrics
 from diffad_lite.evaluation.records import PIXEL_METRICS, ScoreTable
 from diffad_lite.experiments.machine import machine_record
 from diffad_lite.experiments.run import Run, fields_of, run_hash
-from diffad_lite.methods.base import Method, Prediction, get_method, load_pretrained
+from diffad_lite.methods.base import (
+    Method,
+    MethodConfig,
+    Prediction,
+    get_method,
+    load_pretrained,
+)
 from diffad_lite.methods.checkpoints import check_changeable, read_record
 from diffad_lite.plots import show_detections
 from diffad_lite.training import processes
@@ -51,27 +59,17 @@ def train(
 ) -> Method:
     """Train into ``out/state`` and ``out/checkpoint``; a second call resumes or loads.
 
-    Several processes may call it at once, see :mod:`diffad_lite.training.processes`. Raises
-    ValueError if the checkpoint there is of another configuration, seed, data or ``budget`` (s).
+    Several processes may call it at once, see :mod:`diffad_lite.training.processes`. A checkpoint
+    that was trained in a limited time serves a call without ``budget`` (s), with a warning. Raises
+    ValueError if the checkpoint there is of another configuration, seed, data or ``budget``.
     """
     checkpoint, state = out / "checkpoint", out / "state"
     check_writable(state)
     config = run.configure(data)
-    identity = {"method": run.method, **_provenance(run, data), "budget": budget}
     if (checkpoint / "config.json").exists():
-        stored = read_record(checkpoint)
-        same_run = {key: stored.get(key) for key in identity} == identity
-        try:
-            same_run = same_run and from_dict(type(config), stored["config"]) == config
-        except ValueError as error:
-            fix = f"delete {checkpoint} to train anew"
-            raise ValueError(f"{checkpoint / 'config.json'}: {error}; {fix}") from None
-        if same_run:
-            return load_checkpoint(checkpoint, run, data)
-        raise ValueError(
-            f"{checkpoint} was trained with another configuration, seed, data or time budget; "
-            "choose another --out, or delete that folder to train anew"
-        )
+        identity = {"method": run.method, **_provenance(run, data)}
+        _check_same_training(checkpoint, identity, config, budget)
+        return load_checkpoint(checkpoint, run, data)
     method = get_method(run.method)(config)
     method.fit(
         data.train, data.calibration, seed=run.seed, budget=budget, workdir=state, progress=progress
@@ -81,17 +79,57 @@ def train(
     return method
 
 
+def _check_same_training(
+    checkpoint: Path, identity: Mapping[str, Any], config: MethodConfig, budget: float | None
+) -> None:
+    """Raise ValueError if a checkpoint comes from another training than the one asked for."""
+    stored, fix = read_record(checkpoint), "delete that folder to train anew"
+    same = {key: stored.get(key) for key in identity} == identity
+    try:
+        same = same and from_dict(type(config), stored["config"]) == config
+    except ValueError as error:
+        fix = f"delete {checkpoint} to train anew"
+        raise ValueError(f"{checkpoint / 'config.json'}: {error}; {fix}") from None
+    if not same:
+        raise ValueError(
+            f"{checkpoint} was trained with another configuration, seed or data; "
+            f"choose another --out, or {fix}"
+        )
+    limit = stored.get("budget")
+    if limit == budget:
+        return
+    trained = "without --max-minutes" if limit is None else f"with --max-minutes {limit / 60:g}"
+    if budget is not None:
+        raise ValueError(
+            f"{checkpoint} was trained {trained}, not with --max-minutes {budget / 60:g}; leave it "
+            f"out to use that training, choose another --out, or {fix}"
+        )
+    steps = sum(report["steps"] for report in stored.get("reports", {}).values())
+    warnings.warn(
+        f"{checkpoint} was trained {trained} ({steps:.0f} steps) and is used; {fix}", stacklevel=3
+    )
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """Return the folder of a checkpoint: ``folder`` itself, or ``checkpoint`` in that of a run."""
+    folder = Path(folder)
+    inside = folder / "checkpoint"
+    is_run = not (folder / "config.json").exists() and (inside / "config.json").exists()
+    return inside if is_run else folder
+
+
 def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
     """Load a checkpoint for ``data``, which must be split as in training.
 
     Applies ``run.settings``; then calibrates again if the settings or the calibration images are
-    not those of the checkpoint.
+    not those of the checkpoint. ``folder`` may also be that of a run.
 
     Raises:
         ValueError: the checkpoint is of another method, seed or profile than ``run``, or was
             fitted on another split, so test images of ``data`` may have been training images.
     """
-    stored = read_record(Path(folder))
+    folder = find_checkpoint(folder)
+    stored = read_record(folder)
     provenance = _provenance(run, data)
     if stored.get("fingerprint") != provenance.pop("fingerprint"):
         raise ValueError(
@@ -199,14 +237,14 @@ def evaluate(
     """Train or load, score the test set, write the run folder, and return its ``result.json``.
 
     Args:
-        checkpoint: load this instead of training; ``run.settings`` may then change inference
-            settings only.
+        checkpoint: load this, or that of this run's folder, instead of training;
+            ``run.settings`` may then change inference settings only.
         budget: seconds of training.
         save_maps: write every anomaly map at its original size, in MVTec's layout (float32 TIFF).
 
     Raises:
-        ValueError: the test set has one class only, several processes call it, or loading or
-            training fails.
+        ValueError: the test set has one class only, several processes call it, ``budget`` is given
+            with a ``checkpoint``, or loading or training fails.
     """
     if processes.count() > 1:
         raise ValueError(
@@ -215,16 +253,19 @@ def evaluate(
         )
     out = Path(out)
     check_writable(out)
-    data = run.load_data()
-    if len(set(data.test_labels.tolist())) < 2:
-        remarks = "".join(f"; {remark}" for remark in data.info["remarks"])
+    check_replaceable(
+        out / "maps", lambda p: p.suffix == ".tiff" and "test" in p.relative_to(out).parts
+    )
+    if checkpoint is not None and budget is not None:
         raise ValueError(
-            "the test set has only one class, so there is nothing to measure; add "
-            f"test/<defect> images, or use --plant cells to score planted defects{remarks}"
+            "nothing is trained with --checkpoint, so --max-minutes has no effect; leave one out"
         )
+    data = run.load_data()
+    check_scorable(data)
     if checkpoint is None:
         method = train(run, data, out, budget=budget, progress=progress)
     else:
+        checkpoint = find_checkpoint(checkpoint)
         method = load_checkpoint(checkpoint, run, data)
     assert method.threshold_ is not None  # trained or loaded, hence calibrated
     started = time.perf_counter()
@@ -247,9 +288,38 @@ def evaluate(
     write_scores(out / "scores.csv", data, prediction)
     write_figure(out / "figure.png", data, prediction, method)
     if save_maps:
-        export_maps(data, prediction.anomaly_map, out / "maps" / data.info["category"])
+        with staged(out) as stage:
+            export_maps(data, prediction.anomaly_map, stage / "maps" / data.info["category"])
+    else:  # those of an older result
+        shutil.rmtree(out / "maps", ignore_errors=True)
     write_json(out / "result.json", result)
     return result
+
+
+def check_scorable(data: AnomalyData) -> None:
+    """Raise ValueError unless the test set has normal and anomalous images."""
+    if len(set(data.test_labels.tolist())) < 2:
+        remarks = "".join(f"; {remark}" for remark in data.info["remarks"])
+        raise ValueError(
+            "the test set has only one class, so there is nothing to measure; add "
+            f"test/<defect> images, or use --plant cells to score planted defects{remarks}"
+        )
+
+
+def check_replaceable(maps: Path, is_map: Callable[[Path], bool]) -> None:
+    """Check that a folder which new maps will replace holds nothing but maps, or does not exist.
+
+    Raises:
+        NotADirectoryError: it is a file.
+        ValueError: it holds a file for which ``is_map`` is false, except for a hidden one.
+    """
+    check_writable(maps)
+    for path in sorted(maps.rglob("*")):
+        if path.is_file() and not path.name.startswith(".") and not is_map(path):
+            raise ValueError(
+                f"{path} is no map of an earlier call, and {maps} would be replaced; choose "
+                "another output folder"
+            )
 
 
 def _identity(

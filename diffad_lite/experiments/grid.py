@@ -34,15 +34,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffad_lite.core.config import Profile, convert, from_dict, override, short_repr, unknown_name
+from diffad_lite.core.config import (
+    Profile,
+    changed_fields,
+    convert,
+    from_dict,
+    override,
+    short_repr,
+    unknown_name,
+)
 from diffad_lite.core.files import check_writable, read_json, read_yaml, write_atomically
 from diffad_lite.data.datasets import check_arguments
 from diffad_lite.data.readers import FLIP_AXES
-from diffad_lite.experiments.evaluate import evaluate, train
+from diffad_lite.experiments.evaluate import check_scorable, evaluate, train
 from diffad_lite.experiments.run import Run, run_hash
 from diffad_lite.methods import get_method
 from diffad_lite.methods.anoddpm import AnoDDPMConfig
 from diffad_lite.methods.base import MethodConfig
+from diffad_lite.methods.checkpoints import check_changeable
 from diffad_lite.methods.denoiser import STAGE, DenoisingConfig
 
 Grid = Mapping[str, Any]
@@ -94,16 +103,16 @@ def _check_values(values: Grid, types: Mapping[str, Any], path: str | Path, what
 def trainings(grid: Grid, *, expand_roots: bool = True) -> Iterator[tuple[Run, Grid]]:
     """Yield each run to train with its grid, in the order data, methods, trainings, seeds.
 
-    ``expand_roots`` replaces environment variables in ``root`` and raises ValueError for one that
+    Environment variables in ``root`` are replaced. ``expand_roots`` raises ValueError for one that
     is not set; where no image is read, it can be False.
     """
     profile: Profile = grid.get("profile") or "lite"
     for entry in grid["data"]:
         entry_grid = {**grid, **{key: entry[key] for key in SHARED_TYPES if entry.get(key)}}
         data = {key: entry[key] for key in DATA_TYPES if entry.get(key) is not None}
-        if "root" in data and expand_roots:
+        if "root" in data:
             data["root"] = os.path.expandvars(data["root"])
-            if "$" in data["root"]:
+            if expand_roots and "$" in data["root"]:
                 raise ValueError(f"set the environment variable in the grid's root {data['root']}")
         named = entry_grid.get("trainings") or {"": {}}
         seeds = entry_grid.get("seeds") or [0]
@@ -145,22 +154,46 @@ def scoring_name(scoring: Run) -> str:
 
 
 def folder_of(run: Run, out: Path) -> Path:
-    """Return the folder of a training, ``out/<method>/<data>[/<training>]/s<seed>``."""
+    """Return the folder of a training, ``out/<method>/<data>[/<training>]/s<seed>``.
+
+    Without a category, the name of the root tells one folder of images from another.
+    """
     size = None if run.image_size == 64 else f"{run.image_size}px"
     resize = None if run.resize == "squash" else run.resize
-    data = "-".join(filter(None, (run.dataset, run.category, size, resize)))
+    category = run.category or (run.root and Path(run.root).resolve().name)
+    data = "-".join(filter(None, (run.dataset, category, size, resize)))
     return out / run.method / data / run.training / f"s{run.seed}"
+
+
+def check_distinct(grid: Grid) -> None:
+    """Raise ValueError if two different runs of a grid would share a folder.
+
+    Such are two roots with a category of the same name, or two variants of the same name.
+    """
+    runs: dict[str, Run] = {}
+    for name, run, scoring in named_scorings(grid):
+        for path, item in ((folder_of(run, Path()).as_posix(), run), (name, scoring)):
+            known = runs.setdefault(path, item)
+            if known == item:
+                continue
+            fields = [f for f, value in vars(item).items() if value != getattr(known, f)]
+            a, b = ({f: getattr(r, f) for f in fields} for r in (known, item))
+            raise ValueError(
+                f"two runs of the grid would share the folder {path}: {short_repr(a)} and "
+                f"{short_repr(b)}; give them different names, or make two grids with two --out"
+            )
 
 
 def sweep(grid: Grid, out: str | Path, *, progress: bool = True) -> list[str]:
     """Run a grid: skip finished scorings, resume an interrupted training.
 
     Returns one line for each failure; its traceback is in ``error.txt`` of the run's folder. Raises
-    ValueError for impossible fields of a run, such as a negative seed, and OSError if ``out``
-    cannot be written or the disk is full.
+    ValueError for impossible fields of a run, such as a negative seed, or for two runs of one name,
+    and OSError if ``out`` cannot be written or the disk is full.
     """
     out, failures = Path(out), []
     check_writable(out)
+    check_distinct(grid)
     runs = list(trainings(grid))
     for i, (run, entry_grid) in enumerate(runs, 1):
         print(f"[{i}/{len(runs)}] {folder_of(run, out).relative_to(out)}", flush=True)
@@ -191,9 +224,13 @@ def _run_one(grid: Grid, run: Run, out: Path, progress: bool) -> None:
     """Train one run, unless that is done, and make the missing scorings."""
     folder, data = folder_of(run, out), run.load_data()
     config, planned = run.configure(data), list(scorings(grid, run))
-    for scoring in planned:  # a misspelt setting fails before the training, not after it
-        override(config, scoring.settings)
+    for scoring in planned:  # what cannot be scored fails before the training, not after it
+        changed = changed_fields(config, override(config, scoring.settings))
+        check_changeable(get_method(run.method), changed)
         check_arguments(run.dataset, scoring.plant, run.resize, run.side)
+    if not (folder / "checkpoint").exists():
+        for plant in dict.fromkeys(scoring.plant for scoring in planned):
+            check_scorable(replace(run, plant=plant).load_data())
     copy_denoiser(run, config, out)
     trained = train(run, data, folder, progress=progress).config
     del data  # each scoring loads its own
@@ -263,9 +300,11 @@ def find_missing(grid: Grid, records: Iterable[Mapping[str, Any]]) -> tuple[list
     """Return the names of the scorings that a sweep would make, and the number of all scorings.
 
     Compares the grid with ``records``, as :func:`~diffad_lite.evaluation.records.read_results`
-    returns them; reads no image and trains nothing. Raises ValueError for an unknown method or
-    impossible fields of a run. A setting that no configuration has shows only in the sweep.
+    returns them; reads no image and trains nothing. Raises ValueError for an unknown method,
+    impossible fields of a run, or two runs of one name. A setting that no configuration has shows
+    only in the sweep.
     """
+    check_distinct(grid)
     by_name = {record["name"]: record for record in records}
     planned = list(named_scorings(grid))
     missing = []

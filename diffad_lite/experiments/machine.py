@@ -59,6 +59,18 @@ def _commit() -> str | None:
         return None
 
 
+def _describe_gpu(device: torch.device) -> str:
+    """Return the name of the GPU that is used, or why none is."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if torch.backends.mps.is_available():
+        return (
+            "Apple's (mps) is not used, as it has no float64, which the noise schedules need, and "
+            "no result was checked on it; CPU is used"
+        )
+    return "none, CPU is used"
+
+
 @dataclass(frozen=True)
 class Check:
     """One line of ``diffad doctor``: what was checked, the outcome, and the fix."""
@@ -82,8 +94,7 @@ def run_checks() -> Iterator[Check]:
         except PackageNotFoundError:
             yield Check(False, f"{name} is missing", "pip install -e . in the repository")
     device = processes.device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none, CPU is used"
-    yield Check(True, f"GPU: {name}")
+    yield Check(True, f"GPU: {_describe_gpu(device)}")
     yield Check(True, f"threads: {torch.get_num_threads()} of {os.cpu_count()} cores")
     bf16 = "yes" if supports_bf16(device) else "no, training in float32 takes 2-3 times as long"
     yield Check(True, f"bfloat16: {bf16}")

@@ -12,17 +12,25 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from diffad_lite.core.files import check_writable, write_rows
+from diffad_lite.core.files import check_writable, staged, write_rows
 from diffad_lite.data.depth import DEPTHS, choose_bits, describe_files
 from diffad_lite.data.formats import describe_foreign
-from diffad_lite.data.images import Resize, list_images, read_image, resize_image, to_float
+from diffad_lite.data.images import (
+    IMAGE_SUFFIXES,
+    Resize,
+    list_images,
+    read_image,
+    resize_image,
+    to_float,
+)
 from diffad_lite.experiments.evaluate import (
     at_original_size,
+    check_replaceable,
     escape_dollars,
     save_figure,
     write_map,
 )
-from diffad_lite.methods.base import Method
+from diffad_lite.methods.base import Method, Prediction
 from diffad_lite.plots import show_detections
 
 FEW = 50  # normal images below which both training and threshold are unreliable
@@ -183,6 +191,9 @@ def score_folder(
 ) -> list[dict[str, Any]]:
     """Score images that have no labels; write ``scores.csv``, ``maps/`` and ``gallery.png``.
 
+    They replace those of an earlier call in ``out``, all of them or, on an error, none. A warning
+    names the images that the method cannot take; the others are scored.
+
     Args:
         method: fitted and calibrated.
         folder: holds the images directly.
@@ -192,48 +203,118 @@ def score_folder(
             deep images are then read with the depth that they use.
 
     Returns:
-        a row for each image, highest score first: ``file``, ``image_score``, ``alarm`` (is it
-        above the method's threshold?).
+        a row for each scored image, highest score first: ``file``, ``image_score``, ``alarm`` (is
+        it above the method's threshold?).
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: the folder has no images or an unreadable one, or the method no threshold.
+        ValueError: the folder has no images, or none that the method can take; the method has no
+            threshold; ``out`` lies inside ``folder``, or holds other files than an earlier call's.
     """
     folder, out = Path(folder), Path(out)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}; give the one that holds the images")
+    _check_output(folder, out)
     paths = list_images(folder)
     if not paths:
         hint = describe_foreign(folder)
         raise ValueError(
             f"{folder} holds no images; give the folder that they lie in directly{hint}"
         )
-    check_writable(out)
-    c, threshold = method.config, method.threshold_
-    if threshold is None:
+    if method.threshold_ is None:
         raise ValueError("the model has no threshold yet; call calibrate() with normal images")
     if bits is not None and bits not in DEPTHS:
         raise ValueError(f"bits must be one of {', '.join(map(str, DEPTHS))}, got {bits!r}")
-    bits = bits or choose_bits(paths) or 16
-    for notice in describe_files({path.name: path for path in paths}, bits, set()):
-        warnings.warn(notice, stacklevel=2)
-    images = read_images(paths, c.channels, c.image_size, resize, bits)
+    c = method.config
+    paths, images = _read_usable(paths, c.channels, c.image_size, resize, bits)
     prediction = method.predict(images)
-    scores, maps = prediction.image_score.numpy(), prediction.anomaly_map
-    order = np.argsort(-scores, kind="stable")
     rows: list[dict[str, Any]] = [
         {
-            "file": paths[i].name,
-            "image_score": float(scores[i]),
-            "alarm": bool(scores[i] > threshold),
+            "file": path.name,
+            "image_score": float(score),
+            "alarm": bool(score > method.threshold_),
         }
-        for i in order
+        for path, score in zip(paths, prediction.image_score.numpy(), strict=True)
     ]
-    for path, anomaly_map in zip(paths, maps, strict=True):
-        size = read_image(path).shape[1:]
-        pixels = at_original_size(anomaly_map, size, resize, c.image_size)
-        write_map(out / "maps" / f"{path.name}.tiff", pixels)
-    top = torch.as_tensor(order[:SHOWN].copy())
+    rows.sort(key=lambda row: -row["image_score"])
+    cells = [
+        (r["file"], f"{r['image_score']:.6g}", f"{method.threshold_:.6g}", int(r["alarm"]))
+        for r in rows
+    ]
+    with staged(out) as stage:
+        for path, anomaly_map in zip(paths, prediction.anomaly_map, strict=True):
+            size = read_image(path).shape[1:]
+            pixels = at_original_size(anomaly_map, size, resize, c.image_size)
+            write_map(stage / "maps" / f"{path.name}.tiff", pixels)
+        _write_gallery(stage / "gallery.png", method, images, prediction, rows)
+        write_rows(stage / "scores.csv", [("file", "image_score", "threshold", "alarm"), *cells])
+        (out / "scores.csv").unlink(missing_ok=True)  # its presence means that all else is there
+    return rows
+
+
+def _check_output(folder: Path, out: Path) -> None:
+    """Check that results can be written to ``out``, and replace nothing but older results."""
+    check_writable(out)
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"the output folder {out} lies in that of the images, {folder}, whose next call would "
+            "take the gallery for an image; choose an output folder outside of it"
+        )
+    if (out / "result.json").exists():
+        raise ValueError(
+            f"{out} holds an evaluated run, whose scores.csv would be replaced; choose another "
+            "output folder"
+        )
+    check_replaceable(
+        out / "maps",
+        lambda path: path.suffix == ".tiff" and Path(path.stem).suffix.lower() in IMAGE_SUFFIXES,
+    )
+
+
+def _read_usable(
+    paths: Sequence[Path], channels: int, image_size: int, resize: Resize, bits: int | None
+) -> tuple[list[Path], Tensor]:
+    """Read the images that :func:`read_images` takes; a warning names the others.
+
+    Further warnings are about pages and depth.
+
+    Raises what the first image raised if no image can be read.
+    """
+    images: dict[Path, Tensor] = {}
+    errors: dict[Path, OSError | ValueError] = {}
+    for path in paths:
+        try:
+            read_image(path)
+        except (OSError, ValueError) as error:
+            errors[path] = error
+    readable = [path for path in paths if path not in errors]
+    bits = bits or choose_bits(readable) or 16
+    for path in readable:
+        try:
+            images[path] = read_images([path], channels, image_size, resize, bits)
+        except ValueError as error:  # another number of channels
+            errors[path] = error
+    if not images:
+        raise next(iter(errors.values()))
+    for notice in describe_files({path.name: path for path in images}, bits, set()):
+        warnings.warn(notice, stacklevel=3)
+    if errors:
+        names = ", ".join(path.name for path in errors)
+        reason = next(iter(errors.values()))
+        warnings.warn(
+            f"{len(errors)} of {len(paths)} images are not scored: {names}; the first, because "
+            f"{reason}",
+            stacklevel=3,
+        )
+    return list(images), torch.cat(list(images.values()))
+
+
+def _write_gallery(
+    path: Path, method: Method, images: Tensor, prediction: Prediction, rows: list[dict[str, Any]]
+) -> None:
+    """Show the images with the highest scores; ``rows`` are in the order of their scores."""
+    scores, maps = prediction.image_score.numpy(), prediction.anomaly_map
+    top = torch.as_tensor(np.argsort(-scores, kind="stable")[:SHOWN].copy())
     low, high = np.quantile(maps.numpy(), (0.05, 0.999))  # above normal pixels
     alarms = sum(row["alarm"] for row in rows)
     fig, _ = show_detections(
@@ -244,9 +325,4 @@ def score_folder(
         caption=f"{method.name}: highest scores of {len(images)} images; "
         f"{alarms} lie above the threshold",
     )
-    save_figure(out / "gallery.png", fig)
-    cells = [
-        (r["file"], f"{r['image_score']:.6g}", f"{threshold:.6g}", int(r["alarm"])) for r in rows
-    ]
-    write_rows(out / "scores.csv", [("file", "image_score", "threshold", "alarm"), *cells])
-    return rows
+    save_figure(path, fig)

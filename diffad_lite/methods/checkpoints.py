@@ -4,8 +4,6 @@
 """
 
 import math
-import shutil
-import tempfile
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffad_lite.core.config import convert, from_dict, short_repr, to_dict, unknown_name
-from diffad_lite.core.files import read_json, write_json, writing
+from diffad_lite.core.files import read_json, staged, write_atomically, write_json
 from diffad_lite.methods.calibration import MapCalibration, conformal_threshold
 from diffad_lite.training import processes
 
@@ -82,24 +80,11 @@ class Checkpointed:
             record: JSON values stored beside the configuration, e.g. ``fingerprint=``.
         """
         folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
         values = {"method": self.name, "config": to_dict(self.config), "reports": self.reports_}
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        replaced = Path(f"{temporary}.old")
-        try:
-            temporary.chmod(0o755)
-            with writing(folder / "model.safetensors"):
-                save_file(self._tensors(dtype), temporary / "model.safetensors")
-            (temporary / "model.safetensors").chmod(0o644)  # safetensors makes it private
-            write_json(temporary / "config.json", {**values, **record})
-            if folder.exists():  # a folder cannot replace another: move the old one away
-                folder.replace(replaced)
-            temporary.replace(folder)
-        finally:
-            if replaced.exists() and not folder.exists():  # interrupted between the two
-                replaced.replace(folder)
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(replaced, ignore_errors=True)
+        with staged(folder.parent) as stage:
+            new, tensors = stage / folder.name, self._tensors(dtype)
+            write_atomically(new / "model.safetensors", lambda path: save_file(tensors, path))
+            write_json(new / "config.json", {**values, **record})
 
     def _tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return weights in ``dtype``, statistics and calibration as they are, by name."""

@@ -1,6 +1,8 @@
 """Copy the lessons; execute copies with papermill; choose the profile of a notebook."""
 
+import ast
 import hashlib
+import logging
 import os
 import shutil
 import time
@@ -8,11 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffad_lite.core.config import check_profile, config_hash, convert, unknown_name
 from diffad_lite.core.files import check_writable, read_json, write_atomically, write_json
 
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
+
+START_SECONDS = 180  # in which a kernel must answer; on a busy machine 60 are too few
 UNFINISHED = ".unfinished.json"  # beside the executed copies, until all notebooks are executed
 
 
@@ -79,35 +85,41 @@ def copy_notebooks(folder: Path, target: Path, only: Sequence[str] = ()) -> list
 
 
 def run_notebooks(
-    folder: Path, out: Path, *, parameters: Mapping[str, Any], only: Sequence[str] = ()
+    folder: Path,
+    out: Path,
+    *,
+    parameters: Mapping[str, Any],
+    only: Sequence[str] = (),
+    start_timeout: int = START_SECONDS,
 ) -> list[str]:
     """Execute copies of notebooks in ``out``; the originals do not change.
 
-    A copy appears in ``out`` when its notebook has finished or failed. After an interruption, the
-    same call continues with the unfinished notebooks, unless a notebook, a parameter or the package
-    has changed. After a complete call, the next one executes all notebooks again.
+    A copy appears in ``out`` when its notebook has finished, or a code cell of it has failed. After
+    an interruption, the same call continues with the unfinished notebooks, unless a notebook, a
+    parameter or the package has changed. After a complete call, the next one executes all notebooks
+    again.
 
     Args:
         folder: of the notebooks.
         out: folder of the executed copies.
         parameters: papermill's, for every notebook that has a parameter of that name.
         only: first characters of the names to run, e.g. ``("01",)``.
+        start_timeout: seconds in which the kernel of a notebook must answer.
 
     Returns:
         one line for each notebook that failed.
 
     Raises:
         FileNotFoundError: ``folder`` has no notebooks.
-        ValueError: a parameter that no notebook has, an unknown profile, a broken notebook.
+        ValueError: a parameter that no notebook has, an unknown profile, a broken notebook, a
+            ``start_timeout`` below 1.
         OSError: ``out`` cannot be written, or the disk is full.
     """
+    if start_timeout < 1:
+        raise ValueError(f"start_timeout must be at least 1 second, got {start_timeout}")
     paths = find_notebooks(folder, only)
     names_of = {path: _parameter_names(path) for path in paths}
-    known = set().union(*names_of.values())
-    for name in parameters:
-        if name not in known:
-            raise unknown_name("parameter", name, known)
-    check_profile(parameters.get("profile", "lite"))
+    _check_parameters(parameters, names_of)
     check_writable(out)
     record, key, failures = out / UNFINISHED, _series_key(paths, parameters), []
     done = _finished_before(record, key)
@@ -119,7 +131,7 @@ def run_notebooks(
         started = time.monotonic()
         values = {name: value for name, value in parameters.items() if name in names_of[path]}
         with _unattended():
-            failure = _execute(path, out / path.name, values)
+            failure = _execute(path, out / path.name, values, start_timeout)
         if failure:
             failures.append(f"{path.name}: {failure}")
             print(f"{path.name} failed: {failure}", flush=True)
@@ -129,6 +141,22 @@ def run_notebooks(
         write_json(record, {"key": key, "done": done})
     record.unlink(missing_ok=True)
     return failures
+
+
+def _check_parameters(parameters: Mapping[str, Any], names_of: Mapping[Path, list[str]]) -> None:
+    """Check that notebooks have these parameters; print which notebooks have no profile.
+
+    Raises:
+        ValueError: a parameter that no notebook has, except for ``profile``; an unknown profile.
+    """
+    known = set().union(*names_of.values())
+    for name in parameters:
+        if name not in known and name != "profile":
+            raise unknown_name("parameter", name, known)
+    check_profile(parameters.get("profile", "lite"))
+    for path, names in names_of.items():
+        if "profile" not in names:
+            print(f"{path.name}: no cell tagged 'parameters' has a profile; executed as it is")
 
 
 @contextmanager
@@ -144,17 +172,27 @@ def _unattended() -> Iterator[None]:
             os.environ["DIFFAD_STATIC"] = before
 
 
-def _execute(path: Path, target: Path, parameters: Mapping[str, Any]) -> str | None:
+def _execute(
+    path: Path, target: Path, parameters: Mapping[str, Any], start_timeout: int
+) -> str | None:
     """Execute a notebook and return its error, or None; ``target`` is written complete."""
     import papermill
-    from nbclient.exceptions import DeadKernelError
+    from jupyter_client.kernelspec import NoSuchKernel
 
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of names it cannot parse
     failures = []
 
     def execute(temporary: Path) -> None:
         try:
             papermill.execute_notebook(
-                path, temporary, parameters, cwd=path.parent, progress_bar=True, log_output=False
+                path,
+                temporary,
+                parameters,
+                cwd=path.parent,
+                progress_bar=True,
+                log_output=False,
+                start_timeout=start_timeout,
+                **_default_kernel(_read_notebook(path)),
             )
         except papermill.PapermillExecutionError as error:  # the copy shows the traceback
             failures.append(f"{error.ename}: {error.evalue}")
@@ -163,21 +201,59 @@ def _execute(path: Path, target: Path, parameters: Mapping[str, Any]) -> str | N
         temporary.unlink()  # of a call that was killed
     try:
         write_atomically(target, execute)
-    except DeadKernelError as error:
-        failures.append(f"{error}; perhaps out of memory: use a smaller profile")
+    except (NoSuchKernel, FileNotFoundError, PermissionError, RuntimeError) as error:
+        target.unlink(missing_ok=True)  # of an earlier call
+        failures.append(_explain_kernel(error, start_timeout))
     return failures[0] if failures else None
 
 
-def _parameter_names(path: Path) -> list[str]:
-    """Return the names of a notebook's parameters, which papermill can set."""
+def _explain_kernel(error: Exception, start_timeout: int) -> str:
+    """Return why a notebook has no working kernel, and the fix."""
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+    from nbclient.exceptions import DeadKernelError
+
+    if isinstance(error, NoSuchKernel):
+        known = KernelSpecManager().find_kernel_specs()
+        return f"{unknown_name('kernel', error.name, known)}; choose one in Jupyter"
+    if isinstance(error, DeadKernelError):
+        return f"{error}; perhaps out of memory: use a smaller profile"
+    if "respond" in str(error):
+        return f"the kernel did not answer in {start_timeout} s; give a longer --start-timeout"
+    return f"the kernel does not start ({error}); try 'jupyter run' in a terminal, or reinstall it"
+
+
+def _read_notebook(path: Path) -> "NotebookNode":
+    """Read a notebook; raise ValueError if it is none."""
     import nbformat
-    import papermill
 
     try:
-        return list(papermill.inspect_notebook(path))
+        return nbformat.read(path, as_version=4)
     except (nbformat.reader.NotJSONError, nbformat.ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} is not a notebook ({reason}); restore or remove it") from None
+
+
+def _default_kernel(notebook: "NotebookNode") -> dict[str, str]:
+    """Return papermill's options for what a notebook does not say of its kernel: it is Python's."""
+    kernel = notebook.metadata.get("kernelspec", {})
+    language = kernel.get("language") or notebook.metadata.get("language_info", {}).get("name")
+    options = {} if kernel.get("name") else {"kernel_name": "python3"}
+    return options if language else options | {"language": "python"}
+
+
+def _parameter_names(path: Path) -> list[str]:
+    """Return the names that a notebook's cell tagged ``parameters`` assigns; none without one."""
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    cells = _read_notebook(path).cells
+    tagged = (c.source for c in cells if "parameters" in c.metadata.get("tags", []))
+    try:
+        tree = ast.parse(TransformerManager().transform_cell(next(tagged, "")))
+    except SyntaxError as error:
+        raise ValueError(f"{path}: its cell of parameters is not Python ({error.msg})") from None
+    targets = [t for node in tree.body if isinstance(node, ast.Assign) for t in node.targets]
+    targets += [node.target for node in tree.body if isinstance(node, ast.AnnAssign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _series_key(paths: Sequence[Path], parameters: Mapping[str, Any]) -> str:

@@ -30,7 +30,10 @@ def rank() -> int:
 
 
 def device() -> torch.device:
-    """Return the device of this process: its own GPU, or the CPU."""
+    """Return the device of this process: its own GPU, or the CPU.
+
+    Apple's GPUs (mps) are not used: they lack float64, and nothing was tested on them.
+    """
     if count() > 1:
         return _accelerator().device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

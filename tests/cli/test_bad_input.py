@@ -429,15 +429,15 @@ def test_a_checkpoint_of_other_data(plate, trained, refused):
     assert "train on this data instead" in said
 
 
-def test_the_run_folder_in_the_place_of_its_checkpoint(made, trained, refused):
-    said = refused(*evaluate(made, "--checkpoint", trained))
-    assert f"no checkpoint's config.json at {trained}/config.json; {CHECKPOINT}" in said
+def test_a_folder_that_is_neither_a_checkpoint_nor_that_of_a_run(made, trained, refused):
+    said = refused(*evaluate(made, "--checkpoint", trained.parent))
+    assert f"no checkpoint's config.json at {trained.parent}/config.json; {CHECKPOINT}" in said
 
 
 def test_weights_that_are_not_bundled(made, refused):
     said = refused(*evaluate(made, "--checkpoint", "bundled"))
     assert "no weights are bundled for folder-pca, only for: " in said
-    assert "leave --checkpoint out to train" in said
+    assert "to train, leave --checkpoint out of 'evaluate'" in said
 
 
 @pytest.mark.parametrize(
@@ -672,9 +672,11 @@ def test_a_grid_that_is_not_there(tmp_path, refused):
         ("variants: {raw: {calibrate: no idea}}", "PCAConfig.calibrate must be a valid boolean"),
         ("plants: [null, cell]", "unknown family of planted defects 'cell'; did you mean 'cells'?"),
         ("settings: {smooth: 1}", "unknown field 'smooth'; did you mean 'smooth_sigma'?"),
+        ("variants: {few: {n_components: 2}}", "n_components cannot be changed on a trained model"),
+        ("plants: [uncertain]", "disc has no images of uncertain label"),
     ],
 )
-def test_a_grid_with_a_misspelt_setting_does_not_train_first(more, what, tmp_path, capsys):
+def test_a_grid_that_cannot_be_scored_does_not_train_first(more, what, tmp_path, capsys):
     (tmp_path / "grid.yaml").write_text(GRID + more)
     assert main(["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err

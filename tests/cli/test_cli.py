@@ -139,11 +139,34 @@ def test_development_images_do_not_enter_their_own_calibration(tmp_path):
     assert again["image_auroc"] == fresh["image_auroc"]
 
 
-def test_a_short_training_is_not_taken_for_a_full_one(tmp_path):
-    run = Run("anoddpm", "shapes", profile="ci", image_size=16)
-    evaluate(run, tmp_path / "run", budget=1.0, progress=False)
-    with pytest.raises(ValueError, match="time budget"):
-        evaluate(run, tmp_path / "run", progress=False)
+def test_a_training_in_limited_time_is_used_with_a_word_and_not_taken_for_another(tmp_path, capsys):
+    command = ["--method", "anoddpm", "--dataset", "shapes", "--profile", "ci", "--quiet"]
+    command += ["--image-size", "16", "--out", str(tmp_path / "run")]
+    assert main(["train", *command, "--max-minutes", "0.5"]) == 0
+    assert capsys.readouterr().err == ""
+    checkpoint = tmp_path / "run" / "checkpoint"
+    weights = (checkpoint / "model.safetensors").read_bytes()
+    assert main(["evaluate", *command, "--max-minutes", "0.5"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main(["evaluate", *command]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{checkpoint} was trained with --max-minutes 0.5 (20 steps) and is used; delete" in said
+    assert main(["evaluate", *command, "--max-minutes", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "trained with --max-minutes 0.5, not with --max-minutes 2; leave it out to use" in said
+    assert (checkpoint / "model.safetensors").read_bytes() == weights
+    shutil.rmtree(tmp_path / "run")
+    assert main(["train", *command]) == 0
+    assert main(["train", *command, "--max-minutes", "2"]) == 2
+    assert "trained without --max-minutes, not with --max-minutes 2" in capsys.readouterr().err
+
+
+def test_a_time_limit_on_a_checkpoint_is_refused(tmp_path, capsys):
+    command = ["evaluate", "--method", "anoddpm", "--checkpoint", "bundled", "--max-minutes", "1"]
+    assert main([*command, "--out", str(tmp_path / "o")]) == 2
+    assert "nothing is trained with --checkpoint, so --max-minutes" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
 
 
 def test_the_paper_profile_is_of_256_pixels():
@@ -250,6 +273,63 @@ def test_an_entry_of_data_may_have_its_own_methods_seeds_and_plants(monkeypatch)
     assert (run.method, run.seed, run.root, run.category) == ("pca", 5, "images/a", "b")
     assert [scoring.plant for scoring in scorings(last, run)] == [None]
     assert [scoring.plant for scoring in scorings(runs[0][1], runs[0][0])] == ["cells"]
+
+
+def write_folder(base: Path, shade: int) -> None:
+    """Write a loose folder of 20 normal images around a shade of grey."""
+    base.mkdir(parents=True)
+    rng = np.random.default_rng(shade)
+    for i in range(20):
+        pixels = rng.integers(shade, shade + 40, (16, 16), dtype=np.uint8)
+        Image.fromarray(pixels).save(base / f"{i:02d}.png")
+
+
+def test_folders_of_images_have_runs_of_their_own(tmp_path, capsys):
+    """Without a category, the root's name stands in the run's folder, as in its record."""
+    roots = {name: tmp_path / "images" / name for name in ("bolts", "nuts")}
+    for i, root in enumerate(roots.values()):
+        write_folder(root, 50 + 90 * i)
+    data = [{"dataset": "folder", "image_size": 16, "root": str(r)} for r in roots.values()]
+    grid = {"profile": "ci", "methods": ["mean_image"], "plants": ["cells"], "data": data}
+    assert sweep(grid, tmp_path / "out") == []
+    assert "done before" not in capsys.readouterr().out
+    records = {record["name"]: record for record in read_results(tmp_path / "out")}
+    names = {n: f"mean_image/folder-{n}-16px/s0/default-cells" for n in roots}
+    assert set(records) == set(names.values())
+    assert {n: records[name]["category"] for n, name in names.items()} == {n: n for n in roots}
+    alone = Run("mean_image", "folder", None, str(roots["nuts"]), 16, plant="cells", profile="ci")
+    expected = evaluate(alone, tmp_path / "alone", progress=False)
+    assert records[names["nuts"]]["image_auroc"] == expected["image_auroc"]
+    assert find_missing(grid, records.values()) == ([], 2)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"root": "a/plates"}, {"root": "b/plates"}], "'root': 'a/plates'} and {'root': 'b/pla"),
+        (
+            [{"root": "a", "category": "x"}, {"root": "b", "category": "x"}],
+            "the folder pca/folder-x",
+        ),
+        (
+            [{"root": "a"}, {"root": "a", "variants": {"default": {"calibrate": False}}}],
+            "s0/default: {'settings': {}} and {'settings': {'calibrate': 'false'}}",
+        ),
+    ],
+)
+def test_runs_that_would_share_a_folder_are_refused(entries, message, tmp_path, capsys):
+    data = [{"dataset": "folder"} | entry for entry in entries]
+    path = tmp_path / "grid.yaml"
+    path.write_text(json.dumps({"methods": ["pca"], "data": data}))
+    for options in (["--out", str(tmp_path / "out")], ["--dry-run"]):
+        assert main(["sweep", str(path), *options]) == 2
+        said = capsys.readouterr().err
+        assert "two runs of the grid would share the folder pca/folder-" in said
+        assert message in said
+        assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    twice = {"methods": ["pca"], "data": [{"dataset": "shapes"}] * 2}
+    assert len(find_missing(twice, [])[0]) == 2  # the same run twice is one run
 
 
 NETWORK = {"base_channels": 8, "channel_mults": [1, 2], "attention_levels": []}

@@ -1,6 +1,7 @@
 """The command's help: every command and option explained, every example understood; listings."""
 
 import argparse
+import json
 import shlex
 from dataclasses import replace
 
@@ -81,9 +82,13 @@ def test_without_a_method_there_must_be_a_checkpoint(tmp_path, capsys):
 def test_the_method_of_a_checkpoint_need_not_be_named(tmp_path, capsys):
     run = ["--dataset", "shapes", "--profile", "ci", "--image-size", "16", "--quiet", "--out"]
     assert main(["train", "--method", "pca", *run, str(tmp_path / "run")]) == 0
-    checkpoint = ["--checkpoint", str(tmp_path / "run" / "checkpoint")]
-    assert main(["evaluate", *run, str(tmp_path / "scored"), *checkpoint]) == 0
-    assert "image AUROC" in capsys.readouterr().out
+    for folder in ("run", "run/checkpoint"):  # a run's folder is taken for its checkpoint
+        checkpoint = ["--checkpoint", str(tmp_path / folder)]
+        assert main(["evaluate", *run, str(tmp_path / "scored"), *checkpoint]) == 0
+        assert "image AUROC" in capsys.readouterr().out
+        assert json.loads((tmp_path / "scored" / "result.json").read_text())["checkpoint"] == (
+            "checkpoint"
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Configurations: JSON round trip, overrides, messages, fingerprints, atomic files."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from diffad_lite.core.config import (
     changed_fields,
@@ -14,7 +17,7 @@ from diffad_lite.core.config import (
     to_dict,
     unknown_name,
 )
-from diffad_lite.core.files import read_json, write_atomically, write_json
+from diffad_lite.core.files import read_json, staged, write_atomically, write_json
 from diffad_lite.methods.anoddpm import AnoDDPMConfig
 from diffad_lite.methods.base import METHODS
 from diffad_lite.methods.baselines import BrightnessConfig
@@ -186,6 +189,7 @@ def test_override_by_a_value_that_does_not_fit_is_refused(name, text, message):
 def test_unknown_name_lists_what_is_known_and_guesses_only_when_near():
     near = str(unknown_name("fruit", "aple", ["pear", "apple"]))
     assert near == "unknown fruit 'aple'; did you mean 'apple'? known: apple, pear"
+    assert "did you mean 'ci'?" in str(unknown_name("profile", "CI", ["ci", "lite", "paper"]))
     far = str(unknown_name("fruit", "xyz", ["pear", "apple"]))
     assert far == "unknown fruit 'xyz'; known: apple, pear"
 
@@ -229,7 +233,52 @@ def test_atomic_write_creates_folders_and_leaves_only_the_file(tmp_path):
     write_atomically(path, lambda p: p.write_text("new"))
     assert path.read_text() == "new"
     assert list(path.parent.iterdir()) == [path]
-    assert path.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_files_and_folders_obey_the_umask(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "a" / "file.txt", lambda p: p.write_text("new"))
+        with staged(tmp_path / "a") as stage:
+            write_json(stage / "b" / "file.json", [])
+        write_atomically(tmp_path / "c.safetensors", lambda p: save_file({}, p))
+    finally:
+        os.umask(before)
+    modes = {
+        p.relative_to(tmp_path).as_posix(): p.stat().st_mode & 0o777 for p in tmp_path.rglob("*")
+    }
+    folders = dict.fromkeys(["a", "a/b"], 0o777 & ~umask)
+    assert modes == folders | dict.fromkeys(["a/file.txt", "a/b/file.json", "c.safetensors"], mode)
+
+
+def test_a_staged_folder_replaces_what_has_its_names_and_nothing_else(tmp_path):
+    write_json(tmp_path / "maps" / "old.json", 1)
+    write_json(tmp_path / "table.json", 1)
+    write_json(tmp_path / "other.json", 1)
+    with staged(tmp_path) as stage:
+        write_json(stage / "maps" / "new.json", 2)
+        write_json(stage / "table.json", 2)
+    values = {
+        p.relative_to(tmp_path).as_posix(): read_json(p, "file") for p in tmp_path.rglob("*.json")
+    }
+    assert values == {"maps/new.json": 2, "table.json": 2, "other.json": 1}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["maps", "other.json", "table.json"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_staged_folder_that_fails_changes_nothing(error, tmp_path):
+    write_json(tmp_path / "maps" / "old.json", 1)
+    with pytest.raises(error, match="stop"), staged(tmp_path) as stage:
+        write_json(stage / "maps" / "new.json", 2)
+        raise error("stop")
+    assert [p.name for p in tmp_path.rglob("*")] == ["maps", "old.json"]
+
+
+def test_the_error_of_a_full_disk_names_the_final_path(tmp_path):
+    with pytest.raises(OSError) as caught, staged(tmp_path / "out") as stage:
+        raise OSError(errno.ENOSPC, "No space left on device", str(stage / "maps" / "a.tiff"))
+    assert caught.value.filename == str(tmp_path / "out" / "maps" / "a.tiff")
 
 
 def test_reader_meets_the_old_file_until_the_new_one_is_complete(tmp_path):

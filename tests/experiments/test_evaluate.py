@@ -1,5 +1,6 @@
 """Exported maps have the official layout and give the recorded metrics."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from diffad_lite.core.files import read_json
 from diffad_lite.data.readers import READERS
 from diffad_lite.evaluation.metrics import pixel_metrics
 from diffad_lite.evaluation.records import PIXEL_METRICS
-from diffad_lite.experiments.evaluate import pretrained_or_train
+from diffad_lite.experiments.evaluate import evaluate, pretrained_or_train
 from diffad_lite.experiments.run import Run
 
 
@@ -66,3 +67,17 @@ def test_exported_maps_give_the_recorded_metrics(tree, tmp_path):
         assert again[name] == pytest.approx(result[name], abs=1e-6)
     data = Run("pca", "folder", "disc", str(tree), image_size=32).load_data()
     assert {m.shape for m in maps} == set(data.original_sizes)
+
+
+def test_maps_belong_to_the_record_beside_them(tree, tmp_path):
+    run = Run("mean_image", "folder", "disc", str(tree), image_size=16)
+
+    def maps() -> set[str]:
+        return {path.parent.name for path in tmp_path.rglob("*.tiff")}
+
+    evaluate(run, tmp_path, save_maps=True, progress=False)
+    real = maps()
+    evaluate(replace(run, plant="cells"), tmp_path, save_maps=True, progress=False)
+    assert maps() & real == {"good"}, "maps of the older result are left"
+    evaluate(run, tmp_path, progress=False)
+    assert maps() == set()

@@ -1,6 +1,8 @@
 """Your own images without labels: the survey's warnings, shifts, scoring a folder."""
 
 import csv
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 
 from diffad_lite.cli.main import main
 from diffad_lite.data.images import list_images
-from diffad_lite.experiments.evaluate import train
+from diffad_lite.experiments.evaluate import bundled_checkpoint, evaluate, train
 from diffad_lite.experiments.run import Run
 from diffad_lite.experiments.unlabelled import find_shifts, read_images, score_folder, survey
 
@@ -151,3 +153,123 @@ def test_a_method_without_threshold_says_so(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(method, "threshold_", None)
     with pytest.raises(ValueError, match="no threshold yet"):
         score_folder(method, tmp_path / "new", tmp_path / "out")
+
+
+def names_below(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_a_second_call_replaces_the_older_result_as_a_whole(trained, tmp_path):
+    method, _ = trained
+    write(tmp_path / "old", 4)
+    write(tmp_path / "new", 2, seed=1)
+    (tmp_path / "new" / "000.png").rename(tmp_path / "new" / "first.png")
+    for name in ("old", "new"):
+        score_folder(method, tmp_path / name, tmp_path / "out")
+    maps = ["maps/001.png.tiff", "maps/first.png.tiff"]
+    assert names_below(tmp_path / "out") == ["gallery.png", *maps, "scores.csv"]
+    score_folder(method, tmp_path / "new", tmp_path / "fresh")
+    for name in ("scores.csv", *maps):
+        again, fresh = (tmp_path / out / name for out in ("out", "fresh"))
+        assert again.read_bytes() == fresh.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["002.png.tiff", "gallery.png", "scores.csv"])
+def test_a_full_disk_leaves_the_older_result_or_none(name, trained, tmp_path, monkeypatch, capsys):
+    method, root = trained
+    write(tmp_path / "old", 4)
+    write(tmp_path / "new", 4, seed=1)
+    out = tmp_path / "out"
+    score_folder(method, tmp_path / "old", out)
+    before = {p: (out / p).read_bytes() for p in names_below(out)}
+    touch = Path.touch
+
+    def full(path: Path, **options) -> None:
+        if path.name.startswith(f".{name}."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        touch(path, **options)
+
+    monkeypatch.setattr(Path, "touch", full)
+    command = ["score", "--checkpoint", root / "run/checkpoint", "--images", tmp_path / "new"]
+    for target in (out, tmp_path / "none"):
+        capsys.readouterr()
+        assert main([*map(str, command), "--out", str(target)]) == 2
+        path = target / "maps" / name if name.endswith(".tiff") else target / name
+        assert f"diffad: {path}: the disk is full" in capsys.readouterr().err
+    assert {p: (out / p).read_bytes() for p in names_below(out)} == before
+    assert names_below(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("inside", [".", "results"])
+def test_results_do_not_go_among_the_images(inside, trained, tmp_path):
+    method, _ = trained
+    write(tmp_path / "new", 2)
+    with pytest.raises(ValueError, match=r"lies in that of the images.*choose an output folder"):
+        score_folder(method, tmp_path / "new", tmp_path / "new" / inside)
+    assert names_below(tmp_path) == ["new/000.png", "new/001.png"]
+
+
+def test_a_folder_called_maps_that_is_not_ours_is_kept(trained, tmp_path):
+    method, root = trained
+    write(tmp_path / "new", 2)
+    (tmp_path / "maps").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "maps" / "world.tiff")
+    with pytest.raises(ValueError, match=r"world\.tiff is no map of an earlier call"):
+        score_folder(method, tmp_path / "new", tmp_path)
+    assert (tmp_path / "maps" / "world.tiff").exists()
+    run = Run("pca", "folder", "good", str(root), image_size=16, resize="pad", plant="cells")
+    with pytest.raises(ValueError, match=r"world\.tiff is no map of an earlier call"):
+        evaluate(run, tmp_path)
+    evaluate(run, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"run holds an evaluated run, whose scores\.csv"):
+        score_folder(method, tmp_path / "new", tmp_path / "run")
+
+
+def test_images_that_cannot_be_read_are_named_and_the_others_scored(trained, tmp_path, capsys):
+    _, root = trained
+    write(tmp_path / "new", 6, seed=5)
+    command = ["score", "--checkpoint", root / "run/checkpoint", "--images", tmp_path / "new"]
+    assert main([*map(str, command), "--out", str(tmp_path / "whole")]) == 0
+    Image.new("RGB", (24, 20)).save(tmp_path / "new" / "002.png")
+    (tmp_path / "new" / "004.png").write_text("no image")
+    capsys.readouterr()
+    assert main([*map(str, command), "--out", str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert "2 of 6 images are not scored: 002.png, 004.png; the first, because " in said
+    assert "002.png has 3 channels, and the model is for 1" in said
+    whole, rest = (
+        list(csv.reader((tmp_path / out / "scores.csv").open())) for out in ("whole", "out")
+    )
+    assert rest == [row for row in whole if row[0] not in ("002.png", "004.png")]
+    assert len(names_below(tmp_path / "out" / "maps")) == 4
+
+
+def test_the_checkpoint_is_a_folder_that_of_a_run_or_bundled(trained, tmp_path, capsys):
+    _, root = trained
+    write(tmp_path / "new", 3)
+    bundled = ["bundled", "--method", "anoddpm"]
+    named = {
+        "run": [str(root / "run")],
+        "checkpoint": [str(root / "run" / "checkpoint")],
+        "bundled": [*bundled, "--dataset", "elpv", "--category", "mono"],
+        "default": bundled,
+        "folder": [str(bundled_checkpoint("anoddpm", "elpv", "mono"))],
+    }
+    tables = {}
+    for name, words in named.items():
+        command = ["score", "--images", str(tmp_path / "new"), "--out", str(tmp_path / name)]
+        assert main([*command, "--checkpoint", *words]) == 0
+        tables[name] = (tmp_path / name / "scores.csv").read_text()
+    assert tables["run"] == tables["checkpoint"]
+    assert tables["bundled"] == tables["default"] == tables["folder"]
+    capsys.readouterr()
+    for words, message in (
+        (["bundled"], "--method is missing; 'diffad methods' lists them"),
+        (
+            ["bundled", "--method", "pca"],
+            "no weights are bundled for elpv-mono-pca, only for: elpv",
+        ),
+        ([str(root / "run"), "--category", "mono"], "choose among bundled checkpoints; leave them"),
+    ):
+        assert main([*command, "--checkpoint", *words]) == 2
+        assert message in capsys.readouterr().err

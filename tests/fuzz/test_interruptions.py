@@ -29,7 +29,6 @@ from safetensors import SafetensorError
 from test_bad_input import notebook
 
 from diffad_lite.cli.main import main
-from diffad_lite.core import files
 from diffad_lite.core.interrupts import DeferredInterrupt
 from diffad_lite.evaluation.records import read_scores
 from diffad_lite.methods import checkpoints
@@ -121,15 +120,15 @@ def test_a_training_continues_where_it_stopped(
     assert_same_model(out, unbroken)
 
 
-@pytest.mark.parametrize("count", [2, 4], ids=["state", "checkpoint"])
+@pytest.mark.parametrize("count", [2, 5], ids=["state", "checkpoint"])
 def test_killed_before_a_file_gets_its_name(count, tmp_path, unbroken, steps_made, interrupt):
-    """Files are renamed in this order: claim, state, configuration, checkpoint."""
+    """Files are renamed in this order: claim, state, weights, configuration, checkpoint."""
     out = tmp_path / "out"
     interrupt("pathlib:Path.replace", count, "SIGKILL", *TRAIN, "--out", out)
     assert not (out / "checkpoint").exists()
-    assert (out / STATE).exists() == (count == 4)
+    assert (out / STATE).exists() == (count == 5)
     call(*TRAIN, "--out", out)
-    assert steps_made == ([] if count == 4 else list(range(N_STEPS)))
+    assert steps_made == ([] if count == 5 else list(range(N_STEPS)))
     assert_same_model(out, unbroken)
 
 
@@ -356,15 +355,15 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, unbroken, monkeypatch, 
 @pytest.mark.parametrize("name", ["scores.csv", "result.json"])
 def test_a_full_disk_leaves_no_half_result(name, tmp_path, monkeypatch, capsys):
     command = [*EVALUATE, "--out", tmp_path / "out"]
-    mkstemp = files.tempfile.mkstemp
+    touch = Path.touch
 
-    def fail_for_name(prefix: str, **options) -> tuple[int, str]:
-        if prefix == f".{name}.":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), prefix)
-        return mkstemp(prefix=prefix, **options)
+    def fail_for_name(path: Path, **options) -> None:
+        if path.name.startswith(f".{name}."):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        touch(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.tempfile, "mkstemp", fail_for_name)
+        patch.setattr(Path, "touch", fail_for_name)
         assert_disk_full(command, tmp_path / "out" / name, capsys)
     assert not (tmp_path / "out" / "result.json").exists()
     call(*command)
