@@ -56,8 +56,9 @@ class MDPSConfig(DenoisingConfig):
     Attributes:
         mode: how samples are made to agree with the image outside of the mask: ``paper`` blends
             two noise estimates by the mask, so that pixels outside of it end as the image's;
-            ``code`` replaces their state before each step, guides all pixels, and divides by one
-            norm of the whole batch.
+            ``code`` replaces their state before each step, and guides all pixels. The official
+            code divides by one norm of the whole batch; here each image has its own, so that its
+            score does not depend on the batch.
         noise_level: start timestep of the second pass, 0 .. T-1.
         mask_noise_level: start timestep of the first pass, which estimates the mask.
         steps: network evaluations per pass and sample.
@@ -171,8 +172,7 @@ class MDPS(Method):
         """Return the noise estimate, corrected towards images that agree with ``y``.
 
         ``eps + sigma_t w grad ||y - x0_hat(x_t)||``: diffusion posterior sampling (Chung et al.
-        2023), the gradient through the network; (B, C, H, W). The norm is taken per image; in
-        ``code`` mode over the whole batch.
+        2023), the gradient through the network; (B, C, H, W). The norm is taken per image.
         """
         d = self.diffusion
         timesteps = torch.full((len(x_t),), t, device=x_t.device)
@@ -183,8 +183,6 @@ class MDPS(Method):
             x_t = x_t.detach().requires_grad_()
             noise_hat = self.network["denoiser"](x_t, timesteps)
             squares = (y - d.predict_x0(x_t, t, noise_hat)).square().flatten(1).sum(1)
-            if self.config.mode == "code":
-                squares = squares.sum()
             # A norm has no gradient at zero, where nothing needs correcting: keep away from it.
             (gradient,) = torch.autograd.grad(squares.clamp_min(1e-20).sqrt().sum(), x_t)
         sigma = (1 - d.schedule.alpha_bar(t, x_t)).sqrt()
