@@ -396,8 +396,18 @@ class Method(Checkpointed, ABC):
         """Image scores (B,) from images and their final maps: the mean of the largest values."""
         return torch.from_numpy(top_k_mean(maps.numpy(), self.config.top_fraction)).float()
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Return the smallest side of an image in pixels, and the number that divides all sides."""
+        return 2, 1  # one pixel has no spread
+
     def _check(self, images: Tensor, what: str) -> None:
         C = self.config.channels
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"{what}: expected a tensor, got {type(images).__name__}; convert it, e.g. by "
+                "torch.from_numpy(images).float()"
+            )
         if images.ndim != 4 or images.shape[1] != C:
             raise ValueError(
                 f"{what}: expected (N, {C}, H, W), got {tuple(images.shape)}; this model is for "
@@ -408,6 +418,15 @@ class Method(Checkpointed, ABC):
             raise ValueError(
                 f"{what}: images are {tuple(images.shape[-2:])} (height, width), but {self.name} "
                 f"is for {(side, side)} (Config.image_size); resize the images"
+            )
+        smallest, divisor = self.sides
+        H, W = images.shape[-2:]
+        if min(H, W) < smallest or H % divisor or W % divisor:
+            near = tuple(max(smallest, round(n / divisor) * divisor) for n in (H, W))
+            raise ValueError(
+                f"{what}: images are {(H, W)} (height, width), but {self.name} needs sides of at "
+                f"least {smallest} pixels that are divisible by {divisor}; resize the images, e.g. "
+                f"to {near}"
             )
         check_values(images, what)
 

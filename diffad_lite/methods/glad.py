@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, Unpack
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from diffad_lite.core.config import (
@@ -61,6 +61,14 @@ from diffad_lite.training.loop import FitOptions, TrainReport, remaining_budget,
 from diffad_lite.training.state import TrainConfig
 
 
+def read_infinity(value: Any) -> Any:
+    """Return infinity for its names in JSON and on the command line, else ``value``."""
+    return math.inf if value in ("Infinity", "inf") else value
+
+
+Delta = Annotated[float | None, Field(ge=0, allow_inf_nan=True), BeforeValidator(read_infinity)]
+
+
 @configuration
 class GLADConfig(DenoisingConfig):
     """Configuration of :class:`GLAD`; defaults are the lite profile at 64 pixels.
@@ -78,7 +86,8 @@ class GLADConfig(DenoisingConfig):
         adaptive: whether the number of steps is adaptive; else plain DDIM.
         min_noise_level: below this timestep an image without drift restarts from its noised input.
         delta: drift at which an image is accepted; None takes the ``delta_quantile`` of the drifts
-            of normal images above ``min_noise_level``.
+            of normal images above ``min_noise_level``. Infinity (``delta=inf``) accepts no image:
+            each is denoised until it is reset.
         delta_quantile: of these drifts.
         fusion: weight of the denoised state in an accepted image, per pixel: ``off`` is 1,
             ``literal`` the sigmoid of the drift (at least half), ``calibrated`` the sigmoid of the
@@ -109,8 +118,7 @@ class GLADConfig(DenoisingConfig):
     steps: Count = inference(10)
     adaptive: bool = inference(True)
     min_noise_level: Timestep = inference(30)
-    # Infinity accepts no image: each is denoised until it is reset.
-    delta: Annotated[float | None, Field(ge=0, allow_inf_nan=True)] = inference(None)
+    delta: Delta = inference(None)
     delta_quantile: Quantile = inference(0.95)
     fusion: Literal["off", "literal", "calibrated"] = inference("calibrated")
     drift_features: str = DENOISER

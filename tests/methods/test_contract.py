@@ -340,6 +340,33 @@ def test_a_model_that_could_be_fitted_can_be_loaded(name, tmp_path):
     assert_same(METHODS[name].from_pretrained(tmp_path / "m").predict(x), method.predict(x))
 
 
+@pytest.mark.parametrize("size", [(17, 17), (65, 65), (18, 14), (3, 3), (1, 1), (2, 40), (4, 4)])
+@each_method
+def test_an_image_of_any_size_is_scored_or_refused_with_a_size_that_fits(name, size):
+    method = fit(name, config=replace(tiny_config(name), calibrate=False))
+    try:
+        scores = method.predict(pictures(2, size=size)).image_score
+    except ValueError as error:
+        message = str(error)
+    else:
+        assert torch.isfinite(scores).all()
+        return
+    H, W = size
+    assert message.startswith(f"images: images are ({H}, {W}) (height, width), but {name} ")
+    if method.any_size:
+        near = tuple(int(n) for n in message.rsplit("(", 1)[1].rstrip(")").split(", "))
+        assert torch.isfinite(method.predict(pictures(2, size=near)).image_score).all()
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 17, 18])
+@each_method
+def test_a_model_for_images_of_any_size_is_trained_or_refused_by_name(name, size):
+    try:
+        fit(name, size=(size, size), config=replace(tiny_config(name), image_size=size))
+    except ValueError as error:
+        assert "image_size" in str(error) or "needs sides of at least" in str(error)
+
+
 # ---------------------------------------------------------------------- calibration, threshold
 
 
@@ -446,6 +473,8 @@ BAD_IMAGES = {
     "infinity": (lambda: pictures(3).index_fill(0, torch.tensor([2]), torch.inf), "image 2 contai"),
     "uint8": (lambda: 127.5 * (pictures(2) + 1), r"must lie in \[-1, 1\], got .*x / 127\.5 - 1"),
     "too dark": (lambda: pictures(2) - 1.5, r"must lie in \[-1, 1\], got -"),
+    "numpy": (lambda: pictures(2).numpy(), r"a tensor, got ndarray; convert it, e\.g\. by torch\."),
+    "list": (lambda: list(pictures(2)), "expected a tensor, got list; convert it"),
 }
 
 
