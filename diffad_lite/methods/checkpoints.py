@@ -7,7 +7,8 @@ settings; the functions below it do the work.
 import math
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -83,6 +84,27 @@ class Checkpointed:
             ValueError: another method's, or broken.
         """
         return load(cls, Path(folder))
+
+
+@contextmanager
+def claimed(
+    folder: Path | None, method: "Checkpointed", seed: int, budget: float | None
+) -> Iterator[None]:
+    """Claim ``folder`` for the training in the block; delete it if an error leaves no state there.
+
+    Raises:
+        ValueError: as :func:`claim`.
+    """
+    if folder is None:
+        yield
+        return
+    claim(folder, method, seed, budget)
+    try:
+        yield
+    except Exception:
+        if [path.name for path in folder.glob("*")] == ["training.json"]:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def claim(folder: Path, method: "Checkpointed", seed: int, budget: float | None) -> None:
