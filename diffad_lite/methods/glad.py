@@ -52,6 +52,7 @@ from diffad_lite.methods.denoiser import DENOISER_SHARE, Denoiser, DenoisingConf
 from diffad_lite.spaces.features import (
     DENOISER,
     LITE0,
+    LITE0_LAYERS,
     DenoiserFeatures,
     ImageNetFeatures,
     peak_ratio,
@@ -123,7 +124,7 @@ class GLADConfig(DenoisingConfig):
     fusion: Literal["off", "literal", "calibrated"] = inference("calibrated")
     drift_features: str = DENOISER
     map_features: str = LITE0
-    layers: tuple[str, ...] = ("2", "4", "7")
+    layers: tuple[str, ...] = LITE0_LAYERS
     input_size: InputSize = inference(224)
     radius: Annotated[int, Field(ge=0, le=64)] | None = inference(1)
     pixel_weight: NonNegative = inference(1.0)
@@ -220,7 +221,9 @@ class GLAD(Method):
         _ = self.synthesis.files  # missing textures are an error now, not after the first stage
         for network in self.network.values():
             if isinstance(network, ImageNetFeatures):
-                network.load_weights()
+                network.load_weights(
+                    {"map_features": LITE0, "drift_features": DENOISER, "layers": LITE0_LAYERS}
+                )
         share = DENOISER_SHARE if c.anomaly_oriented else 1.0
         options["budget"] = remaining_budget(budget, {}, share)
         reports = self.denoiser.fit(train, **options)

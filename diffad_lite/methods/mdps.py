@@ -45,7 +45,13 @@ from diffad_lite.methods.base import (
     inference,
 )
 from diffad_lite.methods.denoiser import Denoiser, DenoisingConfig
-from diffad_lite.spaces.features import LITE0, ImageNetFeatures, peak_ratio, perceptual_distance
+from diffad_lite.spaces.features import (
+    LITE0,
+    LITE0_LAYERS,
+    ImageNetFeatures,
+    peak_ratio,
+    perceptual_distance,
+)
 from diffad_lite.training.loop import FitOptions, TrainReport
 
 
@@ -92,7 +98,7 @@ class MDPSConfig(DenoisingConfig):
     mask_quantile: Fraction = inference(0.9)
     mask_sigma: NonNegative = inference(1.0)
     backbone: str = LITE0
-    layers: tuple[str, ...] = ("2", "4", "7")
+    layers: tuple[str, ...] = LITE0_LAYERS
     input_size: InputSize = inference(224)
     pixel_weight: NonNegative = inference(7.0)
     score: Literal["mean", "softmax"] = inference("mean")
@@ -163,7 +169,7 @@ class MDPS(Method):
         return Networks({**networks, "statistics": statistics})
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
-        self.network["features"].load_weights()
+        self.network["features"].load_weights({"backbone": LITE0, "layers": LITE0_LAYERS})
         return {} if self.prior is not None else self.denoiser.fit(train, **options)
 
     # One step, and one posterior sample.

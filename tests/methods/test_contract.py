@@ -1,10 +1,12 @@
 """The contract that every registered method keeps: fit, predict, explain, save, messages."""
 
 import json
+import shlex
 import warnings
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 from speed import TensorsAlive
 from torch import Tensor
+from torchvision import models
 
+from diffad_lite.core.config import override
 from diffad_lite.data.images import image_keys, undo_standardise
 from diffad_lite.data.readers import FLIP_AXES
 from diffad_lite.diffusion.gaussian import final_step, noise_generators
@@ -30,7 +34,7 @@ from diffad_lite.methods.base import (
 )
 from diffad_lite.methods.calibration import MapCalibration, conformal_threshold, top_k_mean
 from diffad_lite.methods.denoiser import Denoiser, DenoiserConfig
-from diffad_lite.spaces.features import ImageNetFeatures
+from diffad_lite.spaces.features import LITE0_LAYERS, ImageNetFeatures
 
 NAMES = sorted(METHODS)
 BASELINES = ("brightness", "mean_image", "pca")
@@ -703,6 +707,27 @@ def test_an_error_before_the_first_state_leaves_no_folder(tmp_path, monkeypatch)
         with pytest.raises(FileNotFoundError):
             fit_on(name, pictures(12), pictures(20), tmp_path / "state", calibrate=False)
     assert list(tmp_path.iterdir()) == []
+
+
+NETWORKS = ("backbone", "map_features", "drift_features")  # fields that name a network
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if hasattr(METHODS[n].Config, "layers")])
+def test_settings_printed_after_a_failed_download_work_as_printed(name, monkeypatch):
+    def unreachable(*_, **__):
+        raise URLError("no route")
+
+    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", unreachable)
+    config = replace(tiny_config(name), calibrate=False, layers=("layer1",))
+    for field in filter(config.__dict__.__contains__, NETWORKS):
+        downloading = replace(config, **{field: "resnet18"})
+        with pytest.raises(FileNotFoundError, match="resnet18 could not be downloaded") as caught:
+            fit(name, config=downloading)
+        hint = str(caught.value).split("that needs no download: ")[1]
+        settings = dict(word.split("=", 1) for word in shlex.split(hint) if word != "--set")
+        mended = override(downloading, settings)
+        assert mended.layers == LITE0_LAYERS
+        assert torch.isfinite(fit(name, config=mended).predict(pictures(2)).image_score).all()
 
 
 # -------------------------------------------------------------------------------------- files
