@@ -92,7 +92,7 @@ def test_failed_download_says_what_to_do(monkeypatch):
         raise URLError("no route")
 
     monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", unreachable)
-    with pytest.raises(FileNotFoundError, match=": efficientnet_lite0$"):
+    with pytest.raises(FileNotFoundError, match=r": efficientnet_lite0$"):
         features.load_weights()
     alternative = {"backbone": LITE0, "layers": ["2", "4"]}
     with pytest.raises(FileNotFoundError, match=r"weights of resnet18 .*no route.*") as caught:
