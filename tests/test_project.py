@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +14,7 @@ import nbformat
 import pytest
 import yaml
 
+from diffad_lite.core.files import course_dir
 from diffad_lite.evaluation.records import read_results
 from diffad_lite.evaluation.tables import render
 from diffad_lite.experiments.grid import find_missing, read_grid
@@ -36,29 +36,14 @@ def test_conda_and_pip_name_the_same_packages():
     assert from_conda == set(pip)
 
 
-@pytest.mark.slow
-def test_the_wheel_builds_and_imports_elsewhere(tmp_path):
-    source = tmp_path / "source"  # a build in place would create build/
-    skip = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(PACKAGE, source / "diffad_lite", ignore=skip)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path)]
-    subprocess.run([*build, str(source)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.stat().st_size < 200_000
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r});"
-        "import diffad_lite.methods as m, diffad_lite.cli.main;"
-        "m.GLADConfig.for_profile('paper', channels=3, image_size=64, category='tile');"
-        "print(diffad_lite.__file__)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert str(tmp_path / "site") in result.stdout
+def test_a_wheel_has_every_room_and_the_course():
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    rooms = {".".join(p.parent.relative_to(ROOT).parts) for p in PACKAGE.rglob("__init__.py")}
+    assert set(tools["packages"]) == rooms | set(tools["package-dir"])
+    assert {ROOT / folder for folder in tools["package-dir"].values()} == {
+        course_dir() / "data",
+        course_dir() / "notebooks",
+    }
 
 
 def test_rendering_the_tables_changes_nothing(tmp_path):

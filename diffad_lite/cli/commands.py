@@ -313,8 +313,15 @@ def datasets(arguments: argparse.Namespace) -> int:
     option(
         "--only", help="lessons whose names start so; may be repeated", metavar="NN", **REPEATED
     ),
-    option("--folder", type=Path, default=Path("notebooks"), help="folder of the lessons"),
+    option("--folder", type=Path, help="folder of the lessons; without it notebooks"),
     option("--out", type=Path, default=Path("runs/notebooks"), help="folder of executed copies"),
+    option(
+        "--copy",
+        type=Path,
+        metavar="DIR",
+        help="execute nothing: write the lessons that came with this package, with exercises and "
+        "solutions, into DIR; no file is overwritten",
+    ),
 )
 def notebooks(arguments: argparse.Namespace) -> int:
     """Execute the lessons into copies.
@@ -324,16 +331,33 @@ def notebooks(arguments: argparse.Namespace) -> int:
     """
     from diffad_lite.notebook.runner import run_notebooks
 
+    if arguments.copy is not None:
+        return _copy_lessons(arguments)
     parameters = {"profile": arguments.profile}
     for name, text in (_settings(arguments) | dict(arguments.p)).items():
         try:
             parameters[name] = json.loads(text)
         except (ValueError, RecursionError):
             parameters[name] = text
-    failures = run_notebooks(
-        arguments.folder, arguments.out, parameters=parameters, only=arguments.only
-    )
+    folder = arguments.folder or Path("notebooks")
+    failures = run_notebooks(folder, arguments.out, parameters=parameters, only=arguments.only)
     return _exit_code(failures)
+
+
+def _copy_lessons(arguments: argparse.Namespace) -> int:
+    """Write the lessons into the folder ``--copy`` and say what to do with them."""
+    from diffad_lite.core.files import course_dir
+    from diffad_lite.notebook.runner import copy_notebooks
+
+    for name, keywords in COMMANDS["notebooks"].options:
+        value = getattr(arguments, name.lstrip("-").replace("-", "_"))
+        if name not in ("--copy", "--folder", "--only") and value != keywords.get("default"):
+            raise ValueError(f"{name} does nothing with --copy, which executes nothing; drop it")
+    folder = arguments.folder or course_dir() / "notebooks"
+    copies = copy_notebooks(folder, arguments.copy, arguments.only)
+    print(f"{len(copies)} notebooks are in {arguments.copy}, 'jupyter lab' opens them")
+    print("licence: code MIT, text CC BY 4.0, images of solar cells CC BY-NC-SA 4.0")
+    return 0
 
 
 @command(

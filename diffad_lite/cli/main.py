@@ -1,4 +1,7 @@
-"""The entry point of ``diffad``: its parser, its error messages and its exit codes."""
+"""The entry point of ``diffad``: its parser, its error messages and its exit codes.
+
+Commands and their options are declared in ``commands.py``.
+"""
 
 import argparse
 import errno

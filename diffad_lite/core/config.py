@@ -1,4 +1,7 @@
-"""Configurations: frozen dataclasses, validated by pydantic; JSON, overrides, fingerprints."""
+"""Configurations: frozen dataclasses, validated by pydantic; JSON, overrides, fingerprints.
+
+The range of a field stands in its type, as ``noise_level: Timestep``.
+"""
 
 import dataclasses
 import difflib
@@ -19,13 +22,13 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound="DataclassInstance")
 Profile = typing.Literal["ci", "lite", "paper"]
 
-# Types of fields. Bounds that depend on another field stand in ``__post_init__``.
+# Types of fields. Bounds that depend on another field are checked in ``__post_init__``.
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Timestep = Annotated[int, Field(ge=0)]  # 0 .. T-1
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Widths = Annotated[tuple[Count, ...], Field(min_length=1)]  # of U-Net levels, in base widths
-WORDS = {  # of pydantic, in messages
+Widths = Annotated[tuple[Count, ...], Field(min_length=1)]  # multiples of the base width, per level
+WORDS = {  # pydantic's words -> ours, in error messages
     "Input should": "must",
     "Tuple should have at least 1 item after validation, not 0": "must not be empty",
     "an object": "a mapping",
@@ -43,7 +46,8 @@ _short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 3, 120, 120
 def configuration(cls: type[Config]) -> type[Config]:
     """Make a class a frozen dataclass whose fields are validated, strictly, by their types.
 
-    Building one raises ValueError: the field, the expected and the actual value.
+    An invalid value raises ValueError; the message names the field, the expected and the actual
+    value.
     """
     made: Any = pydantic.dataclasses.dataclass(frozen=True, config=RULES)(cls)
     build: Callable[..., None] = made.__init__
@@ -63,7 +67,7 @@ def short_repr(value: Any) -> str:
     """``repr`` for messages: short, whatever the value is."""
     try:
         text = _short.repr(value)
-    except ValueError:  # numbers of thousands of digits have no decimal form
+    except ValueError:  # Python refuses to print integers of thousands of digits
         text = f"a huge {type(value).__name__}"
     return text if len(text) <= 200 else f"{text[:197]}..."
 
@@ -115,11 +119,11 @@ def convert(value: Any, kind: Any, where: str) -> Any:
     """Fit a JSON value to a type: a configuration, or anything that pydantic knows.
 
     Raises:
-        ValueError: it does not fit; the message begins with ``where``.
+        ValueError: the value does not match the type; the message begins with ``where``.
     """
     try:
         text = json.dumps(value)
-    except (TypeError, ValueError, RecursionError):  # a date, thousands of digits
+    except (TypeError, ValueError, RecursionError):  # for example a date or a huge integer
         raise ValueError(f"{where} must be a JSON value, got {short_repr(value)}") from None
     try:
         return _adapter(kind).validate_json(text)
@@ -129,12 +133,12 @@ def convert(value: Any, kind: Any, where: str) -> Any:
 
 @functools.cache
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    is_configuration = dataclasses.is_dataclass(kind)  # which has its rules with it
+    is_configuration = dataclasses.is_dataclass(kind)  # which carries its rules
     return TypeAdapter(kind, config=None if is_configuration else RULES)
 
 
 def _explained(error: ValidationError, where: str, kind: Any) -> ValueError:
-    """Return the first fault as "<where> must be <expected>, got <actual>"."""
+    """Return the first validation error as "<where> must be <expected>, got <actual>"."""
     fault = error.errors(include_url=False)[0]
     *path, name = ["", *fault["loc"]]
     if fault["type"] == "value_error":
@@ -152,7 +156,7 @@ def _explained(error: ValidationError, where: str, kind: Any) -> ValueError:
 
 
 def override(config: Config, assignments: Mapping[str, str]) -> Config:
-    """Return a copy with some fields replaced, as by ``--set denoiser.train.steps=100``.
+    """Return a copy with some fields replaced, e.g. by ``--set denoiser.train.steps=100``.
 
     Args:
         config: any configuration.
@@ -210,6 +214,6 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_hash(values: Mapping[str, Any]) -> str:
-    """Return twelve hex digits that identify nested JSON values, whatever their order."""
+    """Return twelve hex digits that identify nested JSON values, whatever the order of keys."""
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]

@@ -1,4 +1,7 @@
-"""Write files completely or not at all; read JSON, YAML and CSV with errors that name the file."""
+"""Write files completely or not at all; read JSON, YAML and CSV with errors that name the file.
+
+Also: where the data and the lessons of the course are.
+"""
 
 import csv
 import json
@@ -15,6 +18,17 @@ import yaml
 from safetensors import SafetensorError
 
 LARGEST_YAML = 100_000  # entries; those behind an alias count once per use
+
+
+def course_dir() -> Path:
+    """Return the folder that holds ``data/`` and ``notebooks/`` of the course.
+
+    In a checkout it is the repository, even if installed with ``pip install -e .``. A wheel has a
+    copy of both inside the package.
+    """
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "course"
+    return installed if installed.is_dir() else package.parent
 
 
 def check_writable(folder: Path) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffad_lite.core.config import unknown_name
+from diffad_lite.core.files import course_dir
 from diffad_lite.data.images import Resize, read_image, resize_image, to_float
 from diffad_lite.data.planting import KINDS, plant_defects
 from diffad_lite.data.readers import FLIP_AXES, READERS
@@ -183,17 +184,17 @@ def check_arguments(name: str, plant: str | None, resize: str, image_size: int) 
 def data_dir() -> Path:
     """Return the folder ``data/`` with the bundled checkpoints and results.
 
-    It is the environment variable ``DIFFAD_DATA``, else the folder beside the package in the
-    repository, so the working directory does not matter.
+    It is the environment variable ``DIFFAD_DATA``, else the folder of the repository or of the
+    installed wheel, so the working directory does not matter.
 
     Raises:
         FileNotFoundError: that folder does not exist, or has no ``checkpoints/``.
     """
-    folder = Path(os.environ.get("DIFFAD_DATA") or Path(__file__).resolve().parents[2] / "data")
+    folder = Path(os.environ.get("DIFFAD_DATA") or course_dir() / "data")
     if not (folder / "checkpoints").is_dir():
         raise FileNotFoundError(
-            f"no data folder at {folder}; clone the repository and install it with "
-            "'pip install -e .', or set DIFFAD_DATA to its data/ folder"
+            f"no data folder at {folder}; install the wheel, or the repository with "
+            "'pip install -e .', or set DIFFAD_DATA to the data/ folder of the repository"
         )
     return folder
 

@@ -1,4 +1,7 @@
-"""Readers of published data sets with a layout of their own; ``folder`` reads the others."""
+"""Readers of published data sets with a special layout; ``folder`` reads all others.
+
+A new reader is also listed in ``READERS`` (and ``LICENCES``, ``FLIP_AXES``) of ``readers.py``.
+"""
 
 from pathlib import Path
 

@@ -13,23 +13,11 @@ import numpy as np
 from diffad_lite.core.config import config_hash, convert
 from diffad_lite.core.files import read_json, read_rows, write_atomically
 from diffad_lite.evaluation.metrics import bootstrap_auroc, paired_bootstrap_auroc
+from diffad_lite.methods import METHODS
 
 Result = dict[str, Any]
 Key = tuple[str, str, int, str]  # method, variant, image size, training
-METHOD_NAMES = {
-    "brightness": "brightness (control)",
-    "mean_image": "mean image",
-    "pca": "PCA residual",
-    "padim": "PaDiM",
-    "bank": "patch bank",
-    "anoddpm": "AnoDDPM, Gaussian noise",
-    "anoddpm_simplex": "AnoDDPM, simplex noise",
-    "diffusionad": "DiffusionAD",
-    "glad": "GLAD",
-    "mdps": "MDPS",
-    "bernoulli": "masked Bernoulli",
-    "grad": "GRAD-style",
-}
+METHOD_NAMES = {name: method.title for name, method in METHODS.items()}  # in tables, in this order
 VARIANTS = ("raw", "default", "calibrated")  # first in tables, in this order
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "aupro", "dice_oracle")  # None without masks
 # Fields that tables need, with their types; a record may have more.

@@ -6,6 +6,7 @@ A run folder holds ``state/`` (to resume training), ``checkpoint/``, ``scores.cs
 
 import hashlib
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -117,7 +118,11 @@ def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
 
 
 def bundled_checkpoint(method: str, dataset: str, category: str | None) -> Path:
-    """Return the folder of the lite weights for this data in the repository."""
+    """Return the folder of the lite weights for this data, which need not exist.
+
+    Raises:
+        FileNotFoundError: there is no data folder.
+    """
     category = category or DEFAULT_CATEGORIES.get(dataset)
     return data_dir() / "checkpoints" / "-".join(filter(None, (dataset, category, method)))
 
@@ -159,11 +164,16 @@ def pretrained_or_train(
     """Load the bundled weights in a notebook on ci or lite; train if there are none, or to retrain.
 
     Bundled weights are of seed 0, whatever ``run.seed`` is. Each run trains into its folder in
-    ``out_dir``, and resumes there after an interruption.
+    ``out_dir``, and resumes there after an interruption. Without a data folder, a warning says so.
     """
-    folder = bundled_checkpoint(run.method, run.dataset, data.info["category"])
-    if not retrain and run.profile != "paper" and folder.is_dir():
-        return load_checkpoint(folder, replace(run, seed=0, profile="lite"), data)
+    if not retrain and run.profile != "paper":
+        try:
+            folder = bundled_checkpoint(run.method, run.dataset, data.info["category"])
+        except FileNotFoundError as error:
+            warnings.warn(f"no bundled weights, so {run.method} trains: {error}", stacklevel=2)
+        else:
+            if folder.is_dir():
+                return load_checkpoint(folder, replace(run, seed=0, profile="lite"), data)
     key = f"{run.method}-{data.info['name']}-{data.info['category']}-{run.profile}-s{run.seed}"
     return train(run, data, Path(out_dir) / key)
 

@@ -59,6 +59,7 @@ class AnoDDPM(Method):
     """Partial noising and reconstruction with a noise predictor trained on normal images."""
 
     name = "anoddpm"
+    title = "AnoDDPM, Gaussian noise"
     Config = AnoDDPMConfig
     config: AnoDDPMConfig
     network: UNet
@@ -87,8 +88,10 @@ class AnoDDPM(Method):
     def _infer(
         self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
     ) -> Inferred:
-        """Traced, of the first noise: ``trajectory``, a list of
-        :class:`~diffad_lite.diffusion.gaussian.Step`, and ``residual`` (B, C, H, W), signed.
+        """Predict a batch; ``trace`` is of the first noise.
+
+        It gets ``trajectory``, a list of :class:`~diffad_lite.diffusion.gaussian.Step`, and
+        ``residual`` (B, C, H, W), signed.
         """
         reconstructions: list[Tensor] = []
         for _ in range(self.config.n_noises):
@@ -142,6 +145,7 @@ class AnoDDPMSimplex(AnoDDPM):
     """
 
     name = "anoddpm_simplex"
+    title = "AnoDDPM, simplex noise"
     Config = AnoDDPMSimplexConfig
     config: AnoDDPMSimplexConfig
 

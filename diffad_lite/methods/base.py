@@ -1,9 +1,10 @@
 """The contract of a method: fit on normal images, predict a map and a score, explain, save.
 
-A method implements two things, ``_fit`` (train its networks) and ``_infer`` (one batch of images
-to raw maps). Seeds, batching, calibration by position, scores, thresholds and files live here,
-once for all. A new method is a file beside this one, imported in ``methods/__init__.py`` and named
-for tables in ``evaluation/records.py``.
+A method implements ``_build`` (its networks), ``_fit`` (their training) and ``_infer`` (one batch
+of images to raw maps). Seeds, batching, calibration by position, scores and thresholds are the same
+for all methods and stand here; files stand in ``checkpoints.py``. To add a method, follow
+CONTRIBUTING.md; read ``anoddpm.py`` first, and import the new file in ``methods/__init__.py``,
+where the order of imports is the order in tables.
 """
 
 import warnings
@@ -145,12 +146,12 @@ class MethodConfig:
 
 @dataclass
 class Prediction:
-    """What a method says of B images; everything on the CPU in float32.
+    """Output of a method for B images, on the CPU in float32.
 
     Attributes:
         image_score: (B,), larger = more anomalous; comparable between images of one model only.
         anomaly_map: (B, H, W), larger = more anomalous.
-        reconstruction: (B, C, H, W) the image as it would be without defects, or None.
+        reconstruction: (B, C, H, W), the image without its defects, or None.
         extras: further tensors, first axis B, as each method documents.
     """
 
@@ -161,7 +162,7 @@ class Prediction:
 
     @staticmethod
     def cat(parts: Sequence["Prediction"]) -> "Prediction":
-        """Batches joined along the first axis."""
+        """Concatenate batches along the first axis."""
         first = parts[0]
         reconstructions = [p.reconstruction for p in parts if p.reconstruction is not None]
         return Prediction(
@@ -188,7 +189,7 @@ def on_cpu(value: Any) -> Any:
 
 
 class Buffers(nn.Module):
-    """Named tensors that are saved with the model and have no gradient."""
+    """Named tensors that are saved with the model and are not trained."""
 
     def __init__(self, **tensors: Tensor) -> None:
         super().__init__()
@@ -201,7 +202,7 @@ class Buffers(nn.Module):
 
 
 class Networks(nn.ModuleDict):
-    """The networks of a method by name; what each is, the line that takes it out says."""
+    """The networks of a method by name; callers annotate the type of each."""
 
     if TYPE_CHECKING:
 
@@ -210,7 +211,7 @@ class Networks(nn.ModuleDict):
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Convolve float32 exactly; recent GPUs otherwise do it with ten bits of mantissa."""
+    """Convolve in full float32; recent GPUs otherwise keep ten bits of mantissa (TF32)."""
     cudnn = torch.backends.cudnn
     options = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
     with cudnn.flags(enabled=cudnn.enabled, allow_tf32=False, **options):
@@ -218,7 +219,7 @@ def exact() -> Iterator[None]:
 
 
 def blur(maps: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of maps (B, H, W), reflecting at the border; sigma in pixels."""
+    """Blur maps (B, H, W) by a Gaussian, reflected at the border; sigma in pixels."""
     side = min(maps.shape[-2:])
     width = min(2 * int(3 * sigma + 0.5) + 1, 2 * side - 1)
     return gaussian_blur(maps[:, None], [width, width], [sigma, sigma])[:, 0]
@@ -237,12 +238,13 @@ class Method(Checkpointed, ABC):
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]  # name in tables
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     trained: ClassVar[bool] = True  # False: statistics are fitted, no network learns
     any_size: ClassVar[bool] = True  # False: images must have the side Config.image_size
 
     def __init_subclass__(cls) -> None:
-        if "name" in vars(cls):  # what several methods share has none
+        if "name" in vars(cls):  # a base class of several methods has none
             METHODS[cls.name] = cls
 
     def __init__(self, config: MethodConfig) -> None:
@@ -255,11 +257,11 @@ class Method(Checkpointed, ABC):
 
     @abstractmethod
     def _build(self) -> nn.Module:
-        """The networks (a ModuleDict where there are several), untrained."""
+        """Return the untrained networks; a :class:`Networks` where there are several."""
 
     @abstractmethod
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
-        """Train ``self.network`` on normal images; one report a stage."""
+        """Train ``self.network`` on normal images; return one report per stage."""
 
     @abstractmethod
     def _infer(
@@ -292,11 +294,11 @@ class Method(Checkpointed, ABC):
             calibration: normal images that ``train`` does not contain, same form.
             seed: of everything random in training.
             budget: seconds of training; None takes the configured number of steps.
-            workdir: folder for training states; the same call goes on from there.
-            progress: show bars.
+            workdir: folder for training states, from which the same call continues.
+            progress: show progress bars.
 
         Raises:
-            ValueError: images that :meth:`calibrate` refuses, too; foreign training state.
+            ValueError: images that :meth:`calibrate` refuses; ``workdir`` has another training.
             FloatingPointError: the loss is not finite.
 
         Warns:
@@ -354,8 +356,8 @@ class Method(Checkpointed, ABC):
         Args:
             images: (B, C, H, W), float32 in [-1, 1].
             seed: of the noise.
-            keys: what stands for each image in its noise's seed; default, its own pixels. Pass
-                the clean image's key to keep the noise while a defect is planted.
+            keys: seed each image's noise together with ``seed``; default, a hash of its pixels.
+                Pass the clean image's key to keep the noise when a defect is planted.
 
         Raises:
             ValueError: images of wrong shape, channels or range, NaN; wrong number of keys.
@@ -401,16 +403,16 @@ class Method(Checkpointed, ABC):
     def network_inputs(
         self, images: Tensor, seed: int, keys: Sequence[str] | None = None
     ) -> tuple[Tensor, list[torch.Generator]]:
-        """Images (B, C, H, W) as the networks see them, and a generator for each one's noise."""
+        """Return images (B, C, H, W) as the networks see them, and a noise generator for each."""
         keys = image_keys(images) if keys is None else keys
         return self.prepare(images).to(self.device), noise_generators(keys, seed)
 
     def prepare(self, images: Tensor, like: Tensor | None = None) -> Tensor:
-        """Images (B, C, H, W) as the networks see them, or as their twins ``like`` were seen."""
+        """Standardise images (B, C, H, W) if configured, with the statistics of ``like``."""
         return standardise(images, like) if self.config.standardise else images
 
     def _score(self, images: Tensor, maps: Tensor) -> Tensor:
-        """Image scores (B,) from images and their final maps: the mean of the largest values."""
+        """Return image scores (B,): the mean of the largest values of the final maps."""
         return torch.from_numpy(top_k_mean(maps.numpy(), self.config.top_fraction)).float()
 
     @property
@@ -484,7 +486,7 @@ class Method(Checkpointed, ABC):
 
     @contextmanager
     def count_evaluations(self) -> Iterator[list[int]]:
-        """Counts images passed through the networks; the list's only entry is the sum."""
+        """Count images passed through the networks, in the only entry of the yielded list."""
         network, count = self.network, [0]
 
         def hook(module: nn.Module, inputs: tuple, output: Any) -> None:
@@ -500,7 +502,7 @@ class Method(Checkpointed, ABC):
 
 
 def get_method(name: str) -> type[Method]:
-    """The class of that name.
+    """Return the method class of that name.
 
     Raises:
         ValueError: unknown name, with the nearest known one.

@@ -51,6 +51,7 @@ class Brightness(Method):
     """Mean brightness of the image, in standard deviations of that of normal images."""
 
     name = "brightness"
+    title = "brightness (control)"
     trained = False
     Config = BrightnessConfig
     config: BrightnessConfig
@@ -82,6 +83,7 @@ class MeanImage(Method):
     """Distance to the average normal image, pixel by pixel."""
 
     name = "mean_image"
+    title = "mean image"
     trained = False
     any_size = False
     network: Buffers
@@ -105,6 +107,7 @@ class PCAResidual(Method):
     """Distance to the nearest image in the span of the first principal components."""
 
     name = "pca"
+    title = "PCA residual"
     trained = False
     any_size = False
     Config = PCAConfig

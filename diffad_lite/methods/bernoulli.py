@@ -120,6 +120,7 @@ class Bernoulli(Method):
     """
 
     name = "bernoulli"
+    title = "masked Bernoulli"
     Config = BernoulliConfig
     config: BernoulliConfig
     network: Networks
@@ -208,7 +209,9 @@ class Bernoulli(Method):
     def _infer(
         self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
     ) -> Inferred:
-        """Traced, of the first chain: ``code`` (B, bits, h, w), ``chain``, a list of
+        """Predict a batch; ``trace`` is of the first chain.
+
+        It gets ``code`` (B, bits, h, w), ``chain``, a list of
         :class:`~diffad_lite.diffusion.bernoulli.BitStep`, and ``decoded`` (B, C, H, W), the image
         of the unchanged code.
         """

@@ -1,4 +1,4 @@
-"""From raw maps to scores and a threshold, by normal images that training did not see."""
+"""Calibrate raw maps, scores and the threshold on normal images that training did not see."""
 
 import math
 import warnings
@@ -31,7 +31,7 @@ class MapCalibration:
 
     @classmethod
     def fit(cls, maps: ArrayLike, *, shrink: float = 10.0) -> "MapCalibration":
-        """Statistics of `maps` (N, H, W) of normal images, N >= 2, finite; `shrink` > 0.
+        """Fit the statistics of `maps` (N, H, W) of normal images, N >= 2, finite; `shrink` > 0.
 
         Raises ValueError for anything else, and for maps that are all equal (no spread).
         """
@@ -49,7 +49,7 @@ class MapCalibration:
         return cls(maps.mean(axis=0, dtype=np.float64), np.sqrt(shrunk))
 
     def apply(self, maps: ArrayLike) -> NDArray[np.float32]:
-        """Z-maps (N, H, W), (map - mean) / std, each image for itself; their range is open.
+        """Return z-maps (N, H, W), (map - mean) / std per image; their range is unbounded.
 
         Raises ValueError for another shape or map size than was fitted, NaN or infinity.
         """
@@ -61,10 +61,10 @@ class MapCalibration:
 
     @classmethod
     def cross_fit(cls, maps: ArrayLike, folds: int = FOLDS, *, shrink: float = 10.0) -> NDArray:
-        """Z-maps (N, H, W) of the calibration images themselves, each by the other folds' maps.
+        """Return z-maps (N, H, W) of the calibration images, each by the other folds' maps.
 
-        Thresholds come from these: a map's own share in the
-        statistics makes its z too small. ValueError as in `fit`, and for too many or few folds.
+        Thresholds come from these z-maps: statistics that include the map itself would make its z
+        too small. ValueError as in `fit`, and for too many or few folds.
         """
         maps = _checked_maps(maps)
         n = len(maps)
@@ -77,7 +77,7 @@ class MapCalibration:
 
 
 def conformal_threshold(calibration_scores: ArrayLike, q: float = 0.95) -> float:
-    """Threshold that a new normal image's score exceeds with probability at most 1 - q.
+    """Return the threshold that a normal image's score exceeds with probability at most 1 - q.
 
     `calibration_scores` (n,) are finite scores of normal images that were not trained on; `q` in
     (0, 1). Returns the k-th smallest, k = ceil((n + 1) q). When k > n the set is too small for q:
@@ -97,12 +97,12 @@ def conformal_threshold(calibration_scores: ArrayLike, q: float = 0.95) -> float
 
 
 def top_k_mean(maps: ArrayLike, fraction: float) -> NDArray[np.float64]:
-    """Image scores (N,): mean of the largest ceil(fraction H W) values of each of `maps` (N, H, W).
+    """Return image scores (N,): mean of the largest ceil(fraction H W) values of `maps` (N, H, W).
 
     `fraction` in (0, 1]. Raises ValueError for another fraction or shape, NaN or infinity.
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"fraction is {fraction}: give a share of the pixels in (0, 1]")
+        raise ValueError(f"fraction is {fraction}: give a fraction of the pixels in (0, 1]")
     pixels = _checked_maps(maps).reshape(np.shape(maps)[0], -1)
     first = pixels.shape[1] - top_count(fraction, pixels.shape[1])
     return np.partition(pixels, first, axis=1)[:, first:].mean(axis=1, dtype=np.float64)

@@ -1,7 +1,7 @@
 """The denoiser that methods share: a U-Net that predicts noise, its diffusion, and its training.
 
-AnoDDPM, DiffusionAD, GLAD, MDPS and PaDiM on denoiser features *have* a :class:`Denoiser`. Those
-that train it on normal images alone, with Gaussian noise, can use each other's training.
+AnoDDPM, DiffusionAD, GLAD, MDPS and PaDiM on denoiser features contain a :class:`Denoiser`. Methods
+that train it on normal images alone, with Gaussian noise, can share the trained weights.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from diffad_lite.training.loop import FitOptions, TrainReport, train_network
 from diffad_lite.training.state import TrainConfig
 
 STAGE = "diffusion"  # name of the training, in reports and files
-DENOISER_SHARE = 0.7  # of a time budget, where a second stage follows
+DENOISER_SHARE = 0.7  # fraction of a time budget for the denoiser if a second stage follows
 
 
 @configuration
@@ -30,13 +30,14 @@ class DenoiserConfig:
     Attributes:
         beta_schedule: of the forward process.
         num_timesteps: T.
-        base_channels: see :class:`~diffad_lite.networks.unet.UNet`, as the next five.
+        base_channels: this and the next five are arguments of
+            :class:`~diffad_lite.networks.unet.UNet`.
         channel_mults: widths of the levels.
         blocks_per_level: residual blocks.
         attention_levels: levels with self-attention.
-        unshuffle: factor of the stem.
-        residual_resampling: whether residual blocks change the grid.
-        train: how it is trained on normal images.
+        unshuffle: factor by which the first layer reduces height and width.
+        residual_resampling: whether residual blocks change the resolution.
+        train: training on normal images.
     """
 
     beta_schedule: BetaSchedule = "linear"
@@ -88,7 +89,7 @@ class Denoiser:
         return self.diffusion.loss(network, x0, t.to(x0.device), noise)
 
     def fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
-        """Train the network on normal images (N, C, H, W), as the networks see them."""
+        """Train the network on normal images (N, C, H, W), already standardised if configured."""
         train_config = self.config.train
         report = train_network(self.network, self.loss, train, train_config, stage=STAGE, **options)
         return {STAGE: report}
@@ -96,7 +97,7 @@ class Denoiser:
 
 @configuration
 class DenoisingConfig(MethodConfig):
-    """What every method with a denoiser is configured by.
+    """Base configuration of the methods with a denoiser.
 
     Attributes:
         denoiser: the network, its diffusion and its training.
@@ -108,9 +109,9 @@ class DenoisingConfig(MethodConfig):
 
     @property
     def denoiser_training(self) -> dict[str, Any] | None:
-        """What the denoiser's training on normal images depends on, seed and data aside.
+        """Fields that determine the denoiser's training, besides seed and data.
 
-        None where no such training is a stage of the method. Methods with equal values share it.
+        None if the method has no such stage. Methods with equal values can share the weights.
         """
         names = ("channels", "standardise", "denoiser")
         return {name: getattr(self, name) for name in names}

@@ -136,6 +136,7 @@ class DiffusionAD(Method):
     """One-step reconstruction from two noise levels, compared by a segmentation network."""
 
     name = "diffusionad"
+    title = "DiffusionAD"
     Config = DiffusionADConfig
     config: DiffusionADConfig
     network: Networks
@@ -234,7 +235,7 @@ class DiffusionAD(Method):
     def _infer(
         self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
     ) -> Inferred:
-        """Traced: ``estimates``, in the denoiser's range; None for the control without one."""
+        """Predict a batch; ``trace`` gets ``estimates`` in the denoiser's range, or None."""
         images = self._in_range(images)
         reconstruction, estimates = images, None
         if self.config.reconstruction == "guided":

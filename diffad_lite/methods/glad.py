@@ -1,8 +1,9 @@
-"""GLAD (Yao et al. 2024): as many denoising steps as an image needs, and a denoiser that removes.
+"""GLAD (Yao et al. 2024): as many denoising steps as an image needs, without its anomaly.
 
 Three parts. *Adaptive denoising steps* (global): start from a high noise level and measure how far
-the trajectory drifts from the noised input. An image is accepted when its drift exceeds ``delta``;
-an image that never drifts restarts from its noised input at a low noise level. *Anomaly-oriented
+the trajectory drifts from the noised input. Drift means that an anomaly is being removed: when it
+exceeds ``delta``, the image is accepted and DDIM continues. An image that never drifts restarts
+from its noised input at a low noise level. *Anomaly-oriented
 training* (local): the denoiser learns to predict the noise as seen from the normal image, so that
 an anomaly counts as noise. *Spatial-adaptive fusion* (local): pixels without drift keep the input.
 Read top to bottom: configuration, training, reconstruction, map.
@@ -75,35 +76,36 @@ class GLADConfig(DenoisingConfig):
     """Configuration of :class:`GLAD`; defaults are the lite profile at 64 pixels.
 
     Attributes:
-        anomaly_oriented: whether a second training teaches it to remove synthetic anomalies.
+        anomaly_oriented: whether a second training teaches the denoiser to remove synthetic
+            anomalies.
         kappa: sign of the anomaly in the target: 1 removes it, 0 keeps it, -1 doubles it.
         fade: strength of the anomaly in training at timestep t: ``linear`` is t / T; ``matched``
-            is the part of the anomaly that remains at t when sampling from ``fade_noise_level``.
-        fade_noise_level: the noise level from which sampling is expected to start.
+            is the fraction of the anomaly left at t when DDIM starts at ``fade_noise_level``.
+        fade_noise_level: timestep from which sampling is expected to start.
         synthesis: the anomalies of training.
         train: the second training.
         noise_level: start timestep, 0 .. T-1; T' in the code.
         steps: network evaluations from there to the clean image.
         adaptive: whether the number of steps is adaptive; else plain DDIM.
         min_noise_level: below this timestep an image without drift restarts from its noised input.
-        delta: drift at which an image is accepted; None takes the ``delta_quantile`` of the drifts
-            of normal images above ``min_noise_level``. Infinity (``delta=inf``) accepts no image:
-            each is denoised until it is reset.
-        delta_quantile: of these drifts.
-        fusion: weight of the denoised state in an accepted image, per pixel: ``off`` is 1,
-            ``literal`` the sigmoid of the drift (at least half), ``calibrated`` the sigmoid of the
-            drift beyond ``delta``. The rest comes from the noised input.
+        delta: drift at which an image is accepted; None takes a quantile over normal images of
+            their largest drift at timesteps from ``min_noise_level`` on. Infinity (``delta=inf``)
+            accepts no image: each is denoised until it is reset.
+        delta_quantile: quantile for an estimated delta.
+        fusion: weight of the denoised state in an accepted image, per pixel: 1 for ``off``,
+            sigmoid(drift) for ``literal`` (at least half), and for ``calibrated``
+            sigmoid((drift - delta) / spread). The rest comes from the noised input.
         drift_features: ``denoiser``, or a network as in PaDiM, for the drift.
-        map_features: likewise, for the anomaly map.
+        map_features: the same choices, for the anomaly map.
         layers: of an ImageNet network.
         input_size: side in pixels of the input of an ImageNet network.
-        radius: largest distance of matching features, in feature cells; None is anywhere.
+        radius: largest distance of matching features, in feature cells; None for no limit.
         pixel_weight: weight of the pixel distance in the map; the feature distance has weight 1.
     """
 
     profiles = "glad"
 
-    standardise: bool = True  # chosen on development defects, as what follows
+    standardise: bool = True  # chosen on development defects, like the defaults below
     top_fraction: TopFraction = 0.03
     anomaly_oriented: bool = True
     kappa: Literal[-1, 0, 1] = 1
@@ -137,7 +139,7 @@ class GLADConfig(DenoisingConfig):
 
     @classmethod
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
-        """As every method; with the official settings of the category, where it is known."""
+        """As every method, with the category's foreground; ``paper`` has all of its settings."""
         base = super().for_profile(profile, category=category, **shape)
         official = category_settings("glad", category)
         synthesis = replace(base.synthesis, foreground=official.pop("foreground"))
@@ -155,7 +157,7 @@ class Reconstruction(NamedTuple):
     Attributes:
         x: the reconstruction (B, C, H, W).
         t_star: timestep at which each image was accepted or reset (B,); -1 for neither.
-        timesteps: of the noise levels.
+        timesteps: visited, decreasing.
         drifts: drift (B, H, W) at each but the first timestep; NaN for images already decided.
         states: state (B, C, H, W) at each timestep, after the decision.
     """
@@ -171,6 +173,7 @@ class GLAD(Method):
     """Adaptive steps, anomaly-oriented training and spatially adaptive fusion, in pixel space."""
 
     name = "glad"
+    title = "GLAD"
     Config = GLADConfig
     config: GLADConfig
     network: Networks
@@ -188,12 +191,12 @@ class GLAD(Method):
         )
         return Networks(networks)
 
-    # Training: Ho et al. 2020, algorithm 1, and then the anomaly as a part of the noise.
+    # Training: first predict noise (Ho et al. 2020, algorithm 1), then treat anomalies as noise.
 
     def anomaly_oriented_loss(
         self, network: nn.Module, normal: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Return the loss of the noise between a faded anomaly and the normal image; a scalar.
+        """Return the mean squared error of predicting the noise plus the faded anomaly.
 
         Target: ``eps + kappa r_t (x~ - x)`` with ``r_t = sqrt(abar_t / (1 - abar_t))``, for the
         normal image x and the faded anomaly x~. With kappa = 1 that is the noise as seen from x.
@@ -212,20 +215,20 @@ class GLAD(Method):
         """Return the strength of the anomaly in training at timesteps (B,), in [0, 1]."""
         if self.config.fade == "linear":
             return t / self.config.denoiser.num_timesteps
-        # DDIM with a perfect denoiser shrinks what is not normal by the ratio of these.
+        # DDIM with a perfect denoiser scales an anomaly by sqrt(SNR_start / SNR_t).
         ratio = self.diffusion.schedule.snr.sqrt()
         return (ratio[self.config.fade_noise_level] / ratio[t]).clamp(max=1)
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         c, budget = self.config, options["budget"]
-        _ = self.synthesis.files  # missing textures are an error now, not after the first stage
+        _ = self.synthesis.files  # fail now if textures are missing, not after the first stage
         for network in self.network.values():
             if isinstance(network, ImageNetFeatures):
                 network.load_weights(
                     {"map_features": LITE0, "drift_features": DENOISER, "layers": LITE0_LAYERS}
                 )
-        share = DENOISER_SHARE if c.anomaly_oriented else 1.0
-        options["budget"] = remaining_budget(budget, {}, share)
+        fraction = DENOISER_SHARE if c.anomaly_oriented else 1.0
+        options["budget"] = remaining_budget(budget, {}, fraction)
         reports = self.denoiser.fit(train, **options)
         if c.anomaly_oriented:
             options["budget"] = remaining_budget(budget, reports)
@@ -263,17 +266,17 @@ class GLAD(Method):
         At each noise level t, with one noise estimate for the state x_t and the noised input:
 
         1. *Drift*: the distance of the clean estimates of both (global adaptive steps).
-        2. An image whose drift exceeds delta is **accepted**: t* = t. Its state keeps what drifted
-           and takes the rest from the noised input (spatially adaptive fusion).
+        2. An image whose drift exceeds delta is **accepted**: t* = t. Its state keeps the pixels
+           that drifted and takes the others from the noised input (spatially adaptive fusion).
         3. An image that has not drifted when t is below ``min_noise_level`` is **reset**: t* = t,
            and it continues from its noised input alone.
         4. One step of DDIM leads to the next noise level.
 
         Args:
-            images: as prepared (B, C, H, W).
-            noise: likewise.
-            delta: drift at which an image is accepted; default the configured, or else the
-                estimated one.
+            images: as the networks see them (B, C, H, W).
+            noise: of the same shape.
+            delta: drift at which an image is accepted; None takes ``config.delta``, and where that
+                is None, too, the estimated one.
         """
         c, d = self.config, self.diffusion
         delta_ = self._delta(delta)
@@ -293,7 +296,7 @@ class GLAD(Method):
                 accepted = undecided & (drift_score(drift) > delta_)
                 reset = undecided & ~accepted & (t < c.min_noise_level)
                 keep = self.fusion_weights(drift, accepted, reset, delta_)
-                # Fusing the states is fusing the clean estimates, as noise_hat is the same.
+                # Equivalent to fusing the clean estimates, as noise_hat is the same.
                 x_t = torch.where(keep < 1, keep * x_t + (1 - keep) * x_input, x_t)
                 t_star = torch.where(accepted | reset, t, t_star)
             drifts.append(drift)
@@ -315,7 +318,7 @@ class GLAD(Method):
         Args:
             drift: of the undecided images (B, H, W).
             accepted: images whose drift exceeds delta, bool (B,).
-            reset: images without drift below ``min_noise_level``, bool (B,).
+            reset: images that are reset below ``min_noise_level``, bool (B,).
             delta: drift at which an image is accepted, a scalar.
 
         Returns:
@@ -333,7 +336,7 @@ class GLAD(Method):
     def _infer(
         self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
     ) -> Inferred:
-        """Traced: ``path``, the :class:`Reconstruction`."""
+        """Predict a batch; ``trace`` gets ``path``, its :class:`Reconstruction`."""
         noise = randn(images, generators)
         path = self.reconstruct(images, noise)
         if trace is not None:
@@ -345,7 +348,7 @@ class GLAD(Method):
 
     @exact()
     def calibrate(self, calibration: Tensor) -> Self:
-        """Set delta, the spread of drifts and the pixel scale, then what every method sets."""
+        """Set delta, spread and pixel scale, then map statistics and threshold."""
         self._check_calibration(calibration)
         s = self.network["statistics"]
         drifts, parts = [], []
@@ -378,6 +381,6 @@ class GLAD(Method):
 
 
 def drift_score(drift: Tensor) -> Tensor:
-    """Return the mean of the largest values (B,) of drifts (B, H, W); NaN where they are NaN."""
+    """Return the mean of the largest values (B,) of drifts (B, H, W); NaN for decided images."""
     k = top_count(TOP_DRIFT, drift[0].numel())
     return drift.flatten(1).topk(k).values.mean(1)

@@ -278,6 +278,7 @@ class GRAD(Method):
     """A patch detector trained against images that are right only locally."""
 
     name = "grad"
+    title = "GRAD-style"
     Config = GRADConfig
     config: GRADConfig
     network: Networks
@@ -427,8 +428,8 @@ class GRAD(Method):
         self, train: Tensor, **options: Unpack[FitOptions]
     ) -> dict[str, TrainReport]:
         """Train each PatchDiff to predict noise; all get the same time."""
-        share = GENERATORS_SHARE / len(self.patchdiffs)
-        options["budget"] = remaining_budget(options["budget"], {}, share)
+        fraction = GENERATORS_SHARE / len(self.patchdiffs)
+        options["budget"] = remaining_budget(options["budget"], {}, fraction)
         config = self.config.train_patchdiff
         return {
             name: train_network(network, self.noise_loss, train, config, stage=name, **options)

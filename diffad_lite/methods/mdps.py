@@ -142,6 +142,7 @@ class MDPS(Method):
     """
 
     name = "mdps"
+    title = "MDPS"
     Config = MDPSConfig
     config: MDPSConfig
     network: Networks
@@ -258,7 +259,9 @@ class MDPS(Method):
     def _infer(
         self, images: Tensor, generators: list[torch.Generator], trace: Trace | None = None
     ) -> Inferred:
-        """Traced: ``mask`` (B, 1, H, W), ``samples`` (n, B, C, H, W), ``maps`` (n, B, H, W)."""
+        """Predict a batch; ``trace`` gets ``mask`` (B, 1, H, W), ``samples`` (n, B, C, H, W) and
+        the map of each sample, ``maps`` (n, B, H, W).
+        """
         mask = self.find_mask(images, generators)
         samples, maps = self.posterior(images, mask, generators)
         if trace is not None:

@@ -168,6 +168,7 @@ class PaDiM(PatchMethod):
     """Mahalanobis distance to the normal patches at the same position."""
 
     name = "padim"
+    title = "PaDiM"
     Config = PaDiMConfig
     config: PaDiMConfig
 
@@ -213,6 +214,7 @@ class Bank(PatchMethod):
     """Distance to the nearest patch in a bank of normal patches, at any position."""
 
     name = "bank"
+    title = "patch bank"
     Config = BankConfig
     config: BankConfig
 

@@ -1,10 +1,12 @@
-"""Execute copies of the notebooks with papermill; choose the profile of a notebook."""
+"""Copy the lessons; execute copies with papermill; choose the profile of a notebook."""
 
 import hashlib
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +38,44 @@ def find_notebooks(folder: Path, only: Sequence[str] = ()) -> list[Path]:
     """
     paths = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not paths:
-        raise FileNotFoundError(f"no notebooks in {folder}; run this in the repository's root")
+        raise FileNotFoundError(
+            f"no notebooks in {folder}; run this in the repository's root, or write the lessons "
+            f"with 'diffad notebooks --copy {folder}' first"
+        )
     for name in only:
         if not any(p.name.startswith(name) for p in paths):
             raise unknown_name("notebook", name, [p.stem for p in paths])
     return [p for p in paths if not only or p.name.startswith(tuple(only))]
+
+
+def copy_notebooks(folder: Path, target: Path, only: Sequence[str] = ()) -> list[Path]:
+    """Copy lessons with their exercises and solutions, as they are, and return the copies.
+
+    Args:
+        folder: of the lessons, with ``exercises/`` and ``solutions/``.
+        target: folder of the copies; it may exist.
+        only: first characters of the names to copy, e.g. ``("01",)``.
+
+    Raises:
+        FileNotFoundError: ``folder`` has no lessons.
+        FileExistsError: ``target`` has a file of the same name; then nothing is copied.
+        ValueError: an entry of ``only`` matches no lesson.
+        OSError: ``target`` cannot be written, or the disk is full.
+    """
+    if not folder.is_dir():
+        fix = "install diffad_lite from its wheel or its repository"
+        raise FileNotFoundError(f"no lessons at {folder}; {fix}")
+    names = [path.name for path in find_notebooks(folder, only)]
+    check_writable(target)
+    parts = [Path(kind, name) for kind in (".", "exercises", "solutions") for name in names]
+    if existing := [part for part in parts if os.path.lexists(target / part)]:
+        raise FileExistsError(
+            f"{target} already has {len(existing)} of {len(parts)} notebooks, e.g. {existing[0]}; "
+            "choose another folder: your work in them would be lost"
+        )
+    for part in parts:
+        write_atomically(target / part, partial(shutil.copyfile, folder / part))
+    return [target / part for part in parts]
 
 
 def run_notebooks(

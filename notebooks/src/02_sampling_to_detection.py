@@ -161,8 +161,8 @@ def raw_map(method, images, generators):
     return (images - x0_hat).abs().mean(1), x0_hat
 
 
-c = method.config
-print(f"noise level t = {c.noise_level} of {c.num_timesteps}, {c.steps} step(s)")
+c, T = method.config, method.diffusion.schedule.num_timesteps
+print(f"noise level t = {c.noise_level} of {T}, {c.steps} step(s)")
 print(f"mean of {c.n_noises} noises")
 
 # %% [markdown]

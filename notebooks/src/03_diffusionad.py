@@ -566,9 +566,8 @@ def put_anomalies(synthesis, images, generator):
 
 
 synthesis = copy.copy(method.synthesis)
-synthesis.config = replace(
-    method.synthesis.config, anomaly_probability=1.0
-)  # an anomaly on each
+every = {"anomaly_probability": 1.0}  # an anomaly on each image
+synthesis.config = replace(method.synthesis.config, **every)
 print(synthesis.config)
 
 # %%

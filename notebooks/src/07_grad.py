@@ -52,6 +52,7 @@ from IPython.display import Markdown
 from scipy import ndimage
 
 from diffad_lite import plots
+from diffad_lite.core import with_values
 from diffad_lite.data import Synthesis, data_dir, load_dataset
 from diffad_lite.diffusion import randn
 from diffad_lite.evaluation import claims, metrics, records, tables
@@ -694,7 +695,7 @@ of_shapes = records.select(results, dataset="shapes", variant="default", plant=N
 def fields_of(result):
     """Fields of generators and detector of a record, from its configuration."""
     sizes = {key: result["config"][key] for key in ("blocks", "unshuffle", "extra")}
-    made = type(method)(replace(c, **sizes))
+    made = type(method)(with_values(c, sizes))
     of_generators = [network.receptive_field for network in made.patchdiffs.values()]
     return of_generators, made.network["detector"].receptive_field
 

@@ -342,13 +342,13 @@ diffusion_run = run_of("anoddpm", standardise="true")
 budget = None if profile == "paper" else 60 * max_minutes
 fit("anoddpm", diffusion_run, budget)
 made = fitted["anoddpm"].reports_["diffusion"]
-planned = diffusion_run.configure(data).train.steps
+planned = diffusion_run.configure(data).denoiser.train.steps
 print(f"{made['steps']:.0f} of {planned} steps in {made['seconds']:.0f} s")
 
 # %% [markdown]
 # A budget is a wish about *your* machine: on a slower one the same half minute holds fewer steps, and the scores are
-# others. For numbers that must be repeated, fix the steps: `settings={"train.steps": "400"}`, or `--set
-# train.steps=400`. The same as commands, each of which goes on where it was interrupted:
+# others. For numbers that must be repeated, fix the steps: `settings={"denoiser.train.steps": "400"}`, or `--set
+# denoiser.train.steps=400`. The same as commands, each of which goes on where it was interrupted:
 #
 # ```console
 # diffad evaluate --method pca --dataset folder --root my_images --plant cells --out runs/mine-pca

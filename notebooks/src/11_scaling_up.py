@@ -70,7 +70,7 @@ from diffad_lite.experiments import (
     sweep_on_dask,
     trainings,
 )
-from diffad_lite.methods import AnoDDPM, get_method
+from diffad_lite.methods import Denoiser, get_method
 from diffad_lite.notebook import explore, resolve_profile
 from diffad_lite.training import processes
 
@@ -228,7 +228,7 @@ for name, about in found.items():
 data = {"dataset": dataset, "image_size": image_size}
 data |= {"category": category} if category else {}
 data |= {"root": str(Path(root).resolve())} if root else {}
-short = {"short": {"train.steps": 20 if quick else 60}}
+short = {"short": {"denoiser.train.steps": 20 if quick else 60}}
 seeds = [seed] if quick else [seed, seed + 1]
 trained = {"methods": ["anoddpm"], "trainings": short, "variants": {"default": {}}}
 grid = {
@@ -313,11 +313,11 @@ assert "image_auroc" in json.loads(record.read_text(encoding="utf-8"))
 
 # %%
 one = grid | {"data": [grid["data"][1] | {"seeds": seeds[:1]}]}
-steps, plain = [], AnoDDPM.loss
+steps, plain = [], Denoiser.loss
 
 
 def counted(self, network, x0, generator):
-    """AnoDDPM's loss; at the seventh step somebody presses Ctrl-C."""
+    """The denoiser's loss; at the seventh step somebody presses Ctrl-C."""
     steps.append(len(x0))
     if len(steps) == 7:
         signal.raise_signal(signal.SIGINT)
@@ -325,7 +325,7 @@ def counted(self, network, x0, generator):
 
 
 # %%
-with inside(), mock.patch.object(AnoDDPM, "loss", counted):
+with inside(), mock.patch.object(Denoiser, "loss", counted):
     try:
         sweep(one, "broken", progress=False)
     except KeyboardInterrupt:
@@ -333,7 +333,7 @@ with inside(), mock.patch.object(AnoDDPM, "loss", counted):
     before = len(steps)
     sweep(one, "broken", progress=False)
 print(f"{len(steps) - before} steps in the second call")
-assert before == 7 and len(steps) == short["short"]["train.steps"]
+assert before == 7 and len(steps) == short["short"]["denoiser.train.steps"]
 
 # %%
 ((run, _),) = trainings(one)

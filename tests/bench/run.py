@@ -20,9 +20,9 @@ from typing import Any
 import measures
 import speed
 import torch
+from performance_tables import read_performance
 
 from diffad_lite.core.files import write_json
-from diffad_lite.evaluation.tables import read_performance
 from diffad_lite.experiments.machine import machine_record
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -376,7 +376,7 @@ BAD_CHECKPOINTS = {
         ANEW,
     ),
     "missing tensor": (edit_tensors(lambda t: t.pop("network.mean")), "Missing key(s) in", ANEW),
-    "half of the statistics": (edit_tensors(lambda t: t.pop("map_std")), "one half of the", ANEW),
+    "half of the statistics": (edit_tensors(lambda t: t.pop("map_std")), "only one of", ANEW),
     "not json": (write(CONFIG, '{\n"a'), f"{{}}/{CONFIG} is not a readable checkpoint's", ANEW),
     "a list": (write(CONFIG, "[1]"), f"{{}}/{CONFIG} lacks 'method' or 'config'", ANEW),
     "a word": (write(CONFIG, '"pca"'), f"{CONFIG} lacks 'method' or 'config'", ANEW),

@@ -509,7 +509,7 @@ def test_top_k_mean_rounds_up_the_decimal_as_written():
 
 @pytest.mark.parametrize("fraction", [0.0, 1.5, math.nan])
 def test_top_k_mean_refuses(fraction):
-    with pytest.raises(ValueError, match="give a share of the pixels in"):
+    with pytest.raises(ValueError, match="give a fraction of the pixels in"):
         top_k_mean(np.ones((1, 2, 2)), fraction)
     with pytest.raises(ValueError, match=r"maps has shape \(2, 2\)"):
         top_k_mean(np.ones((2, 2)), 0.5)

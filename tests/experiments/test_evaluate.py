@@ -11,6 +11,7 @@ from diffad_lite.core.files import read_json
 from diffad_lite.data.readers import READERS
 from diffad_lite.evaluation.metrics import pixel_metrics
 from diffad_lite.evaluation.records import PIXEL_METRICS
+from diffad_lite.experiments.evaluate import pretrained_or_train
 from diffad_lite.experiments.run import Run
 
 
@@ -32,6 +33,14 @@ def tree(tmp_path_factory):
 def save(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
+
+
+def test_without_a_data_folder_a_notebook_trains_and_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFAD_DATA", str(tmp_path / "gone"))
+    run = Run("pca", "shapes", image_size=16)
+    with pytest.warns(UserWarning, match="no bundled weights, so pca trains: no data folder at"):
+        method = pretrained_or_train(run, run.load_data(), out_dir=tmp_path)
+    assert method.threshold_ is not None
 
 
 def test_exported_maps_give_the_recorded_metrics(tree, tmp_path):

@@ -46,6 +46,7 @@ class Stub(Method):
     """The least that a method can be: what the base class does shows on it as on any other."""
 
     name = "stub"
+    title = "stub"
 
     def _build(self):
         return Buffers(mean=torch.zeros(()))
@@ -128,6 +129,7 @@ def test_registry_holds_the_methods_under_their_names():
         assert get_method(name) is cls
         assert {f.name for f in fields(cls.Config)} >= cls.Config.inference_fields()
         assert cls.Config.inference_fields() >= {"quantile", "calibrate"}
+    assert len({cls.title for cls in METHODS.values()}) == len(METHODS)
 
 
 def test_unknown_method_is_refused_with_the_nearest():
