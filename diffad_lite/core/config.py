@@ -119,8 +119,11 @@ def check_at_most(config: Any, **limits: float) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return a dataclass as nested dictionaries of JSON types (tuples become lists)."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """Return a dataclass as nested dictionaries of JSON types.
+
+    Tuples become lists. JSON has no infinity; a field that may be infinite is the text "Infinity".
+    """
+    return json.loads(json.dumps(dataclasses.asdict(config)), parse_constant=str)
 
 
 def from_dict(cls: type[Config], values: Mapping[str, Any]) -> Config:

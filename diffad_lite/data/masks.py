@@ -158,7 +158,8 @@ def _binarise(
     """
     levels = {path: np.unique(values[values != 0]) for path, values in files.items()}
     several = [path for path, values in levels.items() if len(values) > 1]
-    lossy = [path for path in several if isinstance(path, Path) and read_header(path).is_lossy]
+    marking = [path for path, values in levels.items() if len(values)]
+    lossy = [path for path in marking if isinstance(path, Path) and read_header(path).is_lossy]
     classes = [path for path in several if path not in set(lossy)]
     faint = [path for path in lossy if levels[path].max() < FAINT]
     is_grey = len({value for path in classes for value in levels[path].tolist()}) > N_CLASSES
@@ -169,7 +170,7 @@ def _binarise(
     }
     marked |= {path: np.zeros(files[path].shape, dtype=bool) for path in faint}
     notices = []
-    if grey := [path for path in several if path in halved and path not in faint]:
+    if grey := [path for path in marking if path in halved and path not in faint]:
         notices.append(
             f"{count_of(grey, 'mask')} with blurred edges or lossy compression, e.g. {grey[0]}: "
             "values above half of the file's largest one count as anomalous; save 0 and 255 as PNG"

@@ -299,7 +299,7 @@ def _read_usable(
     for notice in describe_files({path.name: path for path in images}, bits, set()):
         warnings.warn(notice, stacklevel=3)
     if errors:
-        names = ", ".join(path.name for path in errors)
+        names = ", ".join(path.name for path in paths if path in errors)
         reason = next(iter(errors.values()))
         warnings.warn(
             f"{len(errors)} of {len(paths)} images are not scored: {names}; the first, because "

@@ -7,7 +7,9 @@ CONTRIBUTING.md; read ``anoddpm.py`` first, and import the new file in ``methods
 where the order of imports is the order in tables.
 """
 
+import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -15,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, Unpack
 
+import numpy as np
 import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
@@ -34,8 +37,13 @@ from diffad_lite.core.config import (
 from diffad_lite.core.files import read_yaml
 from diffad_lite.data.images import check_values, image_keys, standardise, undo_standardise
 from diffad_lite.diffusion.gaussian import noise_generators
-from diffad_lite.methods.calibration import MapCalibration, conformal_threshold, top_k_mean
-from diffad_lite.methods.checkpoints import Checkpointed, claim, read_record
+from diffad_lite.methods.calibration import (
+    MapCalibration,
+    conformal_threshold,
+    fold_numbers,
+    top_k_mean,
+)
+from diffad_lite.methods.checkpoints import Checkpointed, claimed, read_record
 from diffad_lite.training import processes
 from diffad_lite.training.loop import FitOptions, TrainReport
 
@@ -302,23 +310,27 @@ class Method(Checkpointed, ABC):
         Raises:
             ValueError: images that :meth:`calibrate` refuses; ``workdir`` has another training.
             FloatingPointError: the loss is not finite.
+
+        Warns:
+            UserWarning: the training images are all equal, or only one.
         """
         self._check(train, "train")
         self._check_calibration(calibration)
+        prepared = self.prepare(train)
+        self._warn_if_equal(prepared, "train", "every difference from it counts as an anomaly")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = self._build().to(processes.device())
         folder = Path(workdir) if workdir is not None else None
-        if folder is not None:
-            claim(folder, self, seed, budget)
         options = FitOptions(seed=seed, budget=budget, workdir=folder, progress=progress)
-        reports = self._fit(self.prepare(train), **options)
-        self.network.eval()
-        self.reports_ = {
-            stage: {"steps": report.steps, "seconds": report.seconds}
-            for stage, report in reports.items()
-        }
-        return self.calibrate(calibration)
+        with claimed(folder, self, seed, budget):
+            reports = self._fit(prepared, **options)
+            self.network.eval()
+            self.reports_ = {
+                stage: {"steps": report.steps, "seconds": report.seconds}
+                for stage, report in reports.items()
+            }
+            return self.calibrate(calibration)
 
     def calibrate(self, calibration: Tensor) -> Self:
         """Set map statistics and threshold from normal images that training did not see.
@@ -330,9 +342,14 @@ class Method(Checkpointed, ABC):
             calibration: normal images (N, C, H, W) that training did not see, float32 in [-1, 1].
 
         Raises:
-            ValueError: images that :meth:`predict` refuses; fewer than 5 where maps are calibrated.
+            ValueError: images that :meth:`predict` refuses; where maps are calibrated, fewer than
+                5 images, or nearly all of them equal.
+
+        Warns:
+            UserWarning: too few images for the quantile, or all of them equal.
         """
         self._check_calibration(calibration)
+        self._warn_if_equal(self.prepare(calibration), "calibration", "its score is the threshold")
         self.map_calibration_ = None
         maps = self.predict(calibration).anomaly_map.numpy()
         if self.config.calibrate:
@@ -414,8 +431,18 @@ class Method(Checkpointed, ABC):
         """Return image scores (B,): the mean of the largest values of the final maps."""
         return torch.from_numpy(top_k_mean(maps.numpy(), self.config.top_fraction)).float()
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Return the smallest side of an image in pixels, and the number that divides all sides."""
+        return 2, 1  # one pixel has no spread
+
     def _check(self, images: Tensor, what: str) -> None:
         C = self.config.channels
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"{what}: expected a tensor, got {type(images).__name__}; convert it, e.g. by "
+                "torch.from_numpy(images).float()"
+            )
         if images.ndim != 4 or images.shape[1] != C:
             raise ValueError(
                 f"{what}: expected (N, {C}, H, W), got {tuple(images.shape)}; this model is for "
@@ -426,6 +453,15 @@ class Method(Checkpointed, ABC):
             raise ValueError(
                 f"{what}: images are {tuple(images.shape[-2:])} (height, width), but {self.name} "
                 f"is for {(side, side)} (Config.image_size); resize the images"
+            )
+        smallest, divisor = self.sides
+        H, W = images.shape[-2:]
+        if min(H, W) < smallest or H % divisor or W % divisor:
+            near = tuple(max(smallest, round(n / divisor) * divisor) for n in (H, W))
+            raise ValueError(
+                f"{what}: images are {(H, W)} (height, width), but {self.name} needs sides of at "
+                f"least {smallest} pixels that are divisible by {divisor}; resize the images, e.g. "
+                f"to {near}"
             )
         check_values(images, what)
 
@@ -439,11 +475,30 @@ class Method(Checkpointed, ABC):
 
     def _check_calibration(self, images: Tensor) -> None:
         self._check(images, "calibration")
-        if self.config.calibrate and len(images) < FEWEST_CALIBRATION:
+        if not self.config.calibrate:
+            return
+        if len(images) < FEWEST_CALIBRATION:
             raise ValueError(
                 f"calibration: {len(images)} images are too few for map statistics, "
                 f"{FEWEST_CALIBRATION} are needed; add normal images, or set calibrate=false"
             )
+        pixels = np.array([hash(image.tobytes()) for image in images.cpu().numpy()])
+        fold = fold_numbers(len(images))
+        if any(len(set(pixels[fold != f])) == 1 for f in set(fold)):
+            n = max(Counter(pixels).values())
+            raise ValueError(
+                f"calibration: {n} of {len(images)} images are equal, so that their maps have no "
+                "spread; give different normal images, or set calibrate=false"
+            )
+
+    def _warn_if_equal(self, images: Tensor, what: str, consequence: str) -> None:
+        """Warn where prepared images (N, C, H, W) are a single one, perhaps repeated."""
+        n, kind = len(images), "standardised images" if self.config.standardise else "images"
+        if torch.allclose(
+            images, images[:1], rtol=0, atol=1e-3
+        ):  # less than one of 256 grey levels
+            fault = f"all {n} {kind} are equal" if n > 1 else "there is only one image"
+            warnings.warn(f"{what}: {fault}; {consequence}; add other normal images", stacklevel=3)
 
     @contextmanager
     def count_evaluations(self) -> Iterator[list[int]]:

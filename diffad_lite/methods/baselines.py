@@ -121,9 +121,12 @@ class PCAResidual(Method):
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         flat = train.flatten(1)
+        components = torch.zeros(self.config.n_components, flat.shape[1])
+        if (flat == flat[0]).all():  # no variance, no component
+            self.network = Buffers(mean=flat[0].clone(), components=components)
+            return {}
         n_components = min(self.config.n_components, *flat.shape)
         pca = PCA(n_components, random_state=options["seed"]).fit(flat.numpy())
-        components = torch.zeros(self.config.n_components, flat.shape[1])
         components[:n_components] = torch.from_numpy(pca.components_)
         self.network = Buffers(mean=torch.from_numpy(pca.mean_).float(), components=components)
         return {}

@@ -142,6 +142,12 @@ class Bernoulli(Method):
         autoencoder = BinaryAutoencoder(c.channels, c.autoencoder)
         return Networks({"autoencoder": autoencoder, "flips": flips})
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Return the smallest and the dividing side: cells of the autoencoder fill the image."""
+        factor = self.config.autoencoder.factor
+        return factor, factor
+
     # Training: first the bits, then which of them are flipped.
 
     def autoencoder_loss(self, network: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:

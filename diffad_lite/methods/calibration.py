@@ -10,6 +10,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from diffad_lite.core.numbers import check_finite, top_count
 
+FOLDS = 5  # of the calibration images, for statistics that an image has no part in
+
+
+def fold_numbers(n: int, folds: int = FOLDS) -> NDArray:
+    """Return the fold (n,) of each of n images: image i is in fold i % `folds`."""
+    return np.arange(n) % folds
+
 
 @dataclass(frozen=True, eq=False)
 class MapCalibration:
@@ -34,7 +41,10 @@ class MapCalibration:
             raise ValueError(f"{n} maps, shrink {shrink}: need at least 2 maps and shrink > 0")
         variance = maps.var(axis=0, ddof=1, dtype=np.float64)
         if not variance.any():
-            raise ValueError(f"the {n} maps are all equal: give maps of different images")
+            raise ValueError(
+                f"the anomaly maps of {n} images are all equal, so they have no spread; give "
+                "different images, or set calibrate=false"
+            )
         shrunk = ((n - 1) * variance + shrink * variance.mean()) / (n - 1 + shrink)
         return cls(maps.mean(axis=0, dtype=np.float64), np.sqrt(shrunk))
 
@@ -50,18 +60,17 @@ class MapCalibration:
         return ((maps - self.mean) / self.std).astype(np.float32)
 
     @classmethod
-    def cross_fit(cls, maps: ArrayLike, folds: int = 5, *, shrink: float = 10.0) -> NDArray:
+    def cross_fit(cls, maps: ArrayLike, folds: int = FOLDS, *, shrink: float = 10.0) -> NDArray:
         """Return z-maps (N, H, W) of the calibration images, each by the other folds' maps.
 
-        Map i is in fold i % `folds`. Thresholds come from these z-maps: statistics that include
-        the map itself would make its z too small. ValueError as in `fit`, and for too many or few
-        folds.
+        Thresholds come from these z-maps: statistics that include the map itself would make its z
+        too small. ValueError as in `fit`, and for too many or few folds.
         """
         maps = _checked_maps(maps)
         n = len(maps)
         if not 2 <= folds <= n or n - math.ceil(n / folds) < 2:
             raise ValueError(f"{n} maps, {folds} folds: give 2..N folds, 2 maps outside each")
-        fold, z_maps = np.arange(n) % folds, np.empty(maps.shape, np.float32)
+        fold, z_maps = fold_numbers(n, folds), np.empty(maps.shape, np.float32)
         for f in range(folds):
             z_maps[fold == f] = cls.fit(maps[fold != f], shrink=shrink).apply(maps[fold == f])
         return z_maps

@@ -4,7 +4,9 @@
 """
 
 import math
-from collections.abc import Collection
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -167,6 +169,27 @@ def check_changeable(cls: type[Checkpointed], names: Collection[str]) -> None:
             f"{', '.join(fixed)} cannot be changed on a trained model; train anew, or change "
             f"only: {', '.join(sorted(cls.Config.inference_fields()))}"
         )
+
+
+@contextmanager
+def claimed(
+    folder: Path | None, method: Checkpointed, seed: int, budget: float | None
+) -> Iterator[None]:
+    """Claim ``folder`` for the training in the block; delete it if an error leaves no state there.
+
+    Raises:
+        ValueError: as :func:`claim`.
+    """
+    if folder is None:
+        yield
+        return
+    claim(folder, method, seed, budget)
+    try:
+        yield
+    except Exception:
+        if [path.name for path in folder.glob("*")] == ["training.json"]:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def claim(folder: Path, method: Checkpointed, seed: int, budget: float | None) -> None:

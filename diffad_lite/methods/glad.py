@@ -54,6 +54,7 @@ from diffad_lite.methods.denoiser import DENOISER_FRACTION, Denoiser, DenoisingC
 from diffad_lite.spaces.features import (
     DENOISER,
     LITE0,
+    LITE0_LAYERS,
     DenoiserFeatures,
     ImageNetFeatures,
     peak_ratio,
@@ -61,6 +62,14 @@ from diffad_lite.spaces.features import (
 )
 from diffad_lite.training.loop import FitOptions, TrainReport, remaining_budget, train_network
 from diffad_lite.training.state import TrainConfig
+
+
+def read_infinity(value: Any) -> Any:
+    """Return infinity for its names in JSON and on the command line, else ``value``."""
+    return math.inf if value in ("Infinity", "inf") else value
+
+
+Delta = Annotated[float | None, Field(ge=0, allow_inf_nan=True), BeforeValidator(read_infinity)]
 
 
 @configuration
@@ -81,7 +90,8 @@ class GLADConfig(DenoisingConfig):
         adaptive: whether the number of steps is adaptive; else plain DDIM.
         min_noise_level: below this timestep an image without drift restarts from its noised input.
         delta: drift at which an image is accepted; None takes a quantile over normal images of
-            their largest drift at timesteps from ``min_noise_level`` on.
+            their largest drift at timesteps from ``min_noise_level`` on. Infinity (``delta=inf``)
+            accepts no image: each is denoised until it is reset.
         delta_quantile: quantile for an estimated delta.
         fusion: weight of the denoised state in an accepted image, per pixel: 1 for ``off``,
             sigmoid(drift) for ``literal`` (at least half), and for ``calibrated``
@@ -112,13 +122,12 @@ class GLADConfig(DenoisingConfig):
     steps: Count = inference(10)
     adaptive: bool = inference(True)
     min_noise_level: Timestep = inference(30)
-    # Infinity accepts no image: each is denoised until it is reset.
-    delta: Annotated[float | None, Field(ge=0, allow_inf_nan=True)] = inference(None)
+    delta: Delta = inference(None)
     delta_quantile: Quantile = inference(0.95)
     fusion: Literal["off", "literal", "calibrated"] = inference("calibrated")
     drift_features: str = DENOISER
     map_features: str = LITE0
-    layers: tuple[str, ...] = ("2", "4", "7")
+    layers: tuple[str, ...] = LITE0_LAYERS
     input_size: InputSize = inference(224)
     radius: Annotated[int, Field(ge=0, le=64)] | None = inference(1)
     pixel_weight: NonNegative = inference(1.0)
@@ -219,7 +228,9 @@ class GLAD(Method):
         _ = self.synthesis.files  # fail now if textures are missing, not after the first stage
         for network in self.network.values():
             if isinstance(network, ImageNetFeatures):
-                network.load_weights()
+                network.load_weights(
+                    {"map_features": LITE0, "drift_features": DENOISER, "layers": LITE0_LAYERS}
+                )
         fraction = DENOISER_FRACTION if c.anomaly_oriented else 1.0
         options["budget"] = remaining_budget(budget, {}, fraction)
         reports = self.denoiser.fit(train, **options)

@@ -236,12 +236,16 @@ class GRADConfig(MethodConfig):
                 raise ValueError(f"GRADConfig.{name} must be (low, high) within 0..1, got {ends}")
         if len(set(self.blocks)) < len(self.blocks):
             raise ValueError(f"GRADConfig.blocks must be different numbers, got {self.blocks}")
-        cell = math.lcm(DETECTOR_CELL, self.unshuffle)
-        if self.image_size % cell:
+        if self.image_size % self.cell or self.image_size < 2 * self.cell:
             raise ValueError(
-                f"GRADConfig.image_size must be a multiple of {cell}, the cells of detector and "
-                f"PatchDiffs in pixels, got {self.image_size}"
+                f"GRADConfig.image_size must be a multiple of {self.cell}, the cells of detector "
+                f"and PatchDiffs in pixels, and at least {2 * self.cell}, got {self.image_size}"
             )
+
+    @property
+    def cell(self) -> int:
+        """Side in pixels that the cells of detector and PatchDiffs both divide."""
+        return math.lcm(DETECTOR_CELL, self.unshuffle)
 
 
 # --------------------------------------------------------------------------------- method
@@ -300,6 +304,11 @@ class GRAD(Method):
             "weights": Reweighting(detector, c.weights, DETECTOR_WIDTH),
         }
         return Networks(networks)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Return the smallest and the dividing side; padding by reflection needs two cells."""
+        return 2 * self.config.cell, self.config.cell
 
     @property
     def patchdiffs(self) -> dict[str, nn.Module]:

@@ -47,7 +47,13 @@ from diffad_lite.methods.base import (
     inference,
 )
 from diffad_lite.methods.denoiser import Denoiser, DenoisingConfig
-from diffad_lite.spaces.features import LITE0, ImageNetFeatures, peak_ratio, perceptual_distance
+from diffad_lite.spaces.features import (
+    LITE0,
+    LITE0_LAYERS,
+    ImageNetFeatures,
+    peak_ratio,
+    perceptual_distance,
+)
 from diffad_lite.training.loop import FitOptions, TrainReport
 
 
@@ -58,8 +64,9 @@ class MDPSConfig(DenoisingConfig):
     Attributes:
         mode: how samples are made to agree with the image outside of the mask: ``paper`` blends
             two noise estimates by the mask, so that pixels outside of it end as the image's;
-            ``code`` replaces their state before each step, guides all pixels, and divides by one
-            norm of the whole batch.
+            ``code`` replaces their state before each step, and guides all pixels. The official
+            code divides by one norm of the whole batch; here each image has its own, so that its
+            score does not depend on the batch.
         noise_level: start timestep of the second pass, 0 .. T-1.
         mask_noise_level: start timestep of the first pass, which estimates the mask.
         steps: network evaluations per pass and sample.
@@ -93,7 +100,7 @@ class MDPSConfig(DenoisingConfig):
     mask_quantile: Fraction = inference(0.9)
     mask_sigma: NonNegative = inference(1.0)
     backbone: str = LITE0
-    layers: tuple[str, ...] = ("2", "4", "7")
+    layers: tuple[str, ...] = LITE0_LAYERS
     input_size: InputSize = inference(224)
     pixel_weight: NonNegative = inference(7.0)
     score: Literal["mean", "softmax"] = inference("mean")
@@ -173,7 +180,7 @@ class MDPS(Method):
         return Networks({**networks, "statistics": statistics})
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
-        self.network["features"].load_weights()
+        self.network["features"].load_weights({"backbone": LITE0, "layers": LITE0_LAYERS})
         return {} if self.prior is not None else self.denoiser.fit(train, **options)
 
     # One step, and one posterior sample.
@@ -182,8 +189,7 @@ class MDPS(Method):
         """Return the noise estimate, corrected towards images that agree with ``y``.
 
         ``eps + sigma_t w grad ||y - x0_hat(x_t)||``: diffusion posterior sampling (Chung et al.
-        2023), the gradient through the network; (B, C, H, W). The norm is taken per image; in
-        ``code`` mode over the whole batch.
+        2023), the gradient through the network; (B, C, H, W). The norm is taken per image.
         """
         d = self.diffusion
         timesteps = torch.full((len(x_t),), t, device=x_t.device)
@@ -194,8 +200,6 @@ class MDPS(Method):
             x_t = x_t.detach().requires_grad_()
             noise_hat = self.network["denoiser"](x_t, timesteps)
             squares = (y - d.predict_x0(x_t, t, noise_hat)).square().flatten(1).sum(1)
-            if self.config.mode == "code":
-                squares = squares.sum()
             # A norm has no gradient at zero, where nothing needs correcting: keep away from it.
             (gradient,) = torch.autograd.grad(squares.clamp_min(1e-20).sqrt().sum(), x_t)
         sigma = (1 - d.schedule.alpha_bar(t, x_t)).sqrt()

@@ -31,7 +31,14 @@ from diffad_lite.methods.base import (
     exact,
 )
 from diffad_lite.methods.denoiser import Denoiser, DenoisingConfig
-from diffad_lite.spaces.features import DENOISER, LITE0, DenoiserFeatures, ImageNetFeatures, on_grid
+from diffad_lite.spaces.features import (
+    DENOISER,
+    LITE0,
+    LITE0_LAYERS,
+    DenoiserFeatures,
+    ImageNetFeatures,
+    on_grid,
+)
 from diffad_lite.training.loop import FitOptions, TrainReport
 
 COVARIANCE_FLOOR = 0.01  # added to the diagonal, as in PaDiM, section III-B
@@ -54,7 +61,7 @@ class PatchConfig(DenoisingConfig):
 
     calibrate: bool = False
     backbone: str = LITE0
-    layers: tuple[str, ...] = ("2", "4", "7")
+    layers: tuple[str, ...] = LITE0_LAYERS
     input_size: InputSize = 224
     grid: Count = 28
     noise_level: Timestep = 25
@@ -114,7 +121,7 @@ class PatchMethod(Method):
         if self.config.backbone == DENOISER:
             reports = self.denoiser.fit(train, **options)
         else:
-            features.load_weights()
+            features.load_weights({"backbone": LITE0, "layers": LITE0_LAYERS})
         self.network.eval()
         started = time.monotonic()
         patches = []

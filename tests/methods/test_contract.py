@@ -1,9 +1,12 @@
 """The contract that every registered method keeps: fit, predict, explain, save, messages."""
 
 import json
+import shlex
+import warnings
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -11,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 from speed import TensorsAlive
 from torch import Tensor
+from torchvision import models
 
+from diffad_lite.core.config import override
 from diffad_lite.data.images import image_keys, undo_standardise
 from diffad_lite.data.readers import FLIP_AXES
 from diffad_lite.diffusion.gaussian import final_step, noise_generators
@@ -29,6 +34,7 @@ from diffad_lite.methods.base import (
 )
 from diffad_lite.methods.calibration import MapCalibration, conformal_threshold, top_k_mean
 from diffad_lite.methods.denoiser import Denoiser, DenoiserConfig
+from diffad_lite.spaces.features import LITE0_LAYERS, ImageNetFeatures
 
 NAMES = sorted(METHODS)
 BASELINES = ("brightness", "mean_image", "pca")
@@ -342,6 +348,33 @@ def test_a_model_that_could_be_fitted_can_be_loaded(name, tmp_path):
     assert_same(METHODS[name].from_pretrained(tmp_path / "m").predict(x), method.predict(x))
 
 
+@pytest.mark.parametrize("size", [(17, 17), (65, 65), (18, 14), (3, 3), (1, 1), (2, 40), (4, 4)])
+@each_method
+def test_an_image_of_any_size_is_scored_or_refused_with_a_size_that_fits(name, size):
+    method = fit(name, config=replace(tiny_config(name), calibrate=False))
+    try:
+        scores = method.predict(pictures(2, size=size)).image_score
+    except ValueError as error:
+        message = str(error)
+    else:
+        assert torch.isfinite(scores).all()
+        return
+    H, W = size
+    assert message.startswith(f"images: images are ({H}, {W}) (height, width), but {name} ")
+    if method.any_size:
+        near = tuple(int(n) for n in message.rsplit("(", 1)[1].rstrip(")").split(", "))
+        assert torch.isfinite(method.predict(pictures(2, size=near)).image_score).all()
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 17, 18])
+@each_method
+def test_a_model_for_images_of_any_size_is_trained_or_refused_by_name(name, size):
+    try:
+        fit(name, size=(size, size), config=replace(tiny_config(name), image_size=size))
+    except ValueError as error:
+        assert "image_size" in str(error) or "needs sides of at least" in str(error)
+
+
 # ---------------------------------------------------------------------- calibration, threshold
 
 
@@ -448,6 +481,8 @@ BAD_IMAGES = {
     "infinity": (lambda: pictures(3).index_fill(0, torch.tensor([2]), torch.inf), "image 2 contai"),
     "uint8": (lambda: 127.5 * (pictures(2) + 1), r"must lie in \[-1, 1\], got .*x / 127\.5 - 1"),
     "too dark": (lambda: pictures(2) - 1.5, r"must lie in \[-1, 1\], got -"),
+    "numpy": (lambda: pictures(2).numpy(), r"a tensor, got ndarray; convert it, e\.g\. by torch\."),
+    "list": (lambda: list(pictures(2)), "expected a tensor, got list; convert it"),
 }
 
 
@@ -592,6 +627,109 @@ def test_timesteps_of_the_loss_cover_the_schedule():
     for _ in range(20):
         denoiser.loss(network, pictures(100, size=(2, 2)), generator)
     assert set(timesteps) == set(range(101))
+
+
+FLAT = torch.full((1, 1, SIZE, SIZE), 0.2)
+EQUAL = {"flat": FLAT, "black": FLAT * 0 - 1, "textured": pictures(1)}
+
+
+def fit_on(name: str, train: Tensor, calibration: Tensor, workdir: Path, calibrate: bool) -> Method:
+    """Fit, and refuse every warning of a library."""
+    config = replace(tiny_config(name), calibrate=calibrate)
+    if name == "grad":
+        config = replace(config, reweight=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("default", message="train: ")
+        warnings.filterwarnings("default", message="calibration: ")
+        method = METHODS[name](config)
+        return method.fit(train, calibration, seed=0, progress=False, workdir=workdir)
+
+
+@pytest.mark.parametrize("kind", EQUAL)
+@each_method
+def test_equal_calibration_images_are_refused_before_a_training(name, kind, tmp_path):
+    same = EQUAL[kind].repeat(20, 1, 1, 1)
+    changed = same.clone()
+    changed[::5] = pictures(4)  # one fold: statistics of the others have no spread
+    for calibration, n in ((same, 20), (changed, 16)):
+        fault = f"^calibration: {n} of 20 images are equal, so that their maps .* calibrate=false$"
+        with pytest.raises(ValueError, match=fault):
+            fit_on(name, same[:12], calibration, tmp_path / "state", calibrate=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", EQUAL)
+@each_method
+def test_equal_images_are_said_where_a_model_can_be_fitted(name, kind, tmp_path):
+    same = EQUAL[kind].repeat(20, 1, 1, 1)
+    with pytest.warns(UserWarning) as said:
+        method = fit_on(name, same[:12], same, tmp_path / "state", calibrate=False)
+    images = "standardised images" if method.config.standardise else "images"
+    expected = f"train: all 12 {images} are equal; every difference from it counts as an anomaly; "
+    assert str(said[0].message) == expected + "add other normal images"
+    expected = f"calibration: all 20 {images} are equal; its score is the threshold; add "
+    assert [str(w.message).startswith(expected) for w in said[1:]] == [True]
+    assert torch.isfinite(method.predict(pictures(3)).image_score).all()
+    assert (method.predict(same[:2]).image_score <= method.threshold_ + 1e-5).all()
+
+
+@pytest.mark.parametrize("calibrate", [True, False])
+@each_method
+def test_a_single_training_image_is_said(name, calibrate, tmp_path):
+    with pytest.warns(UserWarning) as said:
+        method = fit_on(name, pictures(1), pictures(20, seed=1), tmp_path / "state", calibrate)
+    assert [str(w.message).split(";")[0] for w in said] == ["train: there is only one image"]
+    assert torch.isfinite(method.predict(pictures(3)).image_score).all()
+
+
+def test_pca_of_equal_images_compares_with_that_image():
+    method = fit("pca", config=replace(tiny_config("pca"), standardise=False, calibrate=False))
+    with pytest.warns(UserWarning, match="train: there is only one image"):
+        method.fit(pictures(1), pictures(20, seed=1), seed=0, progress=False)
+    reconstruction = method.predict(pictures(2, seed=2)).reconstruction
+    assert torch.equal(reconstruction, pictures(1).expand(2, -1, -1, -1))
+
+
+def test_an_error_before_the_first_state_leaves_no_folder(tmp_path, monkeypatch):
+    """Flat images of different brightness are all zero once standardised, and so are the maps."""
+    brightness = torch.arange(20)[:, None, None, None] / 32
+    flat = brightness.expand(-1, 1, SIZE, SIZE).contiguous()
+    said = pytest.warns(UserWarning, match="calibration: all 20 standardised images are equal; its")
+    fault = r"^the anomaly maps of 16 images are all equal, .* calibrate=false$"
+    with said, pytest.raises(ValueError, match=fault):
+        fit_on("pca", pictures(12), flat, tmp_path / "state", calibrate=True)
+    assert list(tmp_path.iterdir()) == []
+
+    def offline(*_):
+        raise FileNotFoundError("no network")
+
+    monkeypatch.setattr(ImageNetFeatures, "load_weights", offline)
+    for name in ("padim", "bank", "mdps"):
+        with pytest.raises(FileNotFoundError):
+            fit_on(name, pictures(12), pictures(20), tmp_path / "state", calibrate=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+NETWORKS = ("backbone", "map_features", "drift_features")  # fields that name a network
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if hasattr(METHODS[n].Config, "layers")])
+def test_settings_printed_after_a_failed_download_work_as_printed(name, monkeypatch):
+    def unreachable(*_, **__):
+        raise URLError("no route")
+
+    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", unreachable)
+    config = replace(tiny_config(name), calibrate=False, layers=("layer1",))
+    for field in filter(config.__dict__.__contains__, NETWORKS):
+        downloading = replace(config, **{field: "resnet18"})
+        with pytest.raises(FileNotFoundError, match="resnet18 could not be downloaded") as caught:
+            fit(name, config=downloading)
+        hint = str(caught.value).split("that needs no download: ")[1]
+        settings = dict(word.split("=", 1) for word in shlex.split(hint) if word != "--set")
+        mended = override(downloading, settings)
+        assert mended.layers == LITE0_LAYERS
+        assert torch.isfinite(fit(name, config=mended).predict(pictures(2)).image_score).all()
 
 
 # -------------------------------------------------------------------------------------- files

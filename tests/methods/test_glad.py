@@ -1,11 +1,13 @@
 """GLAD: targets by kappa, fading, drift, adaptive steps, fusion, feature distances, profiles."""
 
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from diffad_lite.core.config import override
 from diffad_lite.data.images import undo_standardise
 from diffad_lite.data.synthetic_anomalies import SynthesisConfig
 from diffad_lite.diffusion.gaussian import noise_generators, randn
@@ -411,3 +413,24 @@ def test_the_paper_profile_takes_the_settings_of_its_category():
 def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=f"GLADConfig.{field} must be"):
         replace(GLADConfig(), **{field: value})
+
+
+@pytest.mark.parametrize("text", ["inf", "Infinity"])
+def test_an_infinite_delta_is_saved_loaded_and_set_by_name(text, tmp_path):
+    made = method().calibrate(pictures(8)).with_settings(delta=math.inf)
+    made.save_pretrained(tmp_path / "m")
+    stored = json.loads((tmp_path / "m" / "config.json").read_text(), parse_constant=pytest.fail)
+    assert stored["config"]["delta"] == "Infinity"  # JSON has no number for it
+    loaded = GLAD.from_pretrained(tmp_path / "m")
+    assert loaded.config == made.config == override(config(), {"delta": text})
+    assert torch.equal(
+        loaded.predict(pictures(3)).image_score, made.predict(pictures(3)).image_score
+    )
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "-1", "x"])
+def test_a_delta_that_cannot_be_is_refused(value):
+    with pytest.raises(
+        ValueError, match=r"GLADConfig\.delta must be (at least 0|a valid number), "
+    ):
+        override(config(), {"delta": value})

@@ -312,6 +312,7 @@ def test_the_paper_profile_can_be_built():
         ({"windows": (0.5,)}, r"GRADConfig.windows must be \(low, high\) within 0..1"),
         ({"twin_noise_level": 1000}, "GRADConfig.twin_noise_level must be"),
         ({"image_size": 30}, "image_size must be a multiple of 4"),
+        ({"image_size": 4}, "and at least 8, got 4"),
         ({"n_patterns": 0}, "GRADConfig.n_patterns must be"),
     ],
 )

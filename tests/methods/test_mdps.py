@@ -132,7 +132,7 @@ def test_guidance_is_the_gradient_of_the_norm(mode):
         with torch.no_grad():
             x0_hat = d.predict_x0(x, t, denoiser(x, torch.full((2,), t)))
         squares = (y - x0_hat).square().flatten(1).sum(1)
-        return float(squares.sum().sqrt() if mode == "code" else squares.sqrt().sum())
+        return float(squares.sqrt().sum())
 
     rng, step = torch.Generator().manual_seed(0), 1e-5
     for _ in range(5):
@@ -209,15 +209,27 @@ def test_starting_from_the_noised_picture_is_an_observation_too():
 # --------------------------------------------------------------------------------- neighbours
 
 
-@pytest.mark.parametrize(("mode", "coupled"), [("paper", False), ("code", True)])
-def test_only_the_norm_of_a_whole_batch_couples_images(mode, coupled):
+@pytest.mark.parametrize("mode", ["paper", "code"])
+def test_guided_samples_do_not_depend_on_the_other_images_of_a_batch(mode):
     made = method(mode=mode)
     made.network.double()
     y = pictures(3).double()
-    other = torch.cat([y[:2], 0.9 * torch.ones_like(y[:1])])
-    a, b = (made.sample(x, ones(x), 100, 5.0, generators(3)) for x in (y, other))
-    difference = float((a - b)[:2].abs().max())
-    assert difference > 1e-4 if coupled else difference < 1e-10
+    mask = ones(y)
+    mask[..., : SIZE // 2] = 0
+    unlike = torch.cat([y[:2], 0.9 * torch.ones_like(y[:1])])
+    a, b = (made.sample(x, mask, 100, 5.0, generators(3)) for x in (y, unlike))
+    assert float((a - b)[:2].abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("mode", ["paper", "code"])
+def test_a_score_is_that_of_the_image_alone_in_either_mode(mode):
+    """With this much guidance, a norm of the whole batch would change the scores."""
+    made = method(mode=mode, guidance=30.0, mask_guidance=30.0)
+    made.calibrate(pictures(8, 5))
+    y = torch.cat([pictures(2), 0.9 * torch.ones(1, 1, SIZE, SIZE)])
+    together = made.predict(y).image_score
+    alone = torch.cat([made.predict(y[i : i + 1]).image_score for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------- maps, scores

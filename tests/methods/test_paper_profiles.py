@@ -85,7 +85,7 @@ def reduced(config):
 @pytest.mark.parametrize("category", ["bottle", "tile"])  # an object, and a texture
 @pytest.mark.parametrize("name", STAGES)
 def test_one_step_of_every_stage(name, category, tmp_path, monkeypatch):
-    monkeypatch.setattr(ImageNetFeatures, "load_weights", lambda self: None)  # a download
+    monkeypatch.setattr(ImageNetFeatures, "load_weights", lambda *_: None)  # a download
     monkeypatch.chdir(tmp_path)
     (tmp_path / "textures").mkdir()
     for i in range(3):

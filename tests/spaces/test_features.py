@@ -92,8 +92,13 @@ def test_failed_download_says_what_to_do(monkeypatch):
         raise URLError("no route")
 
     monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"weights of resnet18 .*no route.*efficientnet"):
+    with pytest.raises(FileNotFoundError, match=r": efficientnet_lite0$"):
         features.load_weights()
+    alternative = {"backbone": LITE0, "layers": ["2", "4"]}
+    with pytest.raises(FileNotFoundError, match=r"weights of resnet18 .*no route.*") as caught:
+        features.load_weights(alternative)
+    expected = """--set backbone=efficientnet_lite0 --set 'layers=["2","4"]'"""
+    assert str(caught.value).endswith(f" that needs no download: {expected}")
 
 
 def test_maps_on_one_grid_keep_their_mean_and_place():
