@@ -1,7 +1,8 @@
 """One run: train or load a method, score a data set, and write a folder with the record.
 
 A run folder holds ``state/`` (to resume training), ``checkpoint/``, ``scores.csv``,
-``figure.png`` and ``result.json``. The result is written last, so its presence means "done".
+``figure.png``, ``result.json``, and ``maps/`` on request. The result is written last, so its
+presence means "done".
 """
 
 import hashlib

@@ -23,6 +23,7 @@ from diffad_lite.data.images import (
     resize_image,
     to_float,
 )
+from diffad_lite.data.source import walk_images
 from diffad_lite.experiments.evaluate import (
     at_original_size,
     check_replaceable,
@@ -221,6 +222,12 @@ def score_folder(
         raise ValueError(
             f"{folder} holds no images; give the folder that they lie in directly{hint}"
         )
+    if deeper := [path for path in walk_images(folder) if path.parent != folder]:
+        warnings.warn(
+            f"{len(deeper)} images in sub-folders are not scored, e.g. {deeper[0]}; give their "
+            "folder to score them",
+            stacklevel=2,
+        )
     if method.threshold_ is None:
         raise ValueError("the model has no threshold yet; call calibrate() with normal images")
     if bits is not None and bits not in DEPTHS:
@@ -299,11 +306,11 @@ def _read_usable(
     for notice in describe_files({path.name: path for path in images}, bits, set()):
         warnings.warn(notice, stacklevel=3)
     if errors:
-        names = ", ".join(path.name for path in paths if path in errors)
-        reason = next(iter(errors.values()))
+        failed = [path for path in paths if path in errors]
+        names = ", ".join(path.name for path in failed)
         warnings.warn(
-            f"{len(errors)} of {len(paths)} images are not scored: {names}; the first, because "
-            f"{reason}",
+            f"{len(failed)} of {len(paths)} images are not scored: {names}; the first, because "
+            f"{errors[failed[0]]}",
             stacklevel=3,
         )
     return list(images), torch.cat(list(images.values()))

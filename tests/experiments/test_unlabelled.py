@@ -225,6 +225,15 @@ def test_a_folder_called_maps_that_is_not_ours_is_kept(trained, tmp_path):
         score_folder(method, tmp_path / "new", tmp_path / "run")
 
 
+def test_images_in_sub_folders_are_named_and_not_scored(trained, tmp_path):
+    method, _ = trained
+    write(tmp_path / "new", 3)
+    write(tmp_path / "new" / "camera", 2)
+    with pytest.warns(UserWarning, match=r"2 images in sub-folders are not scored, e\.g\. .*000"):
+        rows = score_folder(method, tmp_path / "new", tmp_path / "out")
+    assert len(rows) == 3
+
+
 def test_images_that_cannot_be_read_are_named_and_the_others_scored(trained, tmp_path, capsys):
     _, root = trained
     write(tmp_path / "new", 6, seed=5)
