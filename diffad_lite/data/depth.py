@@ -7,7 +7,14 @@ from its normal images, so that all images stay comparable.
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from diffad_lite.data.images import Header, is_rotated, read_header, read_image, read_values
+from diffad_lite.data.images import (
+    Header,
+    is_rotated,
+    is_transparent,
+    read_header,
+    read_image,
+    read_values,
+)
 from diffad_lite.data.source import count_of
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits of the usual cameras and scanners
@@ -63,6 +70,12 @@ def describe_files(images: Mapping[str, Path], bits: int, masked: set[str]) -> l
             f"{count_of(several, 'file')} with several pages or frames, e.g. {images[several[0]]} "
             f"({headers[several[0]].n_pictures}): only the first is read; save each as a file if "
             "they are images of their own"
+        )
+    alpha = [name for name, header in headers.items() if header.has_alpha]
+    if dropped := [name for name in alpha if is_transparent(images[name])]:
+        notices.append(
+            f"{count_of(dropped, 'image')} with transparency, e.g. {images[dropped[0]]}: that "
+            "channel is dropped; save it as a stack in npy if it is a measurement"
         )
     if turned := [n for n in sorted(masked & set(images)) if is_rotated(images[n])]:
         notices.append(

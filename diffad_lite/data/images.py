@@ -161,12 +161,14 @@ class Header(NamedTuple):
         is_grey: one channel, of more than 8 bits.
         n_pictures: pages or frames; only the first is read.
         is_lossy: the compression may change values.
+        has_alpha: a fourth channel, or a second one beside grey, which is dropped as transparency.
     """
 
     bits: int = 8
     is_grey: bool = False
     n_pictures: int = 1
     is_lossy: bool = False
+    has_alpha: bool = False
 
 
 def read_header(path: Path) -> Header:
@@ -181,9 +183,16 @@ def read_header(path: Path) -> Header:
                 bits = 16
             lossy = {file.format, str(file.info.get("compression")).upper()}
             n_pictures = int(getattr(file, "n_frames", 1))
-            return Header(bits, is_deep, n_pictures, bool(lossy & LOSSY))
+            has_alpha = file.mode in ("LA", "RGBA")
+            return Header(bits, is_deep, n_pictures, bool(lossy & LOSSY), has_alpha)
     except Exception:  # read_values names the fault
         return Header()
+
+
+def is_transparent(path: Path) -> bool:
+    """Return whether the alpha channel of a readable image file, if any, is not opaque."""
+    with Image.open(path, formats=FORMATS) as file:
+        return file.mode in ("LA", "RGBA") and file.getchannel("A").getextrema()[0] < 255
 
 
 def is_rotated(path: Path) -> bool:

@@ -477,6 +477,16 @@ def test_rotation_of_an_image_with_a_mask_is_named(tmp_path):
     assert "crack/001.png" in notices
 
 
+def test_transparency_that_is_dropped_is_named_and_an_opaque_channel_is_not(tmp_path):
+    build(tmp_path)
+    for name, alpha in (("crack/001", 128), ("good/001", 255)):
+        channels = np.dstack([picture(201)] * 3 + [np.full_like(picture(201), alpha)])
+        save(tmp_path / f"test/{name}.png", channels)
+    _, notices = load(tmp_path)
+    assert "1 image with transparency, e.g. " in notices
+    assert "crack/001.png: that channel is dropped" in notices
+
+
 def test_one_colour_image_among_grey_ones_is_named(tmp_path):
     build(tmp_path)
     save(tmp_path / "train/good/003.png", np.dstack([picture(3)] * 3))
