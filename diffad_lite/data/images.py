@@ -192,7 +192,7 @@ def read_header(path: Path) -> Header:
 def is_transparent(path: Path) -> bool:
     """Return whether the alpha channel of a readable image file, if any, is not opaque."""
     with Image.open(path, formats=FORMATS) as file:
-        return file.mode in ("LA", "RGBA") and file.getchannel("A").getextrema()[0] < 255
+        return file.mode in ("LA", "RGBA") and np.asarray(file.getchannel("A")).min() < 255
 
 
 def is_rotated(path: Path) -> bool:

@@ -494,9 +494,7 @@ class Method(Checkpointed, ABC):
     def _warn_if_equal(self, images: Tensor, what: str, consequence: str) -> None:
         """Warn where prepared images (N, C, H, W) are a single one, perhaps repeated."""
         n, kind = len(images), "standardised images" if self.config.standardise else "images"
-        if torch.allclose(
-            images, images[:1], rtol=0, atol=1e-3
-        ):  # less than one of 256 grey levels
+        if torch.allclose(images, images[:1], rtol=0, atol=1e-3):  # below one of 256 grey levels
             fault = f"all {n} {kind} are equal" if n > 1 else "there is only one image"
             warnings.warn(f"{what}: {fault}; {consequence}; add other normal images", stacklevel=3)
 
