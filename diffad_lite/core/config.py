@@ -211,7 +211,10 @@ def with_values(config: Config, changes: Mapping[str, Any]) -> Config:
             if not isinstance(node.get(group), dict):
                 raise unknown_name("field", dotted, _flatten(values))
             node = node[group]
-        if name not in node or isinstance(node[name], dict):
+        if isinstance(node.get(name), dict):
+            fields = ", ".join(f"{dotted}.{field}" for field in _flatten(node[name]))
+            raise ValueError(f"{dotted} is a group of fields; set one of them: {fields}")
+        if name not in node:
             raise unknown_name("field", dotted, _flatten(values))
         node[name] = value
     return from_dict(type(config), values)

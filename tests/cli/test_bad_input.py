@@ -531,7 +531,7 @@ def test_the_image_size_of_a_listing(refused):
             "'denoiser.train.steps'?",
         ),
         ("steps.more=1", "unknown field 'steps.more'", "known: calibrate"),
-        ("denoiser=1", "unknown field 'denoiser'", "known: calibrate"),
+        ("denoiser=1", "denoiser is a group of fields", "set one of them: denoiser.beta_schedule"),
         ("steps", "got 'steps'", "--set must be KEY=VALUE"),
         ("=3", "unknown field ''", "known: "),
         ("noise_level=high", "AnoDDPMConfig.noise_level", "must be a valid integer, got 'high'"),
