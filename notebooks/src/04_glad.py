@@ -112,7 +112,7 @@ delta = delta if c.delta is None else c.delta
 # %% tags=["context"]
 print(f"{len(labels)} test images, {labels.sum()} of them anomalous")
 print(
-    f"from level {c.noise_level} in {c.steps} steps; min_noise_level {c.min_noise_level}"
+    f"from t = {c.noise_level} in {c.steps} steps; reset below t = {c.min_noise_level}"
 )
 print(f"delta {delta:.3f}")
 

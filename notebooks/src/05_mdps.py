@@ -100,10 +100,8 @@ schedule = diffusion.schedule
 free = GaussianDiffusion(schedule, clip=None)  # clean estimates are not clipped
 # %% tags=["context"]
 print(f"{len(labels)} test images, {labels.sum()} of them anomalous")
-print(
-    f"mask: one sample from level {c.mask_noise_level}, the {c.mask_quantile:.0%} quantile"
-)
-print(f"map: {c.n_samples} samples from level {c.noise_level}; {c.steps} steps each")
+print(f"mask: 1 sample from t = {c.mask_noise_level}, {c.mask_quantile:.0%} quantile")
+print(f"map: {c.n_samples} samples from t = {c.noise_level}; {c.steps} steps each")
 
 # %% [markdown]
 # As in notebook 04, networks see *standardised* cells (`method.prepare`), and planted cells are brought to
