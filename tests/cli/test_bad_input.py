@@ -272,8 +272,9 @@ def test_extreme_sizes_and_a_missing_mask_are_scored(plate, resize, tmp_path, ca
     save(plate / "train" / "good" / "00.png", picture(3, 3000, 20, 4))  # and one in colour
     options = ("--resize", resize, "--maps")
     assert main([str(a) for a in evaluate(plate, *options, out=tmp_path / "out")]) == 0
-    colour, unmasked, large = capsys.readouterr().err.splitlines()
+    colour, transparent, unmasked, large = capsys.readouterr().err.splitlines()
     assert colour.startswith("diffad: warning: 1 of 53 images have 3 channels, e.g. train/00")
+    assert "1 image with transparency, e.g. " in transparent
     assert "1 of 6 anomalous images have no mask, or an empty one (0), e.g. hole/1;" in unmasked
     assert "1 mask covering more than half of the image, e.g. hole/00 (100%)" in large
     result = json.loads((tmp_path / "out" / "result.json").read_text())

@@ -303,7 +303,7 @@ def test_the_paper_profile_can_be_built():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"blocks": ()}, "blocks must be different numbers"),
+        ({"blocks": ()}, "blocks must not be empty"),
         ({"blocks": (2, 2)}, "blocks must be different numbers"),
         (
             {"noise_levels": (0.8, 0.4)},
