@@ -205,7 +205,7 @@ def score(arguments: argparse.Namespace) -> int:
     """Score a folder of images that have no labels.
 
     Writes scores.csv, anomaly maps as TIFF and a gallery into --out, in place of those of an
-    earlier call. Images that cannot be read are named, and the exit code is 1.
+    earlier call. Unreadable images are named, and the exit code is 1.
     """
     from diffad_lite.data.images import list_images
     from diffad_lite.experiments.unlabelled import score_folder, survey

@@ -216,7 +216,7 @@ def _read_parts(
 
 
 def check_arguments(name: str, plant: str | None, resize: str, image_size: int) -> None:
-    """Raise ValueError for arguments of :func:`load_dataset` that cannot be used."""
+    """Raise ValueError for invalid arguments of :func:`load_dataset`."""
     if name not in READERS:
         raise unknown_name("data set", name, READERS)
     if plant is not None and plant not in (*KINDS, UNCERTAIN):
