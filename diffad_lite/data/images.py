@@ -190,9 +190,9 @@ def read_header(path: Path) -> Header:
 
 
 def is_transparent(path: Path) -> bool:
-    """Return whether the alpha channel of a readable image file, if any, is not opaque."""
+    """Return whether the alpha channel of an image file, whose header has one, is not opaque."""
     with Image.open(path, formats=FORMATS) as file:
-        return file.mode in ("LA", "RGBA") and np.asarray(file.getchannel("A")).min() < 255
+        return bool(np.asarray(file.getchannel("A")).min() < 255)
 
 
 def is_rotated(path: Path) -> bool:
