@@ -21,6 +21,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from diffad_lite import __version__
 from diffad_lite.evaluation import claims, records, tables
+from diffad_lite.methods import published
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "data" / "results"
@@ -118,6 +119,16 @@ class ResultsTable(SphinxDirective):
         return self.parse_text_to_nodes(rendered()[name])
 
 
+class PaperProfile(SphinxDirective):
+    """``paper-profile``: all fields of a method's paper profile, with what was published."""
+
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        """Return the table as nodes; an unknown method ends the build."""
+        return self.parse_text_to_nodes(published.settings_table(self.content[0].strip()))
+
+
 def escape_markup(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list) -> None:
     """Escape ``config/*.yaml``, which would open an emphasis, and "T.", which would open a list."""
     lines[:] = [re.sub(r"/\*\.", r"/\\*.", line) for line in lines]
@@ -131,7 +142,8 @@ def redirect_folders(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Register the directive and the two hooks."""
+    """Register the directives and the two hooks."""
     app.add_directive("results-table", ResultsTable)
+    app.add_directive("paper-profile", PaperProfile)
     app.connect("source-read", redirect_folders)
     app.connect("autodoc-process-docstring", escape_markup)

@@ -118,6 +118,21 @@ def check_at_most(config: Any, **limits: float) -> None:
             raise ValueError(f"{where} must be at most {limit}, got {short_repr(value)}")
 
 
+def check_exactly_one(config: Any, *names: str) -> None:
+    """Check that one of several fields, which say the same in different ways, is set.
+
+    Raises:
+        ValueError: none, or more than one of them, is not None.
+    """
+    given = {name: value for name in names if (value := getattr(config, name)) is not None}
+    if len(given) != 1:
+        where, either = type(config).__qualname__, " or ".join(names)
+        values = short_repr(given) if given else "neither"
+        raise ValueError(
+            f"{where} must have {either}, got {values}; set one of them, and the other to null (None)"
+        )
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a dataclass as nested dictionaries of JSON types.
 
@@ -209,20 +224,20 @@ def with_values(config: Config, changes: Mapping[str, Any]) -> Config:
         node = values
         for group in groups:
             if not isinstance(node.get(group), dict):
-                raise unknown_name("field", dotted, _flatten(values))
+                raise unknown_name("field", dotted, flatten(values))
             node = node[group]
         if isinstance(node.get(name), dict):
-            fields = ", ".join(f"{dotted}.{field}" for field in _flatten(node[name]))
+            fields = ", ".join(f"{dotted}.{field}" for field in flatten(node[name]))
             raise ValueError(f"{dotted} is a group of fields; set one of them: {fields}")
         if name not in node:
-            raise unknown_name("field", dotted, _flatten(values))
+            raise unknown_name("field", dotted, flatten(values))
         node[name] = value
     return from_dict(type(config), values)
 
 
 def field_names(config: Any) -> list[str]:
     """Return the dotted names of all fields."""
-    return list(_flatten(to_dict(config)))
+    return list(flatten(to_dict(config)))
 
 
 def changed_fields(a: Any, b: Any) -> set[str]:
@@ -232,15 +247,16 @@ def changed_fields(a: Any, b: Any) -> set[str]:
 
 def changed_values(a: Mapping[str, Any], b: Mapping[str, Any]) -> set[str]:
     """Return the dotted names of the values in which two nested dictionaries differ."""
-    flat_a, flat_b = _flatten(a), _flatten(b)
+    flat_a, flat_b = flatten(a), flatten(b)
     return {name for name in flat_a.keys() | flat_b.keys() if flat_a.get(name) != flat_b.get(name)}
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested dictionaries as one: dotted name -> value."""
     flat = {}
     for key, value in values.items():
         nested = isinstance(value, dict)
-        flat.update(_flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
     return flat
 
 

@@ -118,3 +118,24 @@ class NoiseSchedule:
         if not 1 <= steps <= start + 1:
             raise ValueError(f"steps must be in 1..{start + 1} from timestep {start}, got {steps}")
         return [round((start + 1) * (steps - i) / steps) - 1 for i in range(steps)]
+
+    def strided_timesteps(self, start: int, stride: int, first: int = 0) -> list[int]:
+        """Return ``first``, ``first + stride``, ... below ``start``, decreasing ("leading").
+
+        The grids of public codes: an image is noised to ``start``, yet the sampler takes it for an
+        image at the largest of these timesteps.
+
+        Args:
+            start: timestep that images are noised to, above ``first``, at most T-1.
+            stride: distance of two timesteps, at least 1.
+            first: the last timestep of the sampler, at least 0.
+
+        Raises:
+            ValueError: ``start`` or ``stride`` is out of range.
+        """
+        if not first < start < self.num_timesteps or stride < 1:
+            raise ValueError(
+                f"start must be in {first + 1}..{self.num_timesteps - 1} and stride at least 1, "
+                f"got {start} and {stride}"
+            )
+        return list(range(first, start, stride))[::-1]

@@ -115,6 +115,8 @@ class AnoDDPMSimplexConfig(AnoDDPMConfig):
         persistence: amplitude of an octave relative to the one before.
     """
 
+    profiles = "anoddpm_simplex"
+
     noise_level: Timestep = 15  # chosen on development defects, as AnoDDPM's
     wavelength: Count = 16
     octaves: Annotated[int, Field(ge=1, le=16)] = 4

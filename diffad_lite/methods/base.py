@@ -91,7 +91,7 @@ class MethodConfig:
         quantile: of the calibration scores, at which the threshold is set.
     """
 
-    profiles: ClassVar[str]  # name of the file with what a class changes in its base's profiles
+    profiles: ClassVar[str] = "common"  # file with what a class changes in its base's profiles
 
     channels: Channels = 1
     image_size: Count = 64
@@ -405,9 +405,7 @@ class Method(Checkpointed, ABC):
         """Predict one batch; ``trace`` collects intermediates."""
         inputs = self.network_inputs(images, seed, keys)
         maps, reconstruction, extras = self._infer(*inputs, trace)
-        if self.config.smooth_sigma > 0:
-            maps = blur(maps, self.config.smooth_sigma)
-        maps = maps.cpu()
+        maps = self._postprocess(inputs[0], maps).cpu()
         if self.map_calibration_ is not None:
             maps = torch.from_numpy(self.map_calibration_.apply(maps.numpy()))
         if reconstruction is not None:
@@ -426,6 +424,11 @@ class Method(Checkpointed, ABC):
     def prepare(self, images: Tensor, like: Tensor | None = None) -> Tensor:
         """Standardise images (B, C, H, W) if configured, with the statistics of ``like``."""
         return standardise(images, like) if self.config.standardise else images
+
+    def _postprocess(self, images: Tensor, maps: Tensor) -> Tensor:
+        """Return the maps (B, H, W) of images as the networks see them, after the blur."""
+        sigma = self.config.smooth_sigma
+        return blur(maps, sigma) if sigma > 0 else maps
 
     def _score(self, images: Tensor, maps: Tensor) -> Tensor:
         """Return image scores (B,): the mean of the largest values of the final maps."""

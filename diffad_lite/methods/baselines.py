@@ -18,7 +18,14 @@ from diffad_lite.training.loop import FitOptions, TrainReport
 
 
 @configuration
-class BrightnessConfig(MethodConfig):
+class BaselineConfig(MethodConfig):
+    """Configuration of a baseline; its paper profile is its lite profile."""
+
+    profiles = "baselines"
+
+
+@configuration
+class BrightnessConfig(BaselineConfig):
     """Configuration of :class:`Brightness`.
 
     Attributes:
@@ -36,7 +43,7 @@ class BrightnessConfig(MethodConfig):
 
 
 @configuration
-class PCAConfig(MethodConfig):
+class PCAConfig(BaselineConfig):
     """Configuration of :class:`PCAResidual`.
 
     Attributes:

@@ -60,11 +60,13 @@ class BernoulliConfig(MethodConfig):
         beta_schedule: of the forward process.
         num_timesteps: T.
         process: ``symmetric``, or the official code's ``erasure``.
-        base_channels: of the network that predicts flips, as the next three, see
+        base_channels: of the network that predicts flips, as the next five, see
             :class:`~diffad_lite.networks.unet.UNet`.
         channel_mults: widths of the levels.
         blocks_per_level: residual blocks.
         attention_levels: levels with self-attention.
+        attention_heads: of each; None: one for every 32 channels.
+        norm_groups: of each GroupNorm; None: at most 32, of at least 4 channels each.
         train: training of the flip predictor.
         noise_level: start timestep, 0 .. T-1; L - 1 in the paper.
         steps: network evaluations from there to a clean code.
@@ -92,6 +94,8 @@ class BernoulliConfig(MethodConfig):
     channel_mults: Widths = (1, 2)
     blocks_per_level: Size = 1
     attention_levels: tuple[int, ...] = (1,)
+    attention_heads: Size | None = None
+    norm_groups: Size | None = None
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=8000, batch_size=32, learning_rate=5e-4)
     )
@@ -138,6 +142,8 @@ class Bernoulli(Method):
             channel_mults=c.channel_mults,
             blocks_per_level=c.blocks_per_level,
             attention_levels=c.attention_levels,
+            attention_heads=c.attention_heads,
+            norm_groups=c.norm_groups,
         )
         autoencoder = BinaryAutoencoder(c.channels, c.autoencoder)
         return Networks({"autoencoder": autoencoder, "flips": flips})

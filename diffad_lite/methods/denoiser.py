@@ -31,13 +31,15 @@ class DenoiserConfig:
     Attributes:
         beta_schedule: of the forward process.
         num_timesteps: T.
-        base_channels: this and the next five are arguments of
+        base_channels: this and the next seven are arguments of
             :class:`~diffad_lite.networks.unet.UNet`.
         channel_mults: widths of the levels.
         blocks_per_level: residual blocks.
         attention_levels: levels with self-attention.
         unshuffle: factor by which the first layer reduces height and width.
         residual_resampling: whether residual blocks change the resolution.
+        attention_heads: of each self-attention; None: one for every 32 channels.
+        norm_groups: of each GroupNorm; None: at most 32, of at least 4 channels each.
         train: training on normal images.
     """
 
@@ -49,6 +51,8 @@ class DenoiserConfig:
     attention_levels: tuple[int, ...] = (2,)
     unshuffle: Size = 2
     residual_resampling: bool = False
+    attention_heads: Size | None = None
+    norm_groups: Size | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -59,6 +63,7 @@ class Denoiser:
         config: see :class:`DenoiserConfig`.
         channels: of the images.
         draw_noise: noise of the forward process, shaped as ``like``; default Gaussian.
+        clip: whether samplers clip the clean estimate to [-1, 1].
     """
 
     network: UNet
@@ -69,10 +74,12 @@ class Denoiser:
         config: DenoiserConfig,
         channels: int,
         draw_noise: NoiseSource = randn,
+        *,
+        clip: bool = True,
     ) -> None:
         self.config, self.draw_noise = config, draw_noise
         schedule = NoiseSchedule.named(config.beta_schedule, config.num_timesteps)
-        self.diffusion = GaussianDiffusion(schedule)
+        self.diffusion = GaussianDiffusion(schedule, clip=1.0 if clip else None)
         self.network = UNet(
             channels,
             base_channels=config.base_channels,
@@ -81,6 +88,8 @@ class Denoiser:
             attention_levels=config.attention_levels,
             unshuffle=config.unshuffle,
             residual_resampling=config.residual_resampling,
+            attention_heads=config.attention_heads,
+            norm_groups=config.norm_groups,
         )
 
     def loss(self, network: nn.Module, x0: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,6 @@ Stable Diffusion and compares features of DINO; this is GLAD in pixel space.
 
 import math
 from dataclasses import field, replace
-from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, Self, Unpack
 
 import numpy as np
@@ -29,11 +28,13 @@ from diffad_lite.core.config import (
     Profile,
     Timestep,
     check_at_most,
+    check_exactly_one,
     configuration,
     strict_integer,
+    unknown_name,
 )
 from diffad_lite.core.numbers import top_count
-from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig
+from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig, object_mask
 from diffad_lite.diffusion.gaussian import randn
 from diffad_lite.methods.base import (
     BATCH_SIZE,
@@ -45,6 +46,7 @@ from diffad_lite.methods.base import (
     Quantile,
     TopFraction,
     Trace,
+    blur,
     category_settings,
     exact,
     inference,
@@ -86,13 +88,18 @@ class GLADConfig(DenoisingConfig):
         synthesis: the anomalies of training.
         train: the second training.
         noise_level: start timestep, 0 .. T-1; T' in the code.
-        steps: network evaluations from there to the clean image.
+        steps: network evaluations from there to the clean image; or None where ``stride`` says it.
+        stride: distance of the timesteps 1, 1 + stride, ... below ``noise_level``, the official
+            code's grid; or None.
+        clip: whether the clean estimates on the way are clipped to [-1, 1].
         adaptive: whether the number of steps is adaptive; else plain DDIM.
         min_noise_level: below this timestep an image without drift restarts from its noised input.
         delta: drift at which an image is accepted; None takes a quantile over normal images of
             their largest drift at timesteps from ``min_noise_level`` on. Infinity (``delta=inf``)
             accepts no image: each is denoised until it is reset.
         delta_quantile: quantile for an estimated delta.
+        drift_layers: those of ``layers`` that the drift compares; None for all.
+        drift_fraction: the drift of an image is the mean of this fraction of its largest values.
         fusion: weight of the denoised state in an accepted image, per pixel: 1 for ``off``,
             sigmoid(drift) for ``literal`` (at least half), and for ``calibrated``
             sigmoid((drift - delta) / spread). The rest comes from the noised input.
@@ -101,7 +108,11 @@ class GLADConfig(DenoisingConfig):
         layers: of an ImageNet network.
         input_size: side in pixels of the input of an ImageNet network.
         radius: largest distance of matching features, in feature cells; None for no limit.
+        two_way: whether the map also has the distance of the reconstruction's features to the
+            image's, which shows what is missing in the image.
         pixel_weight: weight of the pixel distance in the map; the feature distance has weight 1.
+        map_foreground: region where the map counts, ``all`` or the ``object`` that differs from the
+            image's border.
     """
 
     profiles = "glad"
@@ -119,37 +130,58 @@ class GLADConfig(DenoisingConfig):
         default_factory=lambda: TrainConfig(steps=1800, learning_rate=2e-4, ema_decay=0.995)
     )
     noise_level: Timestep = inference(100)
-    steps: Count = inference(10)
+    steps: Count | None = inference(10)
+    stride: Count | None = inference(None)
+    clip: bool = inference(True)
     adaptive: bool = inference(True)
     min_noise_level: Timestep = inference(30)
     delta: Delta = inference(None)
     delta_quantile: Quantile = inference(0.95)
+    drift_layers: tuple[str, ...] | None = inference(None)
+    drift_fraction: TopFraction = inference(0.01)
     fusion: Literal["off", "literal", "calibrated"] = inference("calibrated")
     drift_features: str = DENOISER
     map_features: str = LITE0
     layers: tuple[str, ...] = LITE0_LAYERS
     input_size: InputSize = inference(224)
     radius: Annotated[int, Field(ge=0, le=64)] | None = inference(1)
+    two_way: bool = inference(False)
     pixel_weight: NonNegative = inference(1.0)
+    map_foreground: Literal["all", "object"] = inference("all")
 
     def __post_init__(self) -> None:
         """Validate fields against each other."""
         T = self.denoiser.num_timesteps
         check_at_most(self, noise_level=T - 1, fade_noise_level=T - 1)
-        check_at_most(self, steps=self.noise_level + 1, min_noise_level=self.noise_level)
+        check_exactly_one(self, "steps", "stride")
+        check_at_most(self, min_noise_level=self.noise_level)
+        if self.steps is not None:
+            check_at_most(self, steps=self.noise_level + 1)
+        for layer in self.drift_layers or ():
+            if layer not in self.layers:
+                raise unknown_name("layer in drift_layers", layer, self.layers)
 
     @classmethod
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
-        """As every method, with the category's foreground; ``paper`` has all of its settings."""
+        """As every method, with the category's foreground; ``paper`` has all of its settings.
+
+        Blur and number of score pixels are published for maps of 512 or 256 pixels, by category.
+        """
         base = super().for_profile(profile, category=category, **shape)
         official = category_settings("glad", category)
         synthesis = replace(base.synthesis, foreground=official.pop("foreground"))
-        changes = official if profile == "paper" else {}
+        map_side = official.pop("map_side")
+        changes = {}
+        if profile == "paper":
+            changes = official | {
+                "smooth_sigma": MAP_SIGMA * base.image_size / map_side,
+                "top_fraction": MAP_TOP / map_side**2,
+            }
         return replace(base, synthesis=synthesis, **changes)
 
 
+MAP_SIGMA, MAP_TOP = 6, 250  # of the official code's maps: blur in pixels, pixels of the score
 FEATURE_NOISE_LEVEL = 25  # timestep at which the denoiser's features are taken
-TOP_DRIFT = 0.01  # the drift of an image is the mean of this fraction of its largest values
 
 
 class Reconstruction(NamedTuple):
@@ -185,7 +217,7 @@ class GLAD(Method):
     def _build(self) -> Networks:
         c = self.config
         self.synthesis = Synthesis(c.synthesis)
-        self.denoiser = Denoiser(c.denoiser, c.channels)
+        self.denoiser = Denoiser(c.denoiser, c.channels, clip=c.clip)
         self.diffusion = self.denoiser.diffusion
         networks: dict[str, nn.Module] = {"denoiser": self.denoiser.network}
         for name in sorted({c.drift_features, c.map_features} - {DENOISER}):
@@ -248,17 +280,41 @@ class GLAD(Method):
 
     # Inference: denoise until an image has drifted.
 
-    def distance(self, a: Tensor, b: Tensor, noise: Tensor, features: str) -> Tensor:
-        """Return the distance (B, H, W) between the features of two images (B, C, H, W)."""
-        extract = self.network[features]
-        if features == DENOISER:  # both images get the same noise
-            extract = DenoiserFeatures(extract, self.diffusion, FEATURE_NOISE_LEVEL)
-            extract = partial(extract, noise=torch.cat([noise, noise]))
-        return perceptual_distance(extract, a, b, self.config.radius)
+    def distance(
+        self,
+        a: Tensor,
+        b: Tensor,
+        noise: Tensor,
+        features: str,
+        layers: tuple[str, ...] | None = None,
+        *,
+        two_way: bool = False,
+    ) -> Tensor:
+        """Return the distance (B, H, W) between the features of two images (B, C, H, W).
+
+        Args:
+            a: images.
+            b: images that they are compared with.
+            noise: of the same shape, for features of the denoiser.
+            features: name of the network, a key of ``self.network``.
+            layers: of an ImageNet network; None for all of ``config.layers``.
+            two_way: as in :func:`~diffad_lite.spaces.features.perceptual_distance`.
+        """
+        c, network = self.config, self.network[features]
+
+        def extract(images: Tensor) -> list[Tensor]:
+            if features == DENOISER:  # both images get the same noise
+                of_denoiser = DenoiserFeatures(network, self.diffusion, FEATURE_NOISE_LEVEL)
+                return of_denoiser(images, torch.cat([noise, noise]))
+            maps = network(images)
+            return [maps[c.layers.index(layer)] for layer in layers or c.layers]
+
+        return perceptual_distance(extract, a, b, c.radius, two_way=two_way)
 
     def differences(self, images: Tensor, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the feature part and the pixel part of the map; each (B, H, W)."""
-        features = self.distance(images, x, noise, self.config.map_features)
+        c = self.config
+        features = self.distance(images, x, noise, c.map_features, two_way=c.two_way)
         return features, (images - x).abs().mean(1)
 
     @torch.no_grad()
@@ -284,20 +340,21 @@ class GLAD(Method):
         """
         c, d = self.config, self.diffusion
         delta_ = self._delta(delta)
-        timesteps = d.schedule.timesteps(c.noise_level, c.steps)
-        x_t = d.add_noise(images, timesteps[0], noise)
+        timesteps, end = self.timesteps()
+        x_t = d.add_noise(images, c.noise_level, noise)
         t_star = torch.full((len(images),), -1, device=images.device)
         drifts, states = [], []
-        for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
+        for t, t_next in zip(timesteps, [*timesteps[1:], end], strict=True):
             noise_hat = self.network["denoiser"](x_t, torch.full_like(t_star, t))
             drift, undecided = torch.full_like(images[:, 0], torch.nan), t_star < 0
-            # At the first noise level nothing can have drifted yet.
-            if c.adaptive and t < timesteps[0] and undecided.any():
+            # At the noise level itself nothing can have drifted yet.
+            if c.adaptive and t < c.noise_level and undecided.any():
                 x_input = d.add_noise(images, t, noise)
                 estimates = (d.clean_estimate(x, t, noise_hat) for x in (x_input, x_t))
                 a, b = (x0_hat[undecided] for x0_hat in estimates)
-                drift[undecided] = self.distance(a, b, noise[undecided], c.drift_features)
-                accepted = undecided & (drift_score(drift) > delta_)
+                compared = c.drift_features, c.drift_layers
+                drift[undecided] = self.distance(a, b, noise[undecided], *compared)
+                accepted = undecided & (drift_score(drift, c.drift_fraction) > delta_)
                 reset = undecided & ~accepted & (t < c.min_noise_level)
                 keep = self.fusion_weights(drift, accepted, reset, delta_)
                 # Equivalent to fusing the clean estimates, as noise_hat is the same.
@@ -307,6 +364,16 @@ class GLAD(Method):
             states.append(x_t)
             x_t, _ = d.ddim_step(x_t, t, t_next, noise_hat)
         return Reconstruction(x_t, t_star, timesteps, drifts, states)
+
+    def timesteps(self) -> tuple[list[int], int]:
+        """Return the timesteps of the sampler and the one after them: -1, the clean image.
+
+        The official code ends at timestep 0, whose noise cannot be seen.
+        """
+        c, schedule = self.config, self.diffusion.schedule
+        if c.stride is None:
+            return schedule.timesteps(c.noise_level, c.steps), -1
+        return schedule.strided_timesteps(c.noise_level, c.stride, first=1), 0
 
     def _delta(self, delta: float | None) -> Tensor:
         """Return the given delta, else the configured, else the one estimated on normal images."""
@@ -349,6 +416,12 @@ class GLAD(Method):
         maps = features + self.config.pixel_weight * scale * pixels
         return maps, path.x, {"t_star": path.t_star.float()}
 
+    def _postprocess(self, images: Tensor, maps: Tensor) -> Tensor:
+        maps = super()._postprocess(images, maps)
+        if self.config.map_foreground == "all":
+            return maps
+        return maps * soft_object_mask(images, self.config.smooth_sigma)
+
     @exact()
     def calibrate(self, calibration: Tensor) -> Self:
         """Set delta, spread and pixel scale, then map statistics and threshold."""
@@ -370,20 +443,33 @@ class GLAD(Method):
     def _estimate_delta(self, timesteps: list[int], drifts: Tensor) -> None:
         """Set delta and spread from the drifts of normal images (timesteps, N, H, W)."""
         c, s = self.config, self.network["statistics"]
-        above = [i for i, t in enumerate(timesteps) if i > 0 and t >= c.min_noise_level]
+        watched = range(c.min_noise_level, c.noise_level)
+        above = [i for i, t in enumerate(timesteps) if t in watched]
         if not above:
             raise ValueError(
-                f"{c.steps} steps from noise_level={c.noise_level} visit no timestep at or above "
-                f"min_noise_level={c.min_noise_level} where drift could be measured; use more "
-                "steps, a lower min_noise_level, or adaptive=False"
+                f"{len(timesteps)} steps from noise_level={c.noise_level} visit no timestep at or "
+                f"above min_noise_level={c.min_noise_level} where drift could be measured; use "
+                "more steps, a lower min_noise_level, or adaptive=False"
             )
-        scores = torch.stack([drift_score(drifts[i]) for i in above]).amax(0)
+        scores = torch.stack([drift_score(drifts[i], c.drift_fraction) for i in above]).amax(0)
         s.delta.fill_(conformal_threshold(scores.numpy(), c.delta_quantile))
         low, high = np.quantile(drifts[above[-1]].numpy(), [0.25, 0.75])
         s.spread.fill_(max(float(high - low), 1e-6))
 
 
-def drift_score(drift: Tensor) -> Tensor:
+def drift_score(drift: Tensor, fraction: float = 0.01) -> Tensor:
     """Return the mean of the largest values (B,) of drifts (B, H, W); NaN for decided images."""
-    k = top_count(TOP_DRIFT, drift[0].numel())
+    k = top_count(fraction, drift[0].numel())
     return drift.flatten(1).topk(k).values.mean(1)
+
+
+def soft_object_mask(images: Tensor, sigma: float) -> Tensor:
+    """Return 1 on the object and around it, 0 elsewhere, with a soft rim, (B, H, W).
+
+    The official code blurs the object, takes all that is above 0, and blurs again. A blur of
+    ``sigma`` pixels reaches four times as far; so the object grows by a square.
+    """
+    reach = int(4 * sigma + 0.5)
+    if reach == 0:
+        return object_mask(images)[:, 0]
+    return blur(F.max_pool2d(object_mask(images), 2 * reach + 1, 1, reach)[:, 0], sigma)

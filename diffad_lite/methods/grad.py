@@ -442,7 +442,7 @@ class GRAD(Method):
 
     def warm_up(self, normal: Tensor, pool: Tensor, **options: Unpack[FitOptions]) -> TrainReport:
         """Train the detector for a third of its steps, unweighted; then set the weights."""
-        steps = max(1, self.config.train.steps // 3)
+        steps = max(1, self.config.train.total_steps(len(normal)) // 3)
         report = self._train("warmup", steps, normal, pool, None, options)
         if not self.config.reweight:
             return report
@@ -455,7 +455,7 @@ class GRAD(Method):
         self, normal: Tensor, pool: Tensor, **options: Unpack[FitOptions]
     ) -> TrainReport:
         """Train the detector for the rest of its steps, with the weights of patterns."""
-        steps = self.config.train.steps
+        steps = self.config.train.total_steps(len(normal))
         weights = self.network["weights"] if self.config.reweight else None
         return self._train("detector", max(1, steps - steps // 3), normal, pool, weights, options)
 
@@ -471,7 +471,7 @@ class GRAD(Method):
         def loss(network: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
             return self.detector_loss(network, x, pool, weights, generator)
 
-        config = replace(self.config.train, steps=steps)
+        config = replace(self.config.train, steps=steps, epochs=None)
         detector = self.network["detector"]
         return train_network(detector, loss, normal, config, stage=stage, **options)
 

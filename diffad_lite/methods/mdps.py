@@ -12,11 +12,13 @@ After arXiv 2404.17900 and the official code (KevinBHLin/MDPS). They differ: ``m
 import math
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Self, Unpack
+from typing import Annotated, Any, Literal, Self, Unpack
 
 import numpy as np
 import torch
+from pydantic import BeforeValidator, Field
 from torch import Tensor
+from torchvision.transforms.v2.functional import center_crop
 
 from diffad_lite.core.config import (
     Count,
@@ -26,7 +28,9 @@ from diffad_lite.core.config import (
     Timestep,
     changed_values,
     check_at_most,
+    check_exactly_one,
     configuration,
+    strict_integer,
     to_dict,
 )
 from diffad_lite.core.numbers import top_count
@@ -64,12 +68,14 @@ class MDPSConfig(DenoisingConfig):
     Attributes:
         mode: how samples are made to agree with the image outside of the mask: ``paper`` blends
             two noise estimates by the mask, so that pixels outside of it end as the image's;
-            ``code`` replaces their state before each step, and guides all pixels. The official
-            code divides by one norm of the whole batch; here each image has its own, so that its
-            score does not depend on the batch.
+            ``code`` replaces their state before each step, guides all pixels, and does not clip
+            clean estimates to [-1, 1]. The official code divides by one norm of the whole batch;
+            here each image has its own, so that its score does not depend on the batch.
         noise_level: start timestep of the second pass, 0 .. T-1.
         mask_noise_level: start timestep of the first pass, which estimates the mask.
-        steps: network evaluations per pass and sample.
+        steps: network evaluations per pass and sample; or None where ``stride`` says it.
+        stride: distance of the timesteps 0, stride, 2 stride, ... below the noise level of a pass,
+            the official code's grid; or None.
         guidance: w in the second pass, for the norm of each image; 0 needs no gradients.
         mask_guidance: w in the first pass.
         n_samples: posterior samples of the second pass, whose maps are averaged.
@@ -79,10 +85,12 @@ class MDPSConfig(DenoisingConfig):
         backbone: ImageNet network whose features are compared.
         layers: of the backbone.
         input_size: side in pixels of the backbone's input.
+        patch_size: odd side, in cells, of the squares over which features are averaged.
         pixel_weight: weight of the pixel distance in the map, eta in the code; the feature
             distance has weight 1.
-        score: ``mean`` of the largest values, as in every method, or the paper's ``softmax`` over
-            all pixels, of which the largest probabilities are summed.
+        score: ``mean`` of the largest values, as in every method, or the official code's
+            ``softmax`` over the pixels of half the map, whose largest probabilities are summed.
+        score_crop: side of the centre, as a fraction of the map's, whose pixels the score takes.
     """
 
     profiles = "mdps"
@@ -92,7 +100,8 @@ class MDPSConfig(DenoisingConfig):
     mode: Literal["paper", "code"] = inference("paper")
     noise_level: Timestep = inference(25)
     mask_noise_level: Timestep = inference(25)
-    steps: Count = inference(5)
+    steps: Count | None = inference(5)
+    stride: Count | None = inference(None)
     guidance: NonNegative = inference(1.0)
     mask_guidance: NonNegative = inference(1.0)
     n_samples: Count = inference(4)
@@ -102,14 +111,18 @@ class MDPSConfig(DenoisingConfig):
     backbone: str = LITE0
     layers: tuple[str, ...] = LITE0_LAYERS
     input_size: InputSize = inference(224)
+    patch_size: Annotated[Literal[1, 3, 5], BeforeValidator(strict_integer)] = inference(1)
     pixel_weight: NonNegative = inference(7.0)
     score: Literal["mean", "softmax"] = inference("mean")
+    score_crop: Annotated[float, Field(ge=0.1, le=1)] = inference(1.0)
 
     def __post_init__(self) -> None:
         """Validate fields against each other."""
         T = self.denoiser.num_timesteps
         check_at_most(self, noise_level=T - 1, mask_noise_level=T - 1)
-        check_at_most(self, steps=1 + min(self.noise_level, self.mask_noise_level))
+        check_exactly_one(self, "steps", "stride")
+        if self.steps is not None:
+            check_at_most(self, steps=1 + min(self.noise_level, self.mask_noise_level))
 
     @classmethod
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
@@ -118,17 +131,24 @@ class MDPSConfig(DenoisingConfig):
         if profile != "paper":
             return base
         official = category_settings("mdps", category)
-        norm_ratio = base.image_size / (256 * math.sqrt(8))  # image norm / batch norm of the code
+        # Norm of an image here / norm of a batch of 8 in the code.
+        norm_ratio = base.image_size / (MAP_SIDE * math.sqrt(8))
         return replace(
             base,
             noise_level=official["noise_level"],
             mask_noise_level=official["mask_noise_level"] or official["noise_level"],
             mask="estimated" if official["mask_noise_level"] else "none",
-            steps=max(1, official["noise_level"] // 20),
             guidance=official["guidance"] * norm_ratio,
             mask_guidance=official["mask_guidance"] * norm_ratio,
             pixel_weight=official["pixel_weight"],
+            smooth_sigma=base.smooth_sigma * base.image_size / MAP_SIDE,
+            mask_sigma=base.mask_sigma * base.image_size / MAP_SIDE,
+            score_crop=official["score_side"] / MAP_SIDE,
+            top_fraction=SCORE_PIXELS / official["score_side"] ** 2,
         )
+
+
+MAP_SIDE, SCORE_PIXELS = 256, 500  # of the official code's maps: side, pixels of the score
 
 
 class MDPS(Method):
@@ -170,7 +190,7 @@ class MDPS(Method):
 
     def _build(self) -> Networks:
         c = self.config
-        self.denoiser = Denoiser(c.denoiser, c.channels)
+        self.denoiser = Denoiser(c.denoiser, c.channels, clip=c.mode == "paper")
         if self.prior is not None:
             self.denoiser.network.load_state_dict(self.prior.network.state_dict())
         self.diffusion = self.denoiser.diffusion
@@ -205,6 +225,13 @@ class MDPS(Method):
         sigma = (1 - d.schedule.alpha_bar(t, x_t)).sqrt()
         return noise_hat.detach() + sigma * w * gradient
 
+    def timesteps(self, start: int) -> list[int]:
+        """Return the timesteps of a sample from ``start``, decreasing."""
+        c, schedule = self.config, self.diffusion.schedule
+        if c.stride is None:
+            return schedule.timesteps(start, c.steps)
+        return schedule.strided_timesteps(start, c.stride)
+
     @torch.no_grad()
     def sample(
         self, y: Tensor, mask: Tensor, start: int, w: float, generators: list[torch.Generator]
@@ -212,17 +239,16 @@ class MDPS(Method):
         """Draw one posterior sample per image (B, C, H, W), from ``y`` noised to ``start``.
 
         ``mask`` (B, 1, H, W): 1 where the image may be anomalous. The steps are ancestral (eta 1).
-        Unlike the official code's, clean estimates are clipped to [-1, 1].
         """
-        d = self.diffusion
-        timesteps = d.schedule.timesteps(start, self.config.steps)
+        c, d = self.config, self.diffusion
+        timesteps = self.timesteps(start)
         noise = randn(y, generators)
-        x_t = d.add_noise(y, timesteps[0], noise)
+        x_t = d.add_noise(y, start, noise)
         for t, t_next in zip(timesteps, [*timesteps[1:], -1], strict=True):
-            if self.config.mode == "code":
+            if c.mode == "code":
                 x_t = mask * x_t + (1 - mask) * d.add_noise(y, t, noise)
             noise_hat = self.guided_noise(x_t, t, y, w)
-            if self.config.mode == "paper":  # eq. 10: outside of the mask x_0 is y
+            if c.mode == "paper":  # eq. 10: outside of the mask x_0 is y
                 noise_hat = mask * noise_hat + (1 - mask) * d.predict_noise(x_t, t, y)
             step_noise = randn(y, generators) if t_next >= 0 else torch.zeros_like(y)
             x_t, _ = d.ddpm_step(x_t, t, t_next, noise_hat, step_noise)
@@ -232,8 +258,12 @@ class MDPS(Method):
 
     def distances(self, y: Tensor, samples: Tensor) -> tuple[Tensor, Tensor]:
         """Return distances of features at the same position, and of pixels; (..., B, H, W)."""
-        every = samples.flatten(0, -4).clamp(-1, 1)
-        features = perceptual_distance(self.network["features"], y, every, radius=0)
+        every, c = samples.flatten(0, -4), self.config
+        if c.mode == "paper":
+            every = every.clamp(-1, 1)
+        features = perceptual_distance(
+            self.network["features"], y, every, radius=0, patch_size=c.patch_size
+        )
         pixels = (y - samples).abs().mean(-3)
         return features.view_as(pixels), pixels
 
@@ -277,10 +307,13 @@ class MDPS(Method):
         return maps.mean(0), samples.mean(0), {"mask": mask[:, 0], "std": uncertainty}
 
     def _score(self, images: Tensor, maps: Tensor) -> Tensor:
-        if self.config.score == "mean":
+        c = self.config
+        H, W = (max(1, round(c.score_crop * side)) for side in maps.shape[-2:])
+        maps = center_crop(maps, [H, W])
+        if c.score == "mean":
             return super()._score(images, maps)
-        k = top_count(self.config.top_fraction, maps[0].numel())
-        return maps.flatten(1).softmax(1).topk(k).values.sum(1)
+        k = top_count(c.top_fraction, H * W)
+        return (maps / 2).flatten(1).softmax(1).topk(k).values.sum(1)
 
     @exact()
     def calibrate(self, calibration: Tensor) -> Self:

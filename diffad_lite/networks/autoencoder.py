@@ -5,6 +5,8 @@ After Binary Latent Diffusion (Wang et al. 2023) and the official code of masked
 bits that are 1.
 """
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +27,9 @@ class AutoencoderConfig:
         unshuffle: side of the pixel blocks that the stem folds into channels.
         bits: bits per grid cell, C.
         codeword: length of a codeword.
+        attention_heads: of the self-attention at the coarsest level; None: one for every 32
+            channels.
+        norm_groups: of each GroupNorm; None: at most 32, of at least 4 channels each.
     """
 
     base_channels: Size = 32
@@ -33,6 +38,8 @@ class AutoencoderConfig:
     unshuffle: Size = 2
     bits: Size = 8
     codeword: Size = 64
+    attention_heads: Size | None = None
+    norm_groups: Size | None = None
 
     @property
     def factor(self) -> int:
@@ -43,9 +50,9 @@ class AutoencoderConfig:
 class Block(nn.Module):
     """norm-SiLU-conv twice, and a skip."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, groups: int | None) -> None:
         super().__init__()
-        self.norm1, self.norm2 = group_norm(in_channels), group_norm(out_channels)
+        self.norm1, self.norm2 = group_norm(in_channels, groups), group_norm(out_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
@@ -74,11 +81,17 @@ class BinaryAutoencoder(nn.Module):
     Args:
         channels: of the images.
         config: sizes.
+
+    Raises:
+        ValueError: channels cannot be divided into the configured heads or groups.
     """
 
     def __init__(self, channels: int, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
+        block = partial(Block, groups=config.norm_groups)
+        norm = partial(group_norm, groups=config.norm_groups)
+        attention = partial(Attention, heads=config.attention_heads, groups=config.norm_groups)
         folded = channels * config.unshuffle**2
         widths = [config.base_channels * m for m in config.channel_mults]
         top = widths[-1]
@@ -87,23 +100,23 @@ class BinaryAutoencoder(nn.Module):
         for level, width in enumerate(widths):
             down += [Halve(in_width)] if level else []
             for _ in range(config.blocks_per_level):
-                down.append(Block(in_width, width))
+                down.append(block(in_width, width))
                 in_width = width
-        down += [Block(top, top), Attention(top), Block(top, top), group_norm(top)]
+        down += [block(top, top), attention(top), block(top, top), norm(top)]
         down += [nn.Conv2d(top, config.codeword, 3, padding=1)]
         self.encoder = nn.Sequential(*down)
         self.to_bits = nn.Conv2d(config.codeword, config.bits, 1)
         self.codewords = nn.Conv2d(config.bits, config.codeword, 1, bias=False)
-        up: list[nn.Module] = [group_norm(config.codeword)]
+        up: list[nn.Module] = [norm(config.codeword)]
         up += [nn.Conv2d(config.codeword, top, 3, padding=1)]
-        up += [Block(top, top), Attention(top), Block(top, top)]
+        up += [block(top, top), attention(top), block(top, top)]
         in_width = top
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(config.blocks_per_level):
-                up.append(Block(in_width, width))
+                up.append(block(in_width, width))
                 in_width = width
             up += [Upsample(in_width)] if level else []
-        up += [group_norm(in_width), nn.Conv2d(in_width, folded, 3, padding=1)]
+        up += [norm(in_width), nn.Conv2d(in_width, folded, 3, padding=1)]
         self.decoder = nn.Sequential(*up)
 
     def bit_probability(self, x: Tensor) -> Tensor:

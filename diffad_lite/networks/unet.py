@@ -6,6 +6,7 @@ without loss of information, and attention at the coarse levels only.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +24,22 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Return a GroupNorm with at most 32 groups of at least 4 channels.
+def group_norm(channels: int, groups: int | None = None) -> nn.GroupNorm:
+    """Return a GroupNorm; None: at most 32 groups, of at least 4 channels each.
 
     Groups of one channel would subtract each channel's mean, and with it the time embedding that
     the residual blocks add. Unlike BatchNorm, it uses no statistics across the batch.
+
+    Raises:
+        ValueError: the channels cannot be divided into ``groups``.
     """
-    groups = math.gcd(32, channels // 4) if channels % 4 == 0 else 1
+    if groups is None:
+        groups = math.gcd(32, channels // 4) if channels % 4 == 0 else 1
+    if channels % groups:
+        raise ValueError(
+            f"{channels} channels cannot be divided into {groups} groups (norm_groups); take a "
+            "divisor of the channels of every level"
+        )
     return nn.GroupNorm(groups, channels)
 
 
@@ -47,12 +57,28 @@ def zero_init(module: nn.Module) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels of a coarse grid, with a skip."""
+    """Self-attention over the pixels of a coarse grid, with a skip.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: of input and output.
+        heads: number of heads; None: one for every 32 channels.
+        groups: of the normalisation, see :func:`group_norm`.
+
+    Raises:
+        ValueError: the channels cannot be divided into heads or groups.
+    """
+
+    def __init__(self, channels: int, heads: int | None = None, groups: int | None = None) -> None:
         super().__init__()
-        self.heads = channels // HEAD_WIDTH if channels % HEAD_WIDTH == 0 else 1
-        self.norm = group_norm(channels)
+        if heads is None:
+            heads = channels // HEAD_WIDTH if channels % HEAD_WIDTH == 0 else 1
+        if channels % heads:
+            raise ValueError(
+                f"{channels} channels cannot be divided into {heads} heads (attention_heads); take "
+                "a divisor of the channels of every level with attention"
+            )
+        self.heads = heads
+        self.norm = group_norm(channels, groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -82,7 +108,8 @@ def double(x: Tensor) -> Tensor:
 class ResBlock(nn.Module):
     """norm-SiLU-conv twice, with the time embedding added between, and a skip; then attention.
 
-    With ``resample`` (:func:`halve` or :func:`double`), both paths change their grid.
+    With ``resample`` (:func:`halve` or :func:`double`), both paths change their grid. ``heads`` and
+    ``groups`` are those of :class:`Attention`.
     """
 
     def __init__(
@@ -92,17 +119,19 @@ class ResBlock(nn.Module):
         emb_dim: int,
         attends: bool = False,
         resample: Resample | None = None,
+        heads: int | None = None,
+        groups: int | None = None,
     ) -> None:
         super().__init__()
         self.resample = resample or nn.Identity()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_dim, out_channels)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, groups)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
         self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
-        self.attention = Attention(out_channels) if attends else nn.Identity()
+        self.attention = Attention(out_channels, heads, groups) if attends else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """``x`` (B, in, H, W), ``emb`` (B, emb_dim) -> (B, out, H, W), on the new grid."""
@@ -130,13 +159,6 @@ class Upsample(nn.Conv2d):
         return super().forward(double(x))
 
 
-def resampler(resample: Resample, channels: int, emb_dim: int, residual: bool) -> nn.Module:
-    """Return the layer that changes the grid by :func:`halve` or :func:`double`."""
-    if residual:
-        return ResBlock(channels, channels, emb_dim, resample=resample)
-    return Downsample(channels) if resample is halve else Upsample(channels)
-
-
 class UNet(nn.Module):
     """Noise predictor ``eps_theta(x_t, t)`` for images, or grids of bits, of any size.
 
@@ -149,9 +171,12 @@ class UNet(nn.Module):
         unshuffle: side of the pixel blocks that the stem folds into channels (1 = none).
         residual_resampling: change the grid by residual blocks, as BigGAN and guided diffusion
             do, instead of single convolutions.
+        attention_heads: of each self-attention; None: one for every 32 channels.
+        norm_groups: of each GroupNorm; None: at most 32, of at least 4 channels each.
 
     Raises:
-        ValueError: a size is below 1, or an attention level does not exist.
+        ValueError: a size is below 1, an attention level does not exist, or channels cannot be
+            divided into the given heads or groups.
     """
 
     def __init__(
@@ -164,6 +189,8 @@ class UNet(nn.Module):
         attention_levels: tuple[int, ...] = (),
         unshuffle: int = 1,
         residual_resampling: bool = False,
+        attention_heads: int | None = None,
+        norm_groups: int | None = None,
     ) -> None:
         super().__init__()
         check_sizes(in_channels=in_channels, base_channels=base_channels, unshuffle=unshuffle)
@@ -180,31 +207,36 @@ class UNet(nn.Module):
             nn.Linear(base_channels, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
         )
         self.stem = nn.Conv2d(in_channels * unshuffle**2, base_channels, 3, padding=1)
+        block = partial(ResBlock, emb_dim=emb_dim, heads=attention_heads, groups=norm_groups)
+
+        def resampler(resample: Resample, channels: int) -> nn.Module:
+            if residual_resampling:
+                return block(channels, channels, resample=resample)
+            return Downsample(channels) if resample is halve else Upsample(channels)
 
         widths = [base_channels * m for m in channel_mults]
         self.down, self.up, skips = nn.ModuleList(), nn.ModuleList(), [base_channels]
         channels = base_channels
         for level, width in enumerate(widths):
             for _ in range(blocks_per_level):
-                attends = level in attention_levels
-                self.down.append(ResBlock(channels, width, emb_dim, attends))
+                self.down.append(block(channels, width, attends=level in attention_levels))
                 channels = width
                 skips.append(channels)
             if level < len(widths) - 1:
-                self.down.append(resampler(halve, channels, emb_dim, residual_resampling))
+                self.down.append(resampler(halve, channels))
                 skips.append(channels)
         self.middle = nn.ModuleList(
-            ResBlock(channels, channels, emb_dim, attends) for attends in (True, False)
+            block(channels, channels, attends=attends) for attends in (True, False)
         )
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(blocks_per_level + 1):
-                attends, in_width = level in attention_levels, channels + skips.pop()
-                self.up.append(ResBlock(in_width, width, emb_dim, attends))
+                in_width = channels + skips.pop()
+                self.up.append(block(in_width, width, attends=level in attention_levels))
                 channels = width
             if level > 0:
-                self.up.append(resampler(double, channels, emb_dim, residual_resampling))
+                self.up.append(resampler(double, channels))
 
-        self.out_norm = group_norm(channels)
+        self.out_norm = group_norm(channels, norm_groups)
         out = nn.Conv2d(channels, in_channels * unshuffle**2, 3, padding=1)
         self.out = zero_init(out)  # the untrained network predicts zero noise
 

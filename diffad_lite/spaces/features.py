@@ -228,7 +228,13 @@ def feature_distance(a: Tensor, b: Tensor, radius: int | None) -> Tensor:
 
 
 def perceptual_distance(
-    extract: Callable[[Tensor], Sequence[Tensor]], a: Tensor, b: Tensor, radius: int | None
+    extract: Callable[[Tensor], Sequence[Tensor]],
+    a: Tensor,
+    b: Tensor,
+    radius: int | None,
+    *,
+    two_way: bool = False,
+    patch_size: int = 1,
 ) -> Tensor:
     """Return the feature distance of images, summed over layers, (N, H, W).
 
@@ -237,12 +243,18 @@ def perceptual_distance(
         a: images (B, C, H, W).
         b: images (N, C, H, W), N a multiple of B; each B of them are compared with ``a``.
         radius: as in :func:`feature_distance`.
+        two_way: add the distance of the cells of ``b`` to the most similar cells of ``a``.
+        patch_size: odd side in cells of the squares over which features are averaged first.
     """
     total = torch.zeros_like(b[:, 0])
     for layer in extract(torch.cat([a, b])):
+        if patch_size > 1:  # zeros beyond the border count, as in the public code of MDPS
+            layer = F.avg_pool2d(layer, patch_size, stride=1, padding=patch_size // 2)
         features_a, features_b = layer.split([len(a), len(b)])
         repeated = features_a.expand(len(b) // len(a), *features_a.shape).flatten(0, 1)
         distance = feature_distance(repeated, features_b, radius)
+        if two_way:
+            distance += feature_distance(features_b, repeated, radius)
         total += F.interpolate(distance[:, None], b.shape[-2:], mode="bilinear")[:, 0]
     return total
 

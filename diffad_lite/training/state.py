@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -19,6 +19,7 @@ from diffad_lite.core.config import (
     Fraction,
     NonNegative,
     Size,
+    check_exactly_one,
     config_hash,
     configuration,
     convert,
@@ -33,31 +34,49 @@ class TrainConfig:
     """How to train one network.
 
     Attributes:
-        steps: number of optimiser steps; a time budget may lower it.
+        steps: number of optimiser steps, or None where ``epochs`` says it; a time budget may lower
+            it.
+        epochs: passes over the images, each of floor(N / batch_size) steps, at least one; or None.
         batch_size: images per step, drawn with replacement.
         learning_rate: of AdamW, at the end of the warm-up.
+        learning_rate_schedule: after the warm-up a ``cosine`` decay to zero, or ``constant``.
         weight_decay: of AdamW.
-        warmup_steps: steps of linear warm-up; a cosine decay to zero follows.
+        warmup_steps: steps of linear warm-up, at most a tenth of all.
         ema_decay: of the averaged weights, which are used after training.
         grad_clip: largest gradient norm; 0 turns clipping off.
         flip_axes: axes along which images are flipped at random (-1 left-right, -2 up-down).
     """
 
-    steps: Count = 5000
+    steps: Count | None = 5000
+    epochs: Count | None = None
     batch_size: Size = 16
     learning_rate: Annotated[float, Field(ge=0, le=1e6)] = 5e-4  # what float32 can compute with
+    learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: NonNegative = 0.0
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     ema_decay: Fraction = 0.999
     grad_clip: NonNegative = 1.0
     flip_axes: tuple[Annotated[int, Field(ge=-2, le=-1)], ...] = ()
 
+    def __post_init__(self) -> None:
+        """Check that the length is given once."""
+        check_exactly_one(self, "steps", "epochs")
 
-def learning_rate_factor(step: int, total: int, warmup: int) -> float:
-    """Return the factor of a linear warm-up to 1 (at most a tenth), then a cosine decay to 0."""
+    def total_steps(self, n_images: int) -> int:
+        """Return the number of optimiser steps for ``n_images`` training images."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None  # by check_exactly_one
+        return self.epochs * max(1, n_images // self.batch_size)
+
+
+def learning_rate_factor(step: int, total: int, warmup: int, schedule: str = "cosine") -> float:
+    """Return the factor of a linear warm-up to 1, then of a schedule of ``TrainConfig``."""
     warmup = min(warmup, total // 10)
     if step < warmup:
         return (step + 1) / warmup
+    if schedule == "constant":
+        return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
@@ -81,7 +100,8 @@ class TrainingState:
         workdir: Path | None,
         rates: Mapping[str, float],
     ) -> None:
-        self.network, self.config, self.total = network, config, config.steps
+        self.network, self.config = network, config
+        self.longest = self.total = config.total_steps(len(images))
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in network.named_parameters():
             groups.setdefault(rates.get(name.split(".")[0], 1.0), []).append(parameter)
@@ -124,7 +144,10 @@ class TrainingState:
                 f"the loss is {value} at step {self.step}; lower the learning rate "
                 f"({self.config.learning_rate}) or look for NaN in the images"
             )
-        factor = learning_rate_factor(self.step, self.total, self.config.warmup_steps)
+        c = self.config
+        factor = learning_rate_factor(
+            self.step, self.total, c.warmup_steps, c.learning_rate_schedule
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * factor * group["rate"]
         if self.config.grad_clip:
@@ -192,7 +215,7 @@ class TrainingState:
                 raise ValueError(f"{name} holds numbers that are not finite and real")
         self.step, self.total = (convert(numbers[k], int, k) for k in ("step", "total"))
         self.seconds = convert(numbers["seconds"], float, "seconds")
-        if not 0 <= self.step <= self.total <= self.config.steps or self.seconds < 0:
+        if not 0 <= self.step <= self.total <= self.longest or self.seconds < 0:
             raise ValueError(f"step {self.step} of {self.total}, {self.seconds} s")
         if tensors["losses"].shape != (self.step,):
             raise ValueError(f"losses {tuple(tensors['losses'].shape)} of {self.step} steps")

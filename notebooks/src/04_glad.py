@@ -111,8 +111,9 @@ schedule, delta = diffusion.schedule, float(statistics.delta)
 delta = delta if c.delta is None else c.delta
 # %% tags=["context"]
 print(f"{len(labels)} test images, {labels.sum()} of them anomalous")
+n_steps = len(method.timesteps()[0])
 print(
-    f"from t = {c.noise_level} in {c.steps} steps; reset below t = {c.min_noise_level}"
+    f"from t = {c.noise_level} in {n_steps} steps; reset below t = {c.min_noise_level}"
 )
 print(f"delta {delta:.3f}")
 
@@ -309,10 +310,10 @@ def let_go(images, noise, x_t, noise_hat, t, t_star):
 @torch.no_grad()
 def adaptive(images, noise):
     """The reconstruction (B, C, H, W), without fusion, and t* (B,)."""
-    ts = schedule.timesteps(c.noise_level, c.steps)
-    x_t = diffusion.add_noise(images, ts[0], noise)
+    ts, end = method.timesteps()
+    x_t = diffusion.add_noise(images, c.noise_level, noise)
     t_star = torch.full((len(images),), -1, device=images.device)
-    for t, t_next in zip(ts, [*ts[1:], -1], strict=True):
+    for t, t_next in zip(ts, [*ts[1:], end], strict=True):
         noise_hat = denoiser(x_t, torch.full((len(x_t),), t, device=x_t.device))
         x_t, t_star = let_go(images, noise, x_t, noise_hat, t, t_star)
         x_t, _ = diffusion.ddim_step(x_t, t, t_next, noise_hat)
@@ -448,7 +449,7 @@ def drift_curve(images, keys):
     ).cpu()  # at T' nothing has drifted
 
 
-ts = schedule.timesteps(c.noise_level, c.steps)
+ts, _ = method.timesteps()
 curves = {"healthy": drift_curve(healthy, keys)}
 curves |= {s: drift_curve(images, keys) for s, images in weaker.items()}
 
@@ -774,7 +775,7 @@ for name, (plan, start) in settings.items():
 # %%
 x, other = held[pick], made[pick]
 eps = noise_of(x, ["a", "b"])
-ts = schedule.timesteps(c.noise_level, c.steps)
+ts, _ = method.timesteps()
 x_t = diffusion.add_noise(other, ts[0], eps)
 print("   t   share in the state   matched fading")
 for t, t_next in zip(ts, [*ts[1:], -1], strict=True):
@@ -1262,13 +1263,13 @@ chosen = {t: stars.index(t) for t in sorted(set(stars), reverse=True)}
 costs = dict(cost(candidates[[i]]) for i in chosen.values())
 
 # %%
-ts = schedule.timesteps(c.noise_level, c.steps)
+ts, _ = method.timesteps()
 print("  t*   watched levels   evaluations")
 for t, count in sorted(costs.items(), reverse=True):
     watched = ts.index(t)  # not at T' itself, where the drift is zero
     print(f"{t:4d}{watched:17d}{count:14d}")
-    assert count == c.steps + 2 * watched + 2  # denoiser; drift; the map
-print(f"plain DDIM: {c.steps} + 2; one step: 1 + 2")
+    assert count == len(ts) + 2 * watched + 2  # denoiser; drift; the map
+print(f"plain DDIM: {len(ts)} + 2; one step: 1 + 2")
 if as_described:
     assert costs[min(costs)] == max(costs.values())
 

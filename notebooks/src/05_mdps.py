@@ -101,7 +101,8 @@ free = GaussianDiffusion(schedule, clip=None)  # clean estimates are not clipped
 # %% tags=["context"]
 print(f"{len(labels)} test images, {labels.sum()} of them anomalous")
 print(f"mask: 1 sample from t = {c.mask_noise_level}, {c.mask_quantile:.0%} quantile")
-print(f"map: {c.n_samples} samples from t = {c.noise_level}; {c.steps} steps each")
+n_steps = len(method.timesteps(c.noise_level))
+print(f"map: {c.n_samples} samples from t = {c.noise_level}; {n_steps} steps each")
 
 # %% [markdown]
 # As in notebook 04, networks see *standardised* cells (`method.prepare`), and planted cells are brought to
@@ -305,8 +306,8 @@ line = fig.axes[0].axvline(y_seen, color="black", linewidth=1, linestyle=":")
 def sample(method, y, mask, start, w, generators):
     """One posterior sample for each image (B, C, H, W); mask (B, 1, H, W)."""
     d = method.diffusion
-    ts = d.schedule.timesteps(start, method.config.steps)
-    x_t = d.add_noise(y, ts[0], randn(y, generators))
+    ts = method.timesteps(start)
+    x_t = d.add_noise(y, start, randn(y, generators))
     for t, t_next in zip(ts, [*ts[1:], -1], strict=True):
         guided = method.guided_noise(x_t, t, y, w)
         noise_hat = mask * guided + (1 - mask) * d.predict_noise(x_t, t, y)  # eq. 10
@@ -320,14 +321,13 @@ def sample(method, y, mask, start, w, generators):
 # guidance?
 
 # %%
-few, ts = defect[:3], schedule.timesteps(100, c.steps)
-own = noise_generators(keys[:3], seed)
-x_t = diffusion.add_noise(few, ts[0], randn(few, own))
-with torch.no_grad():
-    *_, last = diffusion.ddpm_sample(denoiser, x_t, ts, own)
-known_ends = {}
-for mode in ("paper", "code"):
+few, ts, known_ends = defect[:3], method.timesteps(100), {}
+for mode, sampler in (("paper", diffusion), ("code", free)):  # the code does not clip
     limits = {"keys": keys[:3], "mode": mode}
+    draws = noise_generators(keys[:3], seed)
+    x_t = sampler.add_noise(few, 100, randn(few, draws))
+    with torch.no_grad():
+        *_, last = sampler.ddpm_sample(denoiser, x_t, ts, draws)
     ends = drawn(few, 0 * everywhere[:3], 100, 5.0, **limits)  # m = 0
     known_ends[mode] = (ends - few).abs().max().item()
     free_of_y = drawn(few, everywhere[:3], 100, 0.0, **limits)  # m = 1, w = 0

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from diffad_lite.core.config import override
 from diffad_lite.data.images import undo_standardise
 from diffad_lite.data.synthetic_anomalies import SynthesisConfig
 from diffad_lite.diffusion.gaussian import noise_generators, randn
 from diffad_lite.methods.anoddpm import AnoDDPMConfig
-from diffad_lite.methods.glad import GLAD, GLADConfig, drift_score
+from diffad_lite.methods.glad import GLAD, GLADConfig, drift_score, soft_object_mask
 from diffad_lite.spaces.features import DENOISER
 from diffad_lite.training.state import TrainConfig
 
@@ -173,7 +174,7 @@ class Perfect(torch.nn.Module):
         return self.noise[: len(x_t)]
 
 
-def pixel_distance(self, a, b, noise, features):
+def pixel_distance(self, a, b, noise, features, layers=None, **_):
     return (a - b).abs().mean(1)
 
 
@@ -388,9 +389,13 @@ def test_lite_begins_with_the_lite_anoddpm():
 
 def test_the_paper_profile_takes_the_settings_of_its_category():
     c = GLADConfig.for_profile("paper", channels=3, image_size=256, category="capsule")
-    assert (c.noise_level, c.steps, c.min_noise_level, c.pixel_weight) == (600, 25, 350, 0)
+    assert (c.noise_level, c.stride, c.min_noise_level, c.pixel_weight) == (600, 24, 350, 0)
     c = GLADConfig.for_profile("paper", channels=3, image_size=256, category="pcb1")
-    assert (c.noise_level, c.steps, c.min_noise_level, c.pixel_weight) == (450, 15, 200, 1)
+    assert (c.noise_level, c.stride, c.min_noise_level, c.pixel_weight) == (449, 30, 200, 1)
+    assert (c.clip, c.steps, c.drift_layers) == (False, None, ("layer3",))
+    assert c.drift_fraction == 10 / 64**2
+    assert (c.synthesis.shuffle, c.synthesis.empty_corners) == ("tiles", True)
+    assert c.train.learning_rate_schedule == "constant"
     assert c.denoiser.beta_schedule == "scaled_linear"
     assert (c.standardise, c.synthesis.foreground) == (False, "all")
     assert c.delta is None  # the table's deltas are distances of DINO's features
@@ -407,12 +412,44 @@ def test_the_paper_profile_takes_the_settings_of_its_category():
         ("steps", 0),
         ("min_noise_level", 101),
         ("radius", -1),
+        ("stride", 0),
         ("pixel_weight", -1.0),
     ],
 )
 def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=f"GLADConfig.{field} must be"):
         replace(GLADConfig(), **{field: value})
+
+
+def test_steps_or_stride_are_given_and_layers_of_the_drift_exist():
+    with pytest.raises(ValueError, match="GLADConfig must have steps or stride, got .*10.*20"):
+        replace(GLADConfig(), stride=20)
+    with pytest.raises(ValueError, match="GLADConfig must have steps or stride, got neither"):
+        replace(GLADConfig(), steps=None)
+    with pytest.raises(ValueError, match="unknown layer in drift_layers 'layer3'"):
+        replace(GLADConfig(), drift_layers=("layer3",))
+
+
+def test_a_map_counts_on_the_object_alone():
+    """A bright disc on a dark ground; the map of noise is zero far outside of it."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    disc = ((y - 32).hypot(x - 32) < 12).float()
+    images = (1.6 * disc - 0.8)[None, None]
+    everywhere, on_object = (
+        method(map_foreground=where, smooth_sigma=1.0) for where in ("all", "object")
+    )
+    maps = torch.rand(1, 64, 64)
+    a, b = (made._postprocess(images, maps)[0] for made in (everywhere, on_object))
+    assert float(b[:8].abs().max()) == 0 and float(a[:8].min()) > 0
+    inside = (y - 32).hypot(x - 32) < 12
+    torch.testing.assert_close(a[inside], b[inside])
+    rim = soft_object_mask(images, 1.0)[0, 32]  # a row: the disc has grown by four pixels
+    expected = torch.zeros(64)
+    expected[32 - 11 - 4 : 32 + 11 + 4 + 1] = 1
+    weights = torch.exp(-torch.arange(-3, 4.0) ** 2 / 2)
+    smooth = F.conv1d(expected[None, None], (weights / weights.sum())[None, None], padding=3)
+    torch.testing.assert_close(rim, smooth[0, 0])
+    assert torch.equal(soft_object_mask(images, 0.0)[0], disc)
 
 
 @pytest.mark.parametrize("text", ["inf", "Infinity"])

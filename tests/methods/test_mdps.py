@@ -342,8 +342,9 @@ def test_the_paper_profile_is_the_official_network_and_table():
         made = MDPS(c)
         x = torch.zeros(1, 3, 256, 256)
         assert made.network["denoiser"](x, torch.zeros(1)).shape == x.shape
-    count = sum(p.numel() for p in made.network["denoiser"].parameters())
-    assert count == pytest.approx(32.95e6, rel=0.01)
+    assert (c.mode, c.stride, c.steps, c.score_crop) == ("code", 20, None, 224 / 256)
+    assert c.denoiser.train.total_steps(209) == 2000 * 26
+    assert MDPSConfig.for_profile("paper", category="01", **shape).score_crop == 1
 
 
 @pytest.mark.parametrize(

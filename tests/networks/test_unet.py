@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffad_lite.networks.unet import ResBlock, UNet, timestep_embedding
+from diffad_lite.networks.unet import Attention, ResBlock, UNet, timestep_embedding
 
 
 def tiny(channels: int = 1, *, base: int = 8, random: bool = True, **options) -> UNet:
@@ -151,6 +151,17 @@ def test_timestep_embedding_tells_timesteps_apart(dim):
 def test_size_of_the_lite_network():
     network = UNet(1, base_channels=32, channel_mults=(1, 2, 4), attention_levels=(2,), unshuffle=2)
     assert sum(p.numel() for p in network.parameters()) == 2_736_676
+
+
+def test_heads_and_groups_are_those_that_are_asked_for():
+    network = tiny(3, attention_levels=(1,), attention_heads=2, norm_groups=4)
+    groups = [m.num_groups for m in network.modules() if isinstance(m, torch.nn.GroupNorm)]
+    heads = [m.heads for m in network.modules() if isinstance(m, Attention)]
+    assert set(groups) == {4} and set(heads) == {2}
+    with pytest.raises(ValueError, match=r"8 channels cannot be divided into 3 groups"):
+        tiny(3, norm_groups=3)
+    with pytest.raises(ValueError, match=r"channels cannot be divided into 5 heads"):
+        tiny(3, attention_levels=(1,), attention_heads=5)
 
 
 @pytest.mark.parametrize("unshuffle", [1, 2, 4])

@@ -229,8 +229,8 @@ def test_budget_lowers_the_steps_and_the_learning_rate_still_decays(monkeypatch)
     clock = FakeClock(monkeypatch, step_time=0.01)
     asked = []
 
-    def spy(step, total, warmup):
-        asked.append((step, total, learning_rate_factor(step, total, warmup)))
+    def spy(step, total, warmup, schedule):
+        asked.append((step, total, learning_rate_factor(step, total, warmup, schedule)))
         return asked[-1][2]
 
     monkeypatch.setattr(state, "learning_rate_factor", spy)
@@ -394,6 +394,22 @@ def test_warm_up_takes_at_most_a_tenth():
     assert learning_rate_factor(0, 20, 1000) == 0.5
     assert learning_rate_factor(0, 5, 1000) == 1  # no room for a warm-up
     assert learning_rate_factor(0, 1, 0) == 1
+
+
+def test_a_constant_rate_stays_after_the_warm_up():
+    factors = [learning_rate_factor(step, 200, 10, "constant") for step in range(300)]
+    assert factors[:10] == pytest.approx([i / 10 for i in range(1, 11)])
+    assert set(factors[10:]) == {1.0}
+
+
+def test_steps_follow_the_images_where_epochs_are_given():
+    config = TrainConfig(steps=None, epochs=3000, batch_size=16)
+    assert [config.total_steps(n) for n in (320, 335, 336, 5)] == [60_000, 60_000, 63_000, 3000]
+    assert TrainConfig(steps=7).total_steps(320) == 7
+    with pytest.raises(ValueError, match=r"TrainConfig must have steps or epochs, got \{.*\}; set"):
+        TrainConfig(epochs=3)
+    with pytest.raises(ValueError, match="got neither"):
+        TrainConfig(steps=None)
 
 
 def test_each_image_is_flipped_for_itself():
