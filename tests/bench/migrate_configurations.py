@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffad_lite.core.config import config_hash
+from diffad_lite.core.config import config_hash, from_dict, to_dict
 from diffad_lite.core.files import write_atomically, write_json
 from diffad_lite.experiments.run import Run, fields_of
+from diffad_lite.methods.base import METHODS
 
 Values = dict[str, Any]
 NETWORK = ("beta_schedule", "num_timesteps", "base_channels", "channel_mults", "blocks_per_level")
@@ -28,7 +29,10 @@ RUN_FIELDS = {*fields_of(Run("pca")), "training"}
 
 
 def migrate(method: str, config: Values) -> Values:
-    """Return the configuration of a method with today's names, in the order of its fields."""
+    """Return the configuration of a method with today's fields.
+
+    What was added since has its default, with which a method does what it did before.
+    """
     changed: Values = {}
     for name, value in config.items():
         if name == "prior":  # a whole configuration of AnoDDPM, of which the denoiser is used
@@ -45,7 +49,7 @@ def migrate(method: str, config: Values) -> Values:
             changed[RENAMED.get(method, {}).get(name, name)] = value
     if "residual_resampling" in config:
         changed["denoiser"]["residual_resampling"] = config["residual_resampling"]
-    return changed
+    return to_dict(from_dict(METHODS[method].Config, changed))
 
 
 def migrate_record(record: Values) -> Values:
