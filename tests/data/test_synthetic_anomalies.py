@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
 from diffad_lite.data import textures
@@ -61,6 +62,44 @@ def test_blobs_cover_a_small_part(side):
     assert 0.045 < coverage.mean() < 0.065
     assert coverage.quantile(0.9) < 0.1
     assert 0.02 < (coverage == 0).float().mean() < 0.08
+
+
+@pytest.mark.parametrize(("empty_corners", "coverage"), [(False, 0.0545), (True, 0.0495)])
+def test_coverage_with_and_without_corners(empty_corners, coverage):
+    """The official codes cover 0.049 of the image; noise without empty corners covers 0.054."""
+    synthesis = Synthesis(SynthesisConfig(finest=5, empty_corners=empty_corners))
+    masks = synthesis.draw_shapes(5000, 32, 32, generator())
+    assert masks.mean() == pytest.approx(coverage, abs=0.002)  # four standard errors
+    corners = masks[..., ::31, ::31].mean()
+    assert corners < 0.001 if empty_corners else corners > 0.045
+
+
+def aligned_noise(a: int, b: int, theta: torch.Tensor, side: int) -> torch.Tensor:
+    """Restate the official codes' noise on a square: b by a cells, gradients of angles theta."""
+    x, y = torch.arange(side) * a / side, (torch.arange(side) * b / side)[:, None]
+    weight_x, weight_y = (6 * t**5 - 15 * t**4 + 10 * t**3 for t in (x % 1, y % 1))
+    noise = torch.zeros(side, side)
+    for i, wx in ((0, 1 - weight_x), (1, weight_x)):
+        for j, wy in ((0, 1 - weight_y), (1, weight_y)):
+            angle = theta[x.long() + i, y.long() + j]
+            noise += wx * wy * (angle.cos() * (x % 1 - i) + angle.sin() * (y % 1 - j))
+    return math.sqrt(2) * noise
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+def test_empty_corners_are_those_of_an_aligned_picture_that_is_rotated(size):
+    n, side = 20, 1024
+    noise = perlin_noise(n, *size, 3, generator(), empty_corners=True)
+    rng = generator()
+    cells = (2 ** torch.randint(4, (n, 2), generator=rng)).tolist()
+    angles = (180 * torch.rand(n, generator=rng) - 90).tolist()
+    theta = 2 * math.pi * torch.rand(n, 18, 18, generator=rng)
+    rows, columns = (((torch.arange(s) + 0.5) / s * side).long() for s in size)
+    for picture, (a, b), angle, directions in zip(noise, cells, angles, theta, strict=True):
+        rotated = TF.rotate(aligned_noise(a, b, directions, side)[None], angle)[0]
+        expected = rotated[rows][:, columns]
+        assert (picture - expected).abs().quantile(0.99) < 0.02
+        assert ((picture == 0) == (expected == 0)).float().mean() > 0.99
 
 
 def test_perlin_noise_is_bounded_centred_and_smooth():
