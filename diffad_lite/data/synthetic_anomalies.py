@@ -17,7 +17,14 @@ from pydantic import Field
 from torch import Tensor
 
 from diffad_lite.core.config import Fraction, configuration
-from diffad_lite.data.textures import augment, draw_textures, list_textures, rand, shuffle_strips
+from diffad_lite.data.textures import (
+    augment,
+    draw_textures,
+    list_textures,
+    rand,
+    shuffle_strips,
+    shuffle_tiles,
+)
 
 Foreground = Literal["all", "part", "object"]
 TRIES = 50  # an image stays normal if this many masks were empty
@@ -38,6 +45,8 @@ class SynthesisConfig:
         finest: the lattice of the noise has up to 2 ** finest cells per side.
         self_augmentation: fraction of appearances made from the image itself; the others are
             textures.
+        shuffle: how such an appearance is mixed: rows and columns of ``strips`` (DiffusionAD), or
+            8 x 8 ``tiles`` (GLAD).
         opacity: range of b, the weight of the normal image inside the mask.
         foreground: region of the anomalies: ``all``, a random ``part`` (the official code's choice
             for textures), or the ``object`` that differs from the image's border.
@@ -50,6 +59,7 @@ class SynthesisConfig:
     empty_corners: bool = False
     finest: Annotated[int, Field(ge=0, le=8)] = 4
     self_augmentation: Fraction = 0.5
+    shuffle: Literal["strips", "tiles"] = "strips"
     opacity: tuple[float, ...] = (0.2, 0.8)
     foreground: Foreground = "all"
     texture_root: str = ""
@@ -127,13 +137,14 @@ class Synthesis:
         return torch.ones(B, 1, H, W).to(images)
 
     def draw_appearances(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw appearances (B, C, H, W): shuffled strips of the image itself, or a texture."""
+        """Draw appearances (B, C, H, W): the image itself, shuffled, or a texture."""
+        shuffle = shuffle_tiles if self.config.shuffle == "tiles" else shuffle_strips
         from_image = (rand(generator, len(images)) < self.config.self_augmentation).tolist()
         textures = draw_textures(images, self.files, generator)
         appearances = []
         for image, texture, is_shuffled in zip(images, textures, from_image, strict=True):
             appearance = augment(image if is_shuffled else texture, generator)
-            appearances.append(shuffle_strips(appearance, generator) if is_shuffled else appearance)
+            appearances.append(shuffle(appearance, generator) if is_shuffled else appearance)
         return torch.stack(appearances)
 
 

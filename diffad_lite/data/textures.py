@@ -15,7 +15,7 @@ from torch import Tensor
 from diffad_lite.data.images import list_images, read_image, resize_image, to_float
 
 N_AUGMENTATIONS = 3  # per appearance
-N_STRIPS = 8  # per axis
+N_STRIPS = 8  # strips or tiles per axis
 
 
 def rand(generator: torch.Generator, *shape: int) -> Tensor:
@@ -106,13 +106,27 @@ def read_texture(path: Path, C: int, H: int, W: int) -> Tensor:
 def shuffle_strips(image: Tensor, generator: torch.Generator) -> Tensor:
     """Cut an image (C, H, W) into strips and permute them: columns first, then rows.
 
-    After the official code, which shuffles even and odd strips separately.
+    After the official code of DiffusionAD, which shuffles even and odd strips separately.
     """
     for axis in (2, 1):
         strips = list(image.tensor_split(N_STRIPS, dim=axis))
         order = torch.randperm(len(strips), generator=generator).tolist()
         image = torch.cat([strips[k] for k in order], dim=axis)
     return image
+
+
+def shuffle_tiles(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Cut an image (C, H, W) into 8 x 8 tiles of equal size and permute them.
+
+    After the official code of GLAD. If 8 does not divide the height or the width, up to 7 rows at
+    the bottom and up to 7 columns on the right stay as they are.
+    """
+    C, n, h, w = len(image), N_STRIPS, image.shape[1] // N_STRIPS, image.shape[2] // N_STRIPS
+    tiles = image[:, : n * h, : n * w].reshape(C, n, h, n, w).transpose(2, 3).flatten(1, 2)
+    tiles = tiles[:, torch.randperm(n * n, generator=generator)].unflatten(1, (n, n))
+    shuffled = image.clone()
+    shuffled[:, : n * h, : n * w] = tiles.transpose(2, 3).reshape(C, n * h, n * w)
+    return shuffled
 
 
 def augment(image: Tensor, generator: torch.Generator) -> Tensor:

@@ -8,14 +8,20 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
-from diffad_lite.data import textures
+from diffad_lite.data import synthetic_anomalies, textures
 from diffad_lite.data.synthetic_anomalies import (
     Synthesis,
     SynthesisConfig,
     object_mask,
     perlin_noise,
 )
-from diffad_lite.data.textures import augment, draw_textures, list_textures, shuffle_strips
+from diffad_lite.data.textures import (
+    augment,
+    draw_textures,
+    list_textures,
+    shuffle_strips,
+    shuffle_tiles,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -214,6 +220,34 @@ def test_strips_are_permuted_and_nothing_is_lost():
     line = torch.zeros(1, 32, 32)
     line[0, :, 5] = 1  # a column stays a column: rows and columns are permuted, not tiles
     assert sorted(shuffle_strips(line, generator()).sum(1)[0].tolist())[-2:] == [0, 32]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 24), (35, 47), (7, 20)])
+def test_tiles_are_permuted_and_pixels_beyond_the_grid_stay(size):
+    image = torch.arange(3.0 * size[0] * size[1]).view(3, *size)
+    shuffled = shuffle_tiles(image, generator())
+    h, w = (s // 8 for s in size)
+
+    def tiles(picture):
+        cells = [picture[:, h * i : h * (i + 1), w * j : w * (j + 1)] for i, j in grid]
+        return [tuple(cell.flatten().tolist()) for cell in cells]
+
+    grid = [(i, j) for i in range(8) for j in range(8)]
+    assert sorted(tiles(shuffled)) == sorted(tiles(image))
+    moved = sum(a != b for a, b in zip(tiles(shuffled), tiles(image), strict=True))
+    assert moved >= 55 or h == 0  # one tile stays on average; none fits into 7 rows
+    assert torch.equal(shuffled[:, 8 * h :], image[:, 8 * h :])
+    assert torch.equal(shuffled[:, :, 8 * w :], image[:, :, 8 * w :])
+
+
+def test_self_augmentation_is_shuffled_as_the_setting_says(monkeypatch):
+    monkeypatch.setattr(synthetic_anomalies, "augment", lambda image, *_: image)
+    ramp = torch.arange(32.0).expand(20, 1, 32, 32) / 32  # every row is the same
+    for shuffle, same_rows in (("strips", True), ("tiles", False)):
+        config = SynthesisConfig(self_augmentation=1.0, shuffle=shuffle)
+        appearances = Synthesis(config).draw_appearances(ramp, generator())
+        assert not torch.equal(appearances, ramp)
+        assert torch.equal(appearances, appearances[:, :, :1].expand_as(ramp)) == same_rows
 
 
 def test_other_images_never_lend_to_themselves():
