@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffad_lite.core.config import Fraction, configuration
 from diffad_lite.data.textures import (
+    Augmentations,
     augment,
     draw_textures,
     list_textures,
@@ -47,6 +48,8 @@ class SynthesisConfig:
             textures.
         shuffle: how such an appearance is mixed: rows and columns of ``strips`` (DiffusionAD), or
             8 x 8 ``tiles`` (GLAD).
+        augmentations: operations that change an appearance: ``lite``, or the ten ``published`` ones
+            of both official codes.
         opacity: range of b, the weight of the normal image inside the mask.
         foreground: region of the anomalies: ``all``, a random ``part`` (the official code's choice
             for textures), or the ``object`` that differs from the image's border.
@@ -60,6 +63,7 @@ class SynthesisConfig:
     finest: Annotated[int, Field(ge=0, le=8)] = 4
     self_augmentation: Fraction = 0.5
     shuffle: Literal["strips", "tiles"] = "strips"
+    augmentations: Augmentations = "lite"
     opacity: tuple[float, ...] = (0.2, 0.8)
     foreground: Foreground = "all"
     texture_root: str = ""
@@ -143,7 +147,8 @@ class Synthesis:
         textures = draw_textures(images, self.files, generator)
         appearances = []
         for image, texture, is_shuffled in zip(images, textures, from_image, strict=True):
-            appearance = augment(image if is_shuffled else texture, generator)
+            source = image if is_shuffled else texture
+            appearance = augment(source, generator, self.config.augmentations)
             appearances.append(shuffle(appearance, generator) if is_shuffled else appearance)
         return torch.stack(appearances)
 

@@ -1,12 +1,14 @@
 """Synthetic anomalies: masks, appearances, seeds, errors."""
 
+import colorsys
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from diffad_lite.data import synthetic_anomalies, textures
 from diffad_lite.data.synthetic_anomalies import (
@@ -196,20 +198,105 @@ def test_textures_and_changes_keep_shape_and_range(channels):
     assert samples.shape == images.shape
     assert samples.abs().max() <= 1
     assert samples.flatten(1).std(1).min() > 1e-3
-    for image in samples:
-        changed = augment(image, generator())
+    for image, table in itertools.product(samples, ("lite", "published")):
+        changed = augment(image, generator(), table)
         assert changed.shape == image.shape
         assert changed.abs().max() <= 1
 
 
-def test_every_change_changes_something_and_stays_in_range():
-    image = (pictures(1, 3)[0] + 1) / 2
-    for k, operation in enumerate(textures.AUGMENTATIONS):
-        for u in (0.0, 0.37, 0.999):
-            result = operation(image, u).clamp(0, 1)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("table", ["lite", "published"])
+def test_every_operation_changes_something_and_stays_in_range(table, channels):
+    image = (TF.gaussian_blur(pictures(1, channels, 24, 40), 5)[0, :, None] + 1) / 2
+    operations = textures.AUGMENTATIONS[table]
+    assert len(operations) == {"lite": 8, "published": 10}[table]
+    for operation in operations:
+        results = [operation(image, generator(seed)).clamp(0, 1) for seed in range(20)]
+        for result in results:
             assert result.shape == image.shape
+            assert result.dtype == image.dtype
             assert torch.isfinite(result).all()
-        assert not torch.equal(operation(image, 0.9), image) or k == 5  # full contrast already
+        unchanged = sum(torch.equal(result, image) for result in results)
+        colours = operation is textures.shift_colours and channels != 3
+        assert unchanged == 20 if colours else unchanged < 18
+
+
+def operation(k: int, image: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Apply one published operation to an image (C, H, W) in [0, 1]."""
+    return textures.AUGMENTATIONS["published"][k](image[:, None], generator(seed))[:, 0]
+
+
+def test_published_gamma_differs_per_channel_from_a_half_to_two():
+    powers = [operation(0, torch.full((3, 2, 2), 0.5), seed)[:, 0, 0].log2() for seed in range(300)]
+    powers = -torch.stack(powers)
+    assert powers.min() == pytest.approx(0.5, abs=0.02)
+    assert powers.max() == pytest.approx(2.0, abs=0.02)
+    assert powers.mean() == pytest.approx(1.25, abs=0.05)  # uniform, not in its logarithm
+    assert powers.std(1).min() > 1e-3
+
+
+def test_published_brightness_is_a_factor_and_a_term():
+    image = torch.tensor([0.2, 0.8]).view(1, 1, 2)
+    dark, bright = torch.stack([operation(1, image, seed) for seed in range(500)]).flatten(1).T
+    factors = (bright - dark) / 0.6
+    terms = dark - 0.2 * factors
+    for values, low, high in ((factors, 0.8, 1.2), (terms, -30 / 255, 30 / 255)):
+        assert low - 1e-5 <= values.min() < low + 0.01
+        assert high - 0.01 < values.max() <= high + 1e-5
+    assert abs(torch.corrcoef(torch.stack([factors, terms]))[0, 1]) < 0.15
+
+
+def test_published_colours_shift_on_the_circle():
+    image = torch.tensor([0.8, 0.4, 0.4]).view(3, 1, 1)  # hue 0, saturation 0.5, value 0.8
+    hues, saturations = [], []
+    for seed in range(400):
+        hue, saturation, value = colorsys.rgb_to_hsv(*operation(3, image, seed).flatten().tolist())
+        assert value == pytest.approx(0.8, abs=1 / 255)
+        hues.append((hue + 0.5) % 1 - 0.5)
+        saturations.append(saturation - 0.5)
+    for shifts in (hues, saturations):
+        assert min(shifts) == pytest.approx(-50 / 255, abs=0.015)
+        assert max(shifts) == pytest.approx(50 / 255, abs=0.015)
+
+
+def test_published_solarize_inverts_half_of_the_images_above_a_threshold():
+    image = torch.linspace(0, 1, 256).view(1, 1, 256)
+    thresholds = []
+    for seed in range(400):
+        inverted = operation(4, image, seed) != image
+        if inverted.any():
+            thresholds.append(int(inverted.flatten().int().argmax()))
+    assert 160 < len(thresholds) < 240
+    assert 32 <= min(thresholds) < 36
+    assert 124 < max(thresholds) <= 128
+
+
+def test_published_operations_equal_those_of_pillow():
+    """imgaug's ``pillike`` operations are Pillow's, with factors and cut-offs of its own."""
+    grid = (TF.gaussian_blur(pictures(1, 3, 48, 40), 5)[0] * 2 + 1).clamp(0, 2) / 2
+    grid = (255 * grid).round() / 255
+    picture = TF.to_pil_image(grid)
+    u = float(torch.rand((), generator=generator(3)))
+    expected = {
+        2: ImageEnhance.Sharpness(picture).enhance(2 * u),
+        5: ImageOps.posterize(picture, 1 + int(8 * u)),
+        6: ImageOps.invert(picture),
+        7: ImageOps.autocontrast(picture, cutoff=int(21 * u)),
+        8: ImageOps.equalize(picture),
+        9: picture.rotate(90 * u - 45, Image.Resampling.BILINEAR),
+    }
+    for k, answer in expected.items():
+        difference = (operation(k, grid, seed=3) - TF.pil_to_tensor(answer) / 255).abs()
+        assert difference.flatten().quantile(0.9) < 0.005, k  # the rotated border is blended
+
+
+def test_lite_operations_stay_as_they_were():
+    """The bundled weights were trained with them: the same draws, the same values."""
+    image = pictures(1, 3)[0]
+    values = [float(augment(image, generator(seed)).double().sum()) for seed in range(4)]
+    assert values == pytest.approx([172.06, -1276.84, -797.96, 1275.86], abs=0.05)
+    assert torch.equal(augment(image, generator(), "lite"), augment(image, generator()))
+    assert not torch.equal(augment(image, generator(), "published"), augment(image, generator()))
 
 
 def test_strips_are_permuted_and_nothing_is_lost():
