@@ -17,7 +17,15 @@ from pydantic import Field
 from torch import Tensor
 
 from diffad_lite.core.config import Fraction, configuration
-from diffad_lite.data.textures import augment, draw_textures, list_textures, rand, shuffle_strips
+from diffad_lite.data.textures import (
+    Augmentations,
+    augment,
+    draw_textures,
+    list_textures,
+    rand,
+    shuffle_strips,
+    shuffle_tiles,
+)
 
 Foreground = Literal["all", "part", "object"]
 TRIES = 50  # an image stays normal if this many masks were empty
@@ -33,9 +41,15 @@ class SynthesisConfig:
         anomaly_probability: fraction of images with an anomaly.
         ridges: fraction of masks that are thin and curved; the others are blobs.
         threshold: blobs are where the noise is above it.
+        empty_corners: blobs lie inside a square that is rotated with the noise (see
+            :func:`perlin_noise`), as in the official codes of DiffusionAD and GLAD.
         finest: the lattice of the noise has up to 2 ** finest cells per side.
         self_augmentation: fraction of appearances made from the image itself; the others are
             textures.
+        shuffle: how such an appearance is mixed: rows and columns of ``strips`` (DiffusionAD), or
+            8 x 8 ``tiles`` (GLAD).
+        augmentations: operations that change an appearance: ``lite``, or the ten ``published`` ones
+            of both official codes.
         opacity: range of b, the weight of the normal image inside the mask.
         foreground: region of the anomalies: ``all``, a random ``part`` (the official code's choice
             for textures), or the ``object`` that differs from the image's border.
@@ -45,8 +59,11 @@ class SynthesisConfig:
     anomaly_probability: Fraction = 0.5
     ridges: Fraction = 0.0
     threshold: Fraction = 0.5
+    empty_corners: bool = False
     finest: Annotated[int, Field(ge=0, le=8)] = 4
     self_augmentation: Fraction = 0.5
+    shuffle: Literal["strips", "tiles"] = "strips"
+    augmentations: Augmentations = "lite"
     opacity: tuple[float, ...] = (0.2, 0.8)
     foreground: Foreground = "all"
     texture_root: str = ""
@@ -101,15 +118,17 @@ class Synthesis:
 
     def draw_shapes(self, n: int, H: int, W: int, generator: torch.Generator) -> Tensor:
         """Draw blobs and ridges (n, 1, H, W) from Perlin noise, anywhere in the image."""
-        blobs = perlin_noise(n, H, W, self.config.finest, generator) > self.config.threshold
-        if self.config.ridges == 0:
+        c = self.config
+        noise = perlin_noise(n, H, W, c.finest, generator, empty_corners=c.empty_corners)
+        blobs = noise > c.threshold
+        if c.ridges == 0:
             return blobs[:, None].float()
         low, high = RIDGE_WIDTHS
         width = low + (high - low) * rand(generator, n, 1, 1)
         # A ridge crosses the whole image; the gate keeps pieces of it.
         coarse, gate = (perlin_noise(n, H, W, RIDGE_FINEST, generator) for _ in range(2))
         ridges = (coarse.abs() < width) & (gate > 0.2)
-        is_ridge = rand(generator, n, 1, 1) < self.config.ridges
+        is_ridge = rand(generator, n, 1, 1) < c.ridges
         return torch.where(is_ridge, ridges, blobs)[:, None].float()
 
     def draw_foreground(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -122,28 +141,45 @@ class Synthesis:
         return torch.ones(B, 1, H, W).to(images)
 
     def draw_appearances(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw appearances (B, C, H, W): shuffled strips of the image itself, or a texture."""
+        """Draw appearances (B, C, H, W): the image itself, shuffled, or a texture."""
+        shuffle = shuffle_tiles if self.config.shuffle == "tiles" else shuffle_strips
         from_image = (rand(generator, len(images)) < self.config.self_augmentation).tolist()
         textures = draw_textures(images, self.files, generator)
         appearances = []
         for image, texture, is_shuffled in zip(images, textures, from_image, strict=True):
-            appearance = augment(image if is_shuffled else texture, generator)
-            appearances.append(shuffle_strips(appearance, generator) if is_shuffled else appearance)
+            source = image if is_shuffled else texture
+            appearance = augment(source, generator, self.config.augmentations)
+            appearances.append(shuffle(appearance, generator) if is_shuffled else appearance)
         return torch.stack(appearances)
 
 
-def perlin_noise(n: int, H: int, W: int, finest: int, generator: torch.Generator) -> Tensor:
+def perlin_noise(
+    n: int,
+    H: int,
+    W: int,
+    finest: int,
+    generator: torch.Generator,
+    *,
+    empty_corners: bool = False,
+) -> Tensor:
     """Draw Perlin noise (n, H, W) with values in about [-1, 1].
 
     Each lattice has 2^a by 2^b cells, a and b uniform in 0 .. finest. It is rotated by up to 90
     degrees in either direction and shifted, both at random.
+
+    With ``empty_corners``, the lattice is not shifted: its cells fill the image before the
+    rotation, and the noise is 0 outside of the rotated image.
     """
     cells = 2 ** torch.randint(finest + 1, (n, 2, 1, 1), generator=generator)
     angle = math.pi * (rand(generator, n, 1, 1) - 0.5)
     y = ((torch.arange(H) + 0.5) / H - 0.5)[:, None]
     x = (torch.arange(W) + 0.5) / W - 0.5
-    u = cells[:, 0] * (angle.cos() * x - angle.sin() * y) + rand(generator, n, 1, 1)
-    v = cells[:, 1] * (angle.sin() * x + angle.cos() * y) + rand(generator, n, 1, 1)
+    right, down = angle.cos() * x - angle.sin() * y, angle.sin() * x + angle.cos() * y
+    if empty_corners:
+        shift_u, shift_v = cells[:, 0] / 2, cells[:, 1] / 2
+    else:
+        shift_u, shift_v = (rand(generator, n, 1, 1) for _ in range(2))
+    u, v = cells[:, 0] * right + shift_u, cells[:, 1] * down + shift_v
     side = 2 ** (finest + 1) + 2  # lattice points that a rotated image can reach
     gradients = 2 * math.pi * rand(generator, n, side * side)
     i, j = u.floor(), v.floor()
@@ -158,7 +194,10 @@ def perlin_noise(n: int, H: int, W: int, finest: int, generator: torch.Generator
         return s**3 * (s * (6 * s - 15) + 10)
 
     edge0, edge1 = (torch.lerp(corner(0, b), corner(1, b), fade(du)) for b in (0, 1))
-    return math.sqrt(2) * torch.lerp(edge0, edge1, fade(dv))
+    noise = math.sqrt(2) * torch.lerp(edge0, edge1, fade(dv))
+    if empty_corners:
+        noise[(right.abs() > 0.5) | (down.abs() > 0.5)] = 0
+    return noise
 
 
 def object_mask(images: Tensor) -> Tensor:

@@ -7,15 +7,21 @@ mosaics, clouds and other images of the batch take their place.
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torchvision.transforms.v2.functional as TF
+from PIL import ImageOps
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
 
 from diffad_lite.data.images import list_images, read_image, resize_image, to_float
 
+Augmentations = Literal["lite", "published"]
+Operation = Callable[[Tensor, torch.Generator], Tensor]
+BILINEAR = InterpolationMode.BILINEAR
 N_AUGMENTATIONS = 3  # per appearance
-N_STRIPS = 8  # per axis
+N_STRIPS = 8  # strips or tiles per axis
 
 
 def rand(generator: torch.Generator, *shape: int) -> Tensor:
@@ -106,7 +112,7 @@ def read_texture(path: Path, C: int, H: int, W: int) -> Tensor:
 def shuffle_strips(image: Tensor, generator: torch.Generator) -> Tensor:
     """Cut an image (C, H, W) into strips and permute them: columns first, then rows.
 
-    After the official code, which shuffles even and odd strips separately.
+    After the official code of DiffusionAD, which shuffles even and odd strips separately.
     """
     for axis in (2, 1):
         strips = list(image.tensor_split(N_STRIPS, dim=axis))
@@ -115,22 +121,102 @@ def shuffle_strips(image: Tensor, generator: torch.Generator) -> Tensor:
     return image
 
 
-def augment(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Apply three different random augmentations to an image (C, H, W) in [-1, 1]."""
+def shuffle_tiles(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Cut an image (C, H, W) into 8 x 8 tiles of equal size and permute them.
+
+    After the official code of GLAD. If 8 does not divide the height or the width, up to 7 rows at
+    the bottom and up to 7 columns on the right stay as they are.
+    """
+    C, n, h, w = len(image), N_STRIPS, image.shape[1] // N_STRIPS, image.shape[2] // N_STRIPS
+    tiles = image[:, : n * h, : n * w].reshape(C, n, h, n, w).transpose(2, 3).flatten(1, 2)
+    tiles = tiles[:, torch.randperm(n * n, generator=generator)].unflatten(1, (n, n))
+    shuffled = image.clone()
+    shuffled[:, : n * h, : n * w] = tiles.transpose(2, 3).reshape(C, n * h, n * w)
+    return shuffled
+
+
+def augment(
+    image: Tensor, generator: torch.Generator, augmentations: Augmentations = "lite"
+) -> Tensor:
+    """Apply three different random operations to an image (C, H, W) in [-1, 1]."""
+    operations = AUGMENTATIONS[augmentations]
     image = (image[:, None] + 1) / 2  # each channel is an image, so any number of channels works
-    for k in torch.randperm(len(AUGMENTATIONS), generator=generator)[:N_AUGMENTATIONS].tolist():
-        image = AUGMENTATIONS[k](image, float(rand(generator))).clamp(0, 1)
+    for k in torch.randperm(len(operations), generator=generator)[:N_AUGMENTATIONS].tolist():
+        image = operations[k](image, generator).clamp(0, 1)
     return 2 * image[:, 0] - 1
 
 
-# Those of the official code, without sharpness, hue and saturation; ``u`` is uniform in [0, 1).
-AUGMENTATIONS: tuple[Callable[[Tensor, float], Tensor], ...] = (
-    lambda image, u: image**2 ** (2 * u - 1),  # gamma 1/2 .. 2
-    lambda image, u: (0.8 + 0.4 * u) * image + 60 / 255 * (u - 0.5),  # brightness
-    lambda image, u: TF.solarize(image, (32 + 96 * u) / 255),
-    lambda image, u: TF.posterize((255 * image).to(torch.uint8), 2 + int(3 * u)) / 255,
-    lambda image, u: TF.invert(image),
-    lambda image, u: TF.autocontrast(image),
-    lambda image, u: TF.equalize((255 * image).to(torch.uint8)) / 255,
-    lambda image, u: TF.rotate(image, 90 * u - 45, fill=float(image.mean())),
-)
+def with_number(change: Callable[[Tensor, float], Tensor]) -> Operation:
+    """Return an operation that draws the second argument of ``change``, uniform in [0, 1)."""
+    return lambda image, generator: change(image, float(rand(generator)))
+
+
+def to_bytes(image: Tensor) -> Tensor:
+    """Convert floats in [0, 1] to uint8."""
+    return TF.to_dtype(image, torch.uint8, scale=True)
+
+
+def vary_gamma(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Raise each channel to its power, uniform in 0.5 .. 2."""
+    return image ** (0.5 + 1.5 * rand(generator, len(image), 1, 1, 1)).to(image)
+
+
+def vary_brightness(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Multiply by 0.8 .. 1.2, then add up to 30 / 255 in either direction."""
+    u, v = rand(generator, 2).tolist()
+    return (0.8 + 0.4 * u) * image + 60 / 255 * (v - 0.5)
+
+
+def shift_colours(image: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift hue and saturation by up to 50 of 255 each, if the image has three channels."""
+    if len(image) != 3:
+        return image
+    hue, saturation = torch.randint(-50, 51, (2,), generator=generator).tolist()
+    hsv = TF.pil_to_tensor(TF.to_pil_image(to_bytes(image[:, 0])).convert("HSV")).int()
+    shifted = torch.stack([(hsv[0] + hue) % 256, (hsv[1] + saturation).clamp(0, 255), hsv[2]])
+    rgb = TF.to_pil_image(shifted.to(torch.uint8), mode="HSV").convert("RGB")
+    return TF.pil_to_tensor(rgb)[:, None].to(image) / 255
+
+
+def stretch_contrast(image: Tensor, u: float) -> Tensor:
+    """Stretch each channel to 0 .. 1, without its darkest and brightest 0 .. 20 %."""
+    channels = [
+        ImageOps.autocontrast(TF.to_pil_image(channel), cutoff=int(21 * u))
+        for channel in to_bytes(image)
+    ]
+    return torch.stack([TF.pil_to_tensor(channel) for channel in channels]).to(image) / 255
+
+
+# Operations on images (C, 1, H, W) in [0, 1]; ``u`` is uniform in [0, 1).
+AUGMENTATIONS: dict[Augmentations, tuple[Operation, ...]] = {
+    # Without sharpness, hue and saturation, and with one gamma for all channels.
+    "lite": tuple(
+        with_number(change)
+        for change in (
+            lambda image, u: image**2 ** (2 * u - 1),  # gamma 1/2 .. 2
+            lambda image, u: (0.8 + 0.4 * u) * image + 60 / 255 * (u - 0.5),  # brightness
+            lambda image, u: TF.solarize(image, (32 + 96 * u) / 255),
+            lambda image, u: TF.posterize((255 * image).to(torch.uint8), 2 + int(3 * u)) / 255,
+            lambda image, u: TF.invert(image),
+            lambda image, u: TF.autocontrast(image),
+            lambda image, u: TF.equalize((255 * image).to(torch.uint8)) / 255,
+            lambda image, u: TF.rotate(image, 90 * u - 45, fill=float(image.mean())),
+        )
+    ),
+    # Those of the official codes of DiffusionAD and GLAD, with the ranges that imgaug has by itself
+    # where the codes give none. imgaug changes brightness in a colour space that it draws.
+    "published": (
+        vary_gamma,
+        vary_brightness,
+        with_number(lambda image, u: TF.adjust_sharpness(image, 2 * u)),
+        shift_colours,
+        with_number(
+            lambda image, u: TF.solarize(image, (32 + 192 * u) / 255) if u < 0.5 else image
+        ),
+        with_number(lambda image, u: TF.posterize(to_bytes(image), 1 + int(8 * u)) / 255),
+        lambda image, generator: TF.invert(image),
+        with_number(stretch_contrast),
+        lambda image, generator: TF.equalize(to_bytes(image)) / 255,
+        with_number(lambda image, u: TF.rotate(image, 90 * u - 45, BILINEAR)),
+    ),
+}

@@ -1,20 +1,29 @@
 """Synthetic anomalies: masks, appearances, seeds, errors."""
 
+import colorsys
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import torchvision.transforms.v2.functional as TF
+from PIL import Image, ImageEnhance, ImageOps
 
-from diffad_lite.data import textures
+from diffad_lite.data import synthetic_anomalies, textures
 from diffad_lite.data.synthetic_anomalies import (
     Synthesis,
     SynthesisConfig,
     object_mask,
     perlin_noise,
 )
-from diffad_lite.data.textures import augment, draw_textures, list_textures, shuffle_strips
+from diffad_lite.data.textures import (
+    augment,
+    draw_textures,
+    list_textures,
+    shuffle_strips,
+    shuffle_tiles,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -61,6 +70,44 @@ def test_blobs_cover_a_small_part(side):
     assert 0.045 < coverage.mean() < 0.065
     assert coverage.quantile(0.9) < 0.1
     assert 0.02 < (coverage == 0).float().mean() < 0.08
+
+
+@pytest.mark.parametrize(("empty_corners", "coverage"), [(False, 0.0545), (True, 0.0495)])
+def test_coverage_with_and_without_corners(empty_corners, coverage):
+    """The official codes cover 0.049 of the image; noise without empty corners covers 0.054."""
+    synthesis = Synthesis(SynthesisConfig(finest=5, empty_corners=empty_corners))
+    masks = synthesis.draw_shapes(5000, 32, 32, generator())
+    assert masks.mean() == pytest.approx(coverage, abs=0.002)  # four standard errors
+    corners = masks[..., ::31, ::31].mean()
+    assert corners < 0.001 if empty_corners else corners > 0.045
+
+
+def aligned_noise(a: int, b: int, theta: torch.Tensor, side: int) -> torch.Tensor:
+    """Restate the official codes' noise on a square: b by a cells, gradients of angles theta."""
+    x, y = torch.arange(side) * a / side, (torch.arange(side) * b / side)[:, None]
+    weight_x, weight_y = (6 * t**5 - 15 * t**4 + 10 * t**3 for t in (x % 1, y % 1))
+    noise = torch.zeros(side, side)
+    for i, wx in ((0, 1 - weight_x), (1, weight_x)):
+        for j, wy in ((0, 1 - weight_y), (1, weight_y)):
+            angle = theta[x.long() + i, y.long() + j]
+            noise += wx * wy * (angle.cos() * (x % 1 - i) + angle.sin() * (y % 1 - j))
+    return math.sqrt(2) * noise
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+def test_empty_corners_are_those_of_an_aligned_picture_that_is_rotated(size):
+    n, side = 20, 1024
+    noise = perlin_noise(n, *size, 3, generator(), empty_corners=True)
+    rng = generator()
+    cells = (2 ** torch.randint(4, (n, 2), generator=rng)).tolist()
+    angles = (180 * torch.rand(n, generator=rng) - 90).tolist()
+    theta = 2 * math.pi * torch.rand(n, 18, 18, generator=rng)
+    rows, columns = (((torch.arange(s) + 0.5) / s * side).long() for s in size)
+    for picture, (a, b), angle, directions in zip(noise, cells, angles, theta, strict=True):
+        rotated = TF.rotate(aligned_noise(a, b, directions, side)[None], angle)[0]
+        expected = rotated[rows][:, columns]
+        assert (picture - expected).abs().quantile(0.99) < 0.02
+        assert ((picture == 0) == (expected == 0)).float().mean() > 0.99
 
 
 def test_perlin_noise_is_bounded_centred_and_smooth():
@@ -151,20 +198,105 @@ def test_textures_and_changes_keep_shape_and_range(channels):
     assert samples.shape == images.shape
     assert samples.abs().max() <= 1
     assert samples.flatten(1).std(1).min() > 1e-3
-    for image in samples:
-        changed = augment(image, generator())
+    for image, table in itertools.product(samples, ("lite", "published")):
+        changed = augment(image, generator(), table)
         assert changed.shape == image.shape
         assert changed.abs().max() <= 1
 
 
-def test_every_change_changes_something_and_stays_in_range():
-    image = (pictures(1, 3)[0] + 1) / 2
-    for k, operation in enumerate(textures.AUGMENTATIONS):
-        for u in (0.0, 0.37, 0.999):
-            result = operation(image, u).clamp(0, 1)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("table", ["lite", "published"])
+def test_every_operation_changes_something_and_stays_in_range(table, channels):
+    image = (TF.gaussian_blur(pictures(1, channels, 24, 40), 5)[0, :, None] + 1) / 2
+    operations = textures.AUGMENTATIONS[table]
+    assert len(operations) == {"lite": 8, "published": 10}[table]
+    for operation in operations:
+        results = [operation(image, generator(seed)).clamp(0, 1) for seed in range(20)]
+        for result in results:
             assert result.shape == image.shape
+            assert result.dtype == image.dtype
             assert torch.isfinite(result).all()
-        assert not torch.equal(operation(image, 0.9), image) or k == 5  # full contrast already
+        unchanged = sum(torch.equal(result, image) for result in results)
+        colours = operation is textures.shift_colours and channels != 3
+        assert unchanged == 20 if colours else unchanged < 18
+
+
+def operation(k: int, image: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Apply one published operation to an image (C, H, W) in [0, 1]."""
+    return textures.AUGMENTATIONS["published"][k](image[:, None], generator(seed))[:, 0]
+
+
+def test_published_gamma_differs_per_channel_from_a_half_to_two():
+    powers = [operation(0, torch.full((3, 2, 2), 0.5), seed)[:, 0, 0].log2() for seed in range(300)]
+    powers = -torch.stack(powers)
+    assert powers.min() == pytest.approx(0.5, abs=0.02)
+    assert powers.max() == pytest.approx(2.0, abs=0.02)
+    assert powers.mean() == pytest.approx(1.25, abs=0.05)  # uniform, not in its logarithm
+    assert powers.std(1).min() > 1e-3
+
+
+def test_published_brightness_is_a_factor_and_a_term():
+    image = torch.tensor([0.2, 0.8]).view(1, 1, 2)
+    dark, bright = torch.stack([operation(1, image, seed) for seed in range(500)]).flatten(1).T
+    factors = (bright - dark) / 0.6
+    terms = dark - 0.2 * factors
+    for values, low, high in ((factors, 0.8, 1.2), (terms, -30 / 255, 30 / 255)):
+        assert low - 1e-5 <= values.min() < low + 0.01
+        assert high - 0.01 < values.max() <= high + 1e-5
+    assert abs(torch.corrcoef(torch.stack([factors, terms]))[0, 1]) < 0.15
+
+
+def test_published_colours_shift_on_the_circle():
+    image = torch.tensor([0.8, 0.4, 0.4]).view(3, 1, 1)  # hue 0, saturation 0.5, value 0.8
+    hues, saturations = [], []
+    for seed in range(400):
+        hue, saturation, value = colorsys.rgb_to_hsv(*operation(3, image, seed).flatten().tolist())
+        assert value == pytest.approx(0.8, abs=1 / 255)
+        hues.append((hue + 0.5) % 1 - 0.5)
+        saturations.append(saturation - 0.5)
+    for shifts in (hues, saturations):
+        assert min(shifts) == pytest.approx(-50 / 255, abs=0.015)
+        assert max(shifts) == pytest.approx(50 / 255, abs=0.015)
+
+
+def test_published_solarize_inverts_half_of_the_images_above_a_threshold():
+    image = torch.linspace(0, 1, 256).view(1, 1, 256)
+    thresholds = []
+    for seed in range(400):
+        inverted = operation(4, image, seed) != image
+        if inverted.any():
+            thresholds.append(int(inverted.flatten().int().argmax()))
+    assert 160 < len(thresholds) < 240
+    assert 32 <= min(thresholds) < 36
+    assert 124 < max(thresholds) <= 128
+
+
+def test_published_operations_equal_those_of_pillow():
+    """imgaug's ``pillike`` operations are Pillow's, with factors and cut-offs of its own."""
+    grid = (TF.gaussian_blur(pictures(1, 3, 48, 40), 5)[0] * 2 + 1).clamp(0, 2) / 2
+    grid = (255 * grid).round() / 255
+    picture = TF.to_pil_image(grid)
+    u = float(torch.rand((), generator=generator(3)))
+    expected = {
+        2: ImageEnhance.Sharpness(picture).enhance(2 * u),
+        5: ImageOps.posterize(picture, 1 + int(8 * u)),
+        6: ImageOps.invert(picture),
+        7: ImageOps.autocontrast(picture, cutoff=int(21 * u)),
+        8: ImageOps.equalize(picture),
+        9: picture.rotate(90 * u - 45, Image.Resampling.BILINEAR),
+    }
+    for k, answer in expected.items():
+        difference = (operation(k, grid, seed=3) - TF.pil_to_tensor(answer) / 255).abs()
+        assert difference.flatten().quantile(0.9) < 0.005, k  # the rotated border is blended
+
+
+def test_lite_operations_stay_as_they_were():
+    """The bundled weights were trained with them: the same draws, the same values."""
+    image = pictures(1, 3)[0]
+    values = [float(augment(image, generator(seed)).double().sum()) for seed in range(4)]
+    assert values == pytest.approx([172.06, -1276.84, -797.96, 1275.86], abs=0.05)
+    assert torch.equal(augment(image, generator(), "lite"), augment(image, generator()))
+    assert not torch.equal(augment(image, generator(), "published"), augment(image, generator()))
 
 
 def test_strips_are_permuted_and_nothing_is_lost():
@@ -175,6 +307,34 @@ def test_strips_are_permuted_and_nothing_is_lost():
     line = torch.zeros(1, 32, 32)
     line[0, :, 5] = 1  # a column stays a column: rows and columns are permuted, not tiles
     assert sorted(shuffle_strips(line, generator()).sum(1)[0].tolist())[-2:] == [0, 32]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 24), (35, 47), (7, 20)])
+def test_tiles_are_permuted_and_pixels_beyond_the_grid_stay(size):
+    image = torch.arange(3.0 * size[0] * size[1]).view(3, *size)
+    shuffled = shuffle_tiles(image, generator())
+    h, w = (s // 8 for s in size)
+
+    def tiles(picture):
+        cells = [picture[:, h * i : h * (i + 1), w * j : w * (j + 1)] for i, j in grid]
+        return [tuple(cell.flatten().tolist()) for cell in cells]
+
+    grid = [(i, j) for i in range(8) for j in range(8)]
+    assert sorted(tiles(shuffled)) == sorted(tiles(image))
+    moved = sum(a != b for a, b in zip(tiles(shuffled), tiles(image), strict=True))
+    assert moved >= 55 or h == 0  # one tile stays on average; none fits into 7 rows
+    assert torch.equal(shuffled[:, 8 * h :], image[:, 8 * h :])
+    assert torch.equal(shuffled[:, :, 8 * w :], image[:, :, 8 * w :])
+
+
+def test_self_augmentation_is_shuffled_as_the_setting_says(monkeypatch):
+    monkeypatch.setattr(synthetic_anomalies, "augment", lambda image, *_: image)
+    ramp = torch.arange(32.0).expand(20, 1, 32, 32) / 32  # every row is the same
+    for shuffle, same_rows in (("strips", True), ("tiles", False)):
+        config = SynthesisConfig(self_augmentation=1.0, shuffle=shuffle)
+        appearances = Synthesis(config).draw_appearances(ramp, generator())
+        assert not torch.equal(appearances, ramp)
+        assert torch.equal(appearances, appearances[:, :, :1].expand_as(ramp)) == same_rows
 
 
 def test_other_images_never_lend_to_themselves():
