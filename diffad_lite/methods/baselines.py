@@ -91,6 +91,7 @@ class MeanImage(Method):
 
     name = "mean_image"
     title = "mean image"
+    Config = BaselineConfig
     trained = False
     any_size = False
     network: Buffers

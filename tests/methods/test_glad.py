@@ -446,7 +446,7 @@ def test_a_map_counts_on_the_object_alone():
     rim = soft_object_mask(images, 1.0)[0, 32]  # a row: the disc has grown by four pixels
     expected = torch.zeros(64)
     expected[32 - 11 - 4 : 32 + 11 + 4 + 1] = 1
-    weights = torch.exp(-torch.arange(-3, 4.0) ** 2 / 2)
+    weights = torch.exp(-(torch.arange(-3, 4.0) ** 2) / 2)
     smooth = F.conv1d(expected[None, None], (weights / weights.sum())[None, None], padding=3)
     torch.testing.assert_close(rim, smooth[0, 0])
     assert torch.equal(soft_object_mask(images, 0.0)[0], disc)

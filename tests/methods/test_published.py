@@ -85,7 +85,9 @@ def test_the_nearest_entry_counts(monkeypatch):
 
 def test_a_class_counts_before_its_bases():
     """GLAD's denoiser is not that of AnoDDPM's paper, though its fields are."""
-    assert "Stable Diffusion" in find_entry(METHODS["glad"].Config, "denoiser.base_channels")["value"]
+    assert (
+        "Stable Diffusion" in find_entry(METHODS["glad"].Config, "denoiser.base_channels")["value"]
+    )
     assert "args28" in find_entry(METHODS["anoddpm"].Config, "denoiser.base_channels")["source"]
 
 
