@@ -129,7 +129,7 @@ def check_exactly_one(config: Any, *names: str) -> None:
         where, either = type(config).__qualname__, " or ".join(names)
         values = short_repr(given) if given else "neither"
         raise ValueError(
-            f"{where} must have {either}, got {values}; set one of them, and the other to null (None)"
+            f"{where} must have {either}, got {values}; set one, and the other to null (None)"
         )
 
 

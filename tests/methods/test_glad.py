@@ -422,7 +422,7 @@ def test_settings_out_of_range_are_refused(field, value):
 
 
 def test_steps_or_stride_are_given_and_layers_of_the_drift_exist():
-    with pytest.raises(ValueError, match="GLADConfig must have steps or stride, got .*10.*20"):
+    with pytest.raises(ValueError, match=r"GLADConfig must have steps or stride, got .*10.*20"):
         replace(GLADConfig(), stride=20)
     with pytest.raises(ValueError, match="GLADConfig must have steps or stride, got neither"):
         replace(GLADConfig(), steps=None)

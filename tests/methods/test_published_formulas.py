@@ -112,8 +112,15 @@ def test_clipping_changes_what_glad_reconstructs():
 
 @pytest.mark.parametrize(
     ("category", "start", "steps"),
-    [("bottle", 750, 25), ("capsule", 600, 25), ("transistor", 850, 25), ("tubes", 500, 25)]
-    + [("bracket_white", 450, 25), ("candle", 450, 15), ("pcb4", 450, 15)],
+    [
+        ("bottle", 750, 25),
+        ("capsule", 600, 25),
+        ("transistor", 850, 25),
+        ("tubes", 500, 25),
+        ("bracket_white", 450, 25),
+        ("candle", 450, 15),
+        ("pcb4", 450, 15),
+    ],
 )
 def test_glads_timesteps_are_those_of_the_code(category, start, steps):
     config = GLADConfig.for_profile("paper", channels=3, image_size=256, category=category)
