@@ -437,7 +437,7 @@ def sweep(arguments: argparse.Namespace) -> int:
 
 def _dry_run(grid: dict[str, Any], out: Path | None) -> int:
     """Print the runs of a grid without a record in ``out``, or in the records of the course."""
-    from diffad_lite.data.datasets import data_dir
+    from diffad_lite.core.files import data_dir
     from diffad_lite.evaluation.records import read_results
     from diffad_lite.experiments.grid import find_missing
 

@@ -32,6 +32,24 @@ def course_dir() -> Path:
     return installed if installed.is_dir() else package.parent
 
 
+def data_dir() -> Path:
+    """Return the folder ``data/`` with the bundled checkpoints and results.
+
+    It is the environment variable ``DIFFAD_DATA``, else the folder of the repository or of the
+    installed wheel, so the working directory does not matter.
+
+    Raises:
+        FileNotFoundError: that folder does not exist, or has no ``checkpoints/``.
+    """
+    folder = Path(os.environ.get("DIFFAD_DATA") or course_dir() / "data")
+    if not (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(
+            f"no data folder at {folder}; install the wheel, or the repository with "
+            "'pip install -e .', or set DIFFAD_DATA to the data/ folder of the repository"
+        )
+    return folder
+
+
 def check_writable(folder: Path) -> None:
     """Check that files can be written below ``folder``, which need not exist; create nothing.
 

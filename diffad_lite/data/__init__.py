@@ -1,6 +1,7 @@
 """Images and their labels: data sets, readers, splits, planted and synthetic anomalies."""
 
-from diffad_lite.data.datasets import AnomalyData, data_dir, load_dataset, split
+from diffad_lite.core.files import data_dir
+from diffad_lite.data.datasets import AnomalyData, load_dataset, split
 from diffad_lite.data.images import (
     STANDARD_DEVIATION,
     image_keys,

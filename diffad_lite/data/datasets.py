@@ -6,7 +6,6 @@ each image. Nothing is downloaded.
 """
 
 import hashlib
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffad_lite.core.config import unknown_name
-from diffad_lite.core.files import course_dir
+from diffad_lite.core.files import data_dir
 from diffad_lite.data.depth import choose_bits, describe_files
 from diffad_lite.data.images import Resize, read_image, resize_image, to_float
 from diffad_lite.data.masks import read_masks
@@ -226,24 +225,6 @@ def check_arguments(name: str, plant: str | None, resize: str, image_size: int) 
     if not 8 <= image_size <= LARGEST_IMAGE:
         limit = "at least 8" if image_size < 8 else f"at most {LARGEST_IMAGE}"
         raise ValueError(f"image_size must be {limit} pixels, got {image_size}; 64 is usual")
-
-
-def data_dir() -> Path:
-    """Return the folder ``data/`` with the bundled checkpoints and results.
-
-    It is the environment variable ``DIFFAD_DATA``, else the folder of the repository or of the
-    installed wheel, so the working directory does not matter.
-
-    Raises:
-        FileNotFoundError: that folder does not exist, or has no ``checkpoints/``.
-    """
-    folder = Path(os.environ.get("DIFFAD_DATA") or course_dir() / "data")
-    if not (folder / "checkpoints").is_dir():
-        raise FileNotFoundError(
-            f"no data folder at {folder}; install the wheel, or the repository with "
-            "'pip install -e .', or set DIFFAD_DATA to the data/ folder of the repository"
-        )
-    return folder
 
 
 def bundled_checkpoints() -> list[str]:

@@ -53,7 +53,8 @@ class SynthesisConfig:
         opacity: range of b, the weight of the normal image inside the mask.
         foreground: region of the anomalies: ``all``, a random ``part`` (the official code's choice
             for textures), or the ``object`` that differs from the image's border.
-        texture_root: folder of texture images, such as DTD; empty for procedural textures.
+        texture_root: folder of texture images, such as DTD, with sub-folders; a relative path is
+            below ``data_dir()``; empty for procedural textures.
     """
 
     anomaly_probability: Fraction = 0.5
@@ -90,7 +91,7 @@ class Synthesis:
         Raises:
             FileNotFoundError: ``texture_root`` is set, but is no folder with images.
         """
-        return list_textures(Path(self.config.texture_root)) if self.config.texture_root else []
+        return list_textures(self.config.texture_root) if self.config.texture_root else []
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Return images with anomalies, masks (B, 1, H, W) of 0 and 1, and bool labels (B,).
@@ -203,7 +204,8 @@ def perlin_noise(
 def object_mask(images: Tensor) -> Tensor:
     """Return 1 where an image (B, C, H, W) differs from its border, by Otsu's threshold, else 0.
 
-    The masks (B, 1, H, W) replace the saliency masks that come with the official code.
+    The masks (B, 1, H, W) replace the saliency masks that come with the official code of
+    DiffusionAD. Those are resized, so their rims are soft; these are hard.
     """
     border = torch.cat([images[..., (0, -1), :].flatten(2), images[..., :, (0, -1)].flatten(2)], 2)
     background = border.median(dim=2).values[..., None, None]

@@ -1,7 +1,7 @@
 """Appearances of synthetic anomalies: textures from files, procedural textures, augmentations.
 
-The official code of DiffusionAD uses photographs of textures (DTD). Without them, gratings,
-mosaics, clouds and other images of the batch take their place.
+The official codes of DiffusionAD and GLAD use photographs of textures (DTD). Without them,
+gratings, mosaics, clouds and other images of the batch take their place.
 """
 
 import math
@@ -15,10 +15,16 @@ from PIL import ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
-from diffad_lite.data.images import list_images, read_image, resize_image, to_float
+from diffad_lite.core.files import data_dir
+from diffad_lite.data.images import read_image, resize_image, to_float
+from diffad_lite.data.source import walk_images
 
 Augmentations = Literal["lite", "published"]
 Operation = Callable[[Tensor, torch.Generator], Tensor]
+DTD = (
+    "5,640 images, 625 MB, for research purposes: "
+    "https://www.robots.ox.ac.uk/~vgg/data/dtd/download/dtd-r1.0.1.tar.gz"
+)
 BILINEAR = InterpolationMode.BILINEAR
 N_AUGMENTATIONS = 3  # per appearance
 N_STRIPS = 8  # strips or tiles per axis
@@ -29,19 +35,19 @@ def rand(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.rand(shape, generator=generator)
 
 
-def list_textures(root: Path) -> list[Path]:
-    """Return all images in a folder and its sub-folders.
+def list_textures(root: str | Path) -> list[Path]:
+    """Return all images in a folder and its sub-folders; a relative path is below ``data_dir()``.
 
     Raises:
-        FileNotFoundError: no such folder, or no image in it.
+        FileNotFoundError: no such folder, no image in it, or no data folder for a relative path.
     """
-    folders = [root, *sorted(p for p in root.rglob("*") if p.is_dir())] if root.is_dir() else []
-    files = [file for folder in folders for file in list_images(folder)]
+    folder = Path(root) if Path(root).is_absolute() else data_dir().absolute() / root
+    files = walk_images(folder) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(
-            f"no texture images in {root.absolute()}; unpack the Describable Textures Dataset "
-            "(www.robots.ox.ac.uk/~vgg/data/dtd) there, or set synthesis.texture_root to another "
-            'folder, or to "" for procedural textures'
+            f"no texture images in {folder}; download the Describable Textures Dataset ({DTD}) and "
+            "unpack it there, name another folder by its absolute path, or take procedural "
+            "textures: --set synthesis.texture_root="
         )
     return files
 

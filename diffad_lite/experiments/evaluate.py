@@ -25,13 +25,14 @@ from torch import Tensor
 from diffad_lite.core.config import changed_fields, convert, from_dict, override, to_dict
 from diffad_lite.core.files import (
     check_writable,
+    data_dir,
     read_json,
     staged,
     write_atomically,
     write_json,
     write_rows,
 )
-from diffad_lite.data.datasets import AnomalyData, data_dir
+from diffad_lite.data.datasets import AnomalyData
 from diffad_lite.data.images import Resize, pad_box
 from diffad_lite.data.readers import LICENCES
 from diffad_lite.data.source import DEFAULT_CATEGORIES

@@ -17,7 +17,7 @@ from diffad_lite.core.config import (
     to_dict,
     unknown_name,
 )
-from diffad_lite.core.files import read_json, staged, write_atomically, write_json
+from diffad_lite.core.files import data_dir, read_json, staged, write_atomically, write_json
 from diffad_lite.methods.anoddpm import AnoDDPMConfig
 from diffad_lite.methods.base import METHODS
 from diffad_lite.methods.baselines import BrightnessConfig
@@ -344,3 +344,11 @@ def test_reading_a_broken_file_names_it(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"broken\.json is not a readable table of results"):
         read_json(path, "table of results")
+
+
+def test_data_folder_is_named_by_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFAD_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no data folder at .*set DIFFAD_DATA"):
+        data_dir()
+    (tmp_path / "checkpoints").mkdir()
+    assert data_dir() == tmp_path

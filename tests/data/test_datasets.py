@@ -838,14 +838,6 @@ def test_summary_counts_what_there_is(mvtec, elpv):
     assert elpv.summary()["n_uncertain"] == 173
 
 
-def test_data_folder_is_named_by_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("DIFFAD_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"no data folder at .*set DIFFAD_DATA"):
-        datasets.data_dir()
-    (tmp_path / "checkpoints").mkdir()
-    assert datasets.data_dir() == tmp_path
-
-
 def test_subset_works_without_masks(elpv):
     small = elpv.subset(8)
     assert small.test_masks is None

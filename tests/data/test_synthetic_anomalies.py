@@ -3,6 +3,7 @@
 import colorsys
 import itertools
 import math
+import shlex
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageEnhance, ImageOps
 
+from diffad_lite.cli import commands
+from diffad_lite.cli.main import build_parser
 from diffad_lite.data import synthetic_anomalies, textures
 from diffad_lite.data.synthetic_anomalies import (
     Synthesis,
@@ -359,15 +362,57 @@ def test_textures_come_from_a_folder(tmp_path):
         assert values == {40, 200}
 
 
+@pytest.fixture
+def data_folder(tmp_path, monkeypatch):
+    """A data folder, and a working directory beside it."""
+    (tmp_path / "data" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("DIFFAD_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("place", ["dtd", "dtd/dtd"])  # unpacked in data/, or in data/dtd/
+def test_textures_are_found_below_the_data_folder_whatever_the_level(data_folder, place):
+    for file in ("images/banded/banded_0002.jpg", "images/woven/woven_0001.jpg"):
+        path = data_folder / place / file
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(path)
+    for file in ("labels/train1.txt", "imdb/imdb.mat"):
+        path = data_folder / place / file
+        path.parent.mkdir()
+        path.write_text("no image")
+    relative = list_textures("dtd")
+    assert [f.name for f in relative] == ["banded_0002.jpg", "woven_0001.jpg"]
+    assert list_textures(str(data_folder / "dtd")) == relative
+    assert Synthesis(SynthesisConfig(texture_root="dtd")).files == relative
+
+
 @pytest.mark.parametrize("kind", ["missing", "empty", "file"])
-def test_a_folder_without_textures_is_named_with_the_fix(tmp_path, kind):
-    root = tmp_path / "dtd"
+def test_a_folder_without_textures_is_named_with_the_download(data_folder, kind):
+    root = data_folder / "dtd"
     if kind == "empty":
         root.mkdir()
     if kind == "file":
         root.write_text("x")
-    with pytest.raises(FileNotFoundError, match=r"no texture images in .*dtd.*texture_root"):
-        make(pictures(2), texture_root=str(root))
+    message = rf"no texture images in {root}; .*625 MB, for research purposes: https://.*\.tar\.gz"
+    for name in ("dtd", str(root)):
+        with pytest.raises(FileNotFoundError, match=message):
+            make(pictures(2), texture_root=name)
+
+
+@pytest.mark.parametrize("method", ["diffusionad", "glad"])
+def test_the_hint_of_the_message_works_as_printed(data_folder, method):
+    run = ["train", "--method", method, "--profile", "paper", "--out", "runs"]
+    info = {"channels": 3, "category": None, "flip_axes": []}
+    paper = commands._run_from(build_parser().parse_args(run)).configure_for(info)
+    with pytest.raises(FileNotFoundError) as raised:
+        list_textures(paper.synthesis.texture_root)
+    hint = str(raised.value).rpartition(": ")[2]
+    arguments = build_parser().parse_args(run + shlex.split(hint))
+    config = commands._run_from(arguments).configure_for(info)
+    assert config.synthesis.texture_root == ""
+    assert Synthesis(config.synthesis).files == []
 
 
 # ---------------------------------------------------------------------------- seeds, planting

@@ -159,7 +159,7 @@ def test_a_line_that_lacks_something_is_named(tmp_path):
 
 
 def test_the_committed_records_are_few_files_without_warnings():
-    from diffad_lite.data.datasets import data_dir
+    from diffad_lite.core.files import data_dir
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")

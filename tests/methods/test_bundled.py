@@ -6,7 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from diffad_lite.data.datasets import data_dir, load_dataset
+from diffad_lite.core.files import data_dir
+from diffad_lite.data.datasets import load_dataset
 from diffad_lite.methods.base import load_pretrained
 
 FOLDER = data_dir() / "checkpoints"

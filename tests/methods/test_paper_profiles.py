@@ -129,7 +129,8 @@ def reduced(config):
 @pytest.mark.parametrize("name", STAGES)
 def test_one_step_of_every_stage(name, category, tmp_path, monkeypatch):
     monkeypatch.setattr(ImageNetFeatures, "load_weights", lambda *_: None)  # a download
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DIFFAD_DATA", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()  # a data folder has one
     (tmp_path / "textures").mkdir()
     for i in range(3):
         Image.effect_noise((SIZE, SIZE), 50 + 20 * i).save(tmp_path / "textures" / f"{i}.png")
