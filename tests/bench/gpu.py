@@ -64,21 +64,21 @@ def plan(smoke: bool, root: str | None) -> list[Measurement]:
         Run("anoddpm", image_size=SMOKE_SIZE if smoke else 64, **of),
         Run("diffusionad", image_size=SMOKE_SIZE if smoke else 128, **of),
     ]
-    scored = [Measurement(f"quality {r.method}", partial(quality, run=r), 80) for r in runs]
+    scored = [Measurement(f"quality {r.method}", partial(quality, run=r), 75) for r in runs]
     train = {n: partial(training, name=n, smoke=smoke) for n in PUBLISHED}
     predict = {n: partial(inference, name=n, smoke=smoke) for n in PUBLISHED}
     return [
-        *(Measurement(f"train {n}", work, 25) for n, work in train.items()),
+        *(Measurement(f"train {n}", work, 22) for n, work in train.items()),
         scored[0],
-        *(Measurement(f"predict {n}", work, 12) for n, work in predict.items()),
-        Measurement("launch", launch, 45),
+        *(Measurement(f"predict {n}", work, 15) for n, work in predict.items()),
+        Measurement("launch", launch, 40),
         *(
             Measurement(f"train {n}, larger batch", partial(train[n], larger=True), 10)
             for n in BATCH_OF_ONE
         ),
         scored[1],
         *(
-            Measurement(f"train {n}, {variant}", partial(train[n], variant=variant), 8)
+            Measurement(f"train {n}, {variant}", partial(train[n], variant=variant), 12)
             for n in IN_FLOAT32
             for variant in ("tf32", "float32")
         ),

@@ -132,6 +132,20 @@ def test_out_of_memory_is_a_result_and_the_next_stage_is_measured(monkeypatch):
     assert result["stages"]["flips"]["hours"] > 0
 
 
+def test_steps_before_a_time_limit_count(monkeypatch):
+    def stopped(network, loss, images, config, **options):
+        three = gpu_measures.replace(config, steps=3)
+        loop.train_network(network, loss, images, three, **options)
+        raise gpu.TimeIsUp("stopped after 1 s")
+
+    monkeypatch.setattr(gpu_measures, "train_network", stopped)
+    result = {}
+    with pytest.raises(gpu.TimeIsUp):
+        training(result, "bernoulli", smoke=True)
+    assert result["stages"].keys() == {"autoencoder"}
+    assert result["stages"]["autoencoder"]["n_times"] == 2
+
+
 def test_float32_is_with_or_without_tf32_and_all_is_as_before():
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
     before, supports = [s.allow_tf32 for s in switches], loop.supports_bf16
