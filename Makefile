@@ -9,6 +9,8 @@ TORCH  ?=
 FUZZ   ?= 10000
 # Seconds in which the kernel of a notebook must have started; a busy machine needs more.
 START_TIMEOUT ?= 180
+# Options of `make gpu`, for example GPU='--minutes 20'.
+GPU    ?=
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
 
@@ -16,7 +18,7 @@ LESSONS := $(wildcard notebooks/[0-9]*.ipynb)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .PHONY: run test test-slow lab lint check-notebooks test-notebooks tables notebooks test-browser
-.PHONY: fuzz bench size docs
+.PHONY: fuzz bench gpu size docs
 
 run: $(VENV)/.installed
 	$(BIN)/diffad notebooks --profile lite --out runs/notebooks --start-timeout $(START_TIMEOUT)
@@ -68,6 +70,11 @@ fuzz: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet -e '.[browser]'
 	$(BIN)/python tests/bench/run.py $(TOPICS)
+
+# Measure the paper profiles on a GPU for at most eight minutes; writes gpu.json and gpu.png in
+# runs/gpu. Without a GPU it is a smoke test of all parts, which takes a minute.
+gpu: $(VENV)/.installed-test
+	$(BIN)/python tests/bench/gpu.py $(GPU)
 
 # Lines of each room, with their limits.
 size:

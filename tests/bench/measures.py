@@ -3,31 +3,27 @@
 :mod:`run` calls each in a new process, so that memory and start-up are not shared.
 """
 
-import contextlib
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import diffusers_twin as twin
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from trainings import fit_stages, offline_config, profile_steps
 
 from diffad_lite.evaluation.metrics import paired_bootstrap_auroc, pixel_metrics
 from diffad_lite.experiments.machine import peak_memory_mb
 from diffad_lite.methods.base import METHODS
-from diffad_lite.spaces.features import ImageNetFeatures
 from diffad_lite.training.loop import TrainReport, supports_bf16
 from diffad_lite.training.state import TrainConfig
 
 BATCH, SIZE = 16, 64
 BYTES_PER_WEIGHT = 4 * 5 + 2  # weight, gradient, Adam's two moments, average; a bfloat16 copy
-PUBLISHED = ("anoddpm", "diffusionad", "glad", "mdps", "bernoulli", "grad")
 
 
 def megabytes() -> float:
@@ -203,7 +199,7 @@ def count_step(
     scale, weights = config.batch_size / few, sum(p.numel() for p in network.parameters())
     return {
         "parameters": weights,
-        "steps": config.steps,
+        "steps": profile_steps(config),
         "batch": config.batch_size,
         "flops": counter.get_total_flops() * scale,
         "gb": (BYTES_PER_WEIGHT * weights + saved.bytes * scale) / 2**30,
@@ -218,23 +214,14 @@ def stages(name: str, profile: str, size: int) -> dict[str, dict[str, float]]:
         costs[stage] = count_step(network, loss, data, config)
         return TrainReport(0, 0.0, torch.zeros(0))
 
-    channels = 1 if profile == "lite" else 3
-    config = METHODS[name].Config.for_profile(profile, channels=channels, image_size=size)
-    if hasattr(config, "synthesis"):  # generated textures replace downloaded ones
-        config = replace(config, synthesis=replace(config.synthesis, texture_root=""))
+    config = offline_config(name, profile, size)
     method = METHODS[name](config)
-    data = images(8, size).expand(-1, channels, -1, -1).contiguous()
+    data = images(8, size).expand(-1, config.channels, -1, -1).contiguous()
     if name == "grad":  # skip sampling of its pool; the shapes stay the same
         pool = torch.cat([data, torch.ones_like(data[:, :1])], 1)
         method.draw_pool = lambda *arguments: pool
         method.twins = lambda *arguments: data
-    options = {"seed": 0, "budget": None, "workdir": None, "progress": False}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(ImageNetFeatures, "load_weights"))  # a download
-        for place, module in list(sys.modules.items()):
-            if place.startswith("diffad_lite.methods") and hasattr(module, "train_network"):
-                stack.enter_context(mock.patch.object(module, "train_network", counted))
-        method._fit(method.prepare(data), **options)
+    fit_stages(method, data, counted)
     return costs
 
 

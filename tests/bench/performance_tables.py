@@ -1,4 +1,4 @@
-"""``make tables``: render ``performance.json``, which ``make bench`` wrote, into documents.
+"""``make tables``: render the records of ``make bench`` and ``make gpu`` into documents.
 
     python tests/bench/performance_tables.py docs/performance.md
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gpu_tables import gpu_tables, read_gpu
 from numpy.typing import NDArray
 
 from diffad_lite.core.files import read_json
@@ -155,12 +156,18 @@ def paper_table(record: Record) -> str:
     return markdown_table([*head, f"hours at {GPU_TFLOPS:.0f} TFLOP/s"], rows)
 
 
+def rendered_tables() -> dict[str, str]:
+    """Render all tables of the records in ``data/results``."""
+    tables = performance_tables(read_performance(RESULTS))
+    return tables | {"performance-gpu": gpu_tables(read_gpu(RESULTS))}
+
+
 def main() -> None:
     """Refresh the marked tables of documents."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("documents", nargs="+", type=Path, help="Markdown files to refresh")
     documents = parser.parse_args().documents
-    rendered = performance_tables(read_performance(RESULTS))
+    rendered = rendered_tables()
     for path in write_changed({path: replace_tables(path, rendered) for path in documents}):
         print(f"rendered {path}")
 

@@ -20,6 +20,7 @@ from typing import Any
 import measures
 import speed
 import torch
+import trainings
 from performance_tables import read_performance
 
 from diffad_lite.core.files import write_json
@@ -52,7 +53,7 @@ def paper_profiles() -> dict[str, Any]:
     """Return method -> stage -> counted cost of the paper profile."""
     return {
         name: in_new_process(measures.stages, name, "paper", PAPER_SIZE)
-        for name in measures.PUBLISHED
+        for name in trainings.PUBLISHED
     }
 
 
