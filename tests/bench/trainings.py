@@ -12,7 +12,6 @@ from unittest import mock
 
 from diffad_lite.methods.base import METHODS, Method, MethodConfig
 from diffad_lite.spaces.features import ImageNetFeatures
-from diffad_lite.training.state import TrainConfig
 
 PUBLISHED = ("anoddpm", "diffusionad", "glad", "mdps", "bernoulli", "grad")
 N_IMAGES = 209  # normal training images of MVTec AD's bottle: epochs become steps with them
@@ -20,12 +19,6 @@ NO_DOWNLOADS = (
     "ImageNet networks have random weights; they cost as much as trained ones",
     "textures of synthetic anomalies are procedural, not images of DTD",
 )
-
-
-def profile_steps(config: TrainConfig, n_images: int = N_IMAGES) -> int:
-    """Return the optimiser steps of a training: its ``steps``, or its epochs of whole batches."""
-    epochs = getattr(config, "epochs", None)
-    return config.steps if epochs is None else epochs * (n_images // config.batch_size)
 
 
 def offline_config(name: str, profile: str, size: int, **options: Any) -> MethodConfig:
