@@ -82,7 +82,11 @@ RUN = (
     option("--seed", type=int, default=0, help="random seed of the training"),
     option("--variant", default="default", help="name of the settings of --set in tables"),
     option("--out", help="folder of the run", **FOLDER),
-    option("--max-minutes", type=float, help="time limit of the training"),
+    option(
+        "--max-minutes",
+        type=float,
+        help="time limit of the training; thresholds may take as long again",
+    ),
     option("--set", help=f"a field of the configuration, e.g. smooth_sigma=2; {JSON}", **SETTING),
     option("--quiet", action="store_true", help="no progress bars"),
 )

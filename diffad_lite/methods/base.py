@@ -7,6 +7,7 @@ CONTRIBUTING.md; read ``anoddpm.py`` first, and import the new file in ``methods
 where the order of imports is the order in tables.
 """
 
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -303,7 +304,8 @@ class Method(Checkpointed, ABC):
             train: normal images (N, C, H, W), float32 in [-1, 1].
             calibration: normal images that ``train`` does not contain, same form.
             seed: of everything random in training.
-            budget: seconds of training; None takes the configured number of steps.
+            budget: seconds of training, and as many again for :meth:`calibrate`; None takes the
+                configured number of steps and all calibration images.
             workdir: folder for training states, from which the same call continues.
             progress: show progress bars.
 
@@ -312,7 +314,8 @@ class Method(Checkpointed, ABC):
             FloatingPointError: the loss is not finite.
 
         Warns:
-            UserWarning: the training images are all equal, or only one.
+            UserWarning: the training images are all equal, or only one; ``budget`` is too short
+                for all calibration images.
         """
         self._check(train, "train")
         self._check_calibration(calibration)
@@ -330,7 +333,44 @@ class Method(Checkpointed, ABC):
                 stage: {"steps": report.steps, "seconds": report.seconds}
                 for stage, report in reports.items()
             }
+            if budget is None:
+                return self.calibrate(calibration)
+            return self._calibrate_within(budget, calibration)
+
+    def _calibrate_within(self, budget: float, calibration: Tensor) -> Self:
+        """Calibrate on as many images as ``budget`` seconds allow, at least the fewest needed.
+
+        The time that a few images took tells how many are affordable. Those are a fixed random
+        choice, see :meth:`choose_calibration`.
+        """
+        started, n, N = time.monotonic(), 0, len(calibration)
+        affordable = min(FEWEST_CALIBRATION if self.config.calibrate else 1, N)
+        while n < affordable < N:
+            n, begun = affordable, time.monotonic()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # a fault of these few images alone
+                    self.calibrate(self.choose_calibration(calibration, n))
+            except ValueError:  # for example, these few images are equal, but not all of them
+                return self.calibrate(calibration)
+            now = time.monotonic()
+            image_time = max((now - begun) / n, 1e-9)
+            remaining = max(0.0, budget - (now - started))
+            affordable = processes.gather(min(N, int(remaining / image_time)))[0]
+        if affordable == N:
             return self.calibrate(calibration)
+        warnings.warn(
+            f"the time of --max-minutes allowed {n} of {N} calibration images; the threshold is "
+            "from these; allow more minutes for a more reliable one",
+            stacklevel=3,
+        )
+        return self
+
+    @staticmethod
+    def choose_calibration(calibration: Tensor, n: int) -> Tensor:
+        """Return ``n`` of the calibration images (N, C, H, W), a fixed random choice in order."""
+        order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0))
+        return calibration[order[:n].sort().values]
 
     def calibrate(self, calibration: Tensor) -> Self:
         """Set map statistics and threshold from normal images that training did not see.

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -416,6 +417,68 @@ def test_calibrating_again_gives_the_same_threshold(name):
     assert method.threshold_ == before
     method.calibrate(pictures(20, seed=9))
     assert method.threshold_ != before
+
+
+def slow_stub(monkeypatch, calibrate: bool) -> Stub:
+    """A method on whose clock only scoring takes time, one second an image."""
+    now = [0.0]
+
+    class SlowStub(Stub):
+        def _infer(self, images, generators, trace=None):
+            now[0] += len(images)
+            return super()._infer(images, generators, trace)
+
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(methods_base, "time", clock)
+    method = SlowStub(replace(tiny_config("stub"), calibrate=calibrate))
+    method.now = now
+    return method
+
+
+@pytest.mark.parametrize(
+    ("calibrate", "budget", "n"),
+    [(True, 20.5, 15), (True, 0.5, 5), (False, 20.5, 19), (False, 0.5, 1)],
+)
+def test_a_budget_holds_for_the_calibration(monkeypatch, calibrate, budget, n):
+    method, images = slow_stub(monkeypatch, calibrate), pictures(40, seed=1)
+    with pytest.warns(UserWarning, match="calibration") as said:
+        method.fit(pictures(4), images, seed=0, budget=budget, progress=False)
+    (warning,) = said
+    assert f"allowed {n} of 40 calibration images; the threshold is from these" in str(warning)
+    assert method.now[0] <= max(budget, 5)
+    again = Stub(method.config)
+    again.network = method.network
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few images
+        again.calibrate(Stub.choose_calibration(images, n))
+    np.testing.assert_array_equal(method.calibration_scores_, again.calibration_scores_)
+    assert (len(method.calibration_scores_), method.threshold_) == (n, again.threshold_)
+
+
+def test_the_chosen_calibration_images_are_fixed_and_from_everywhere():
+    images = torch.arange(40.0)
+    few, more = (Stub.choose_calibration(images, n).tolist() for n in (10, 20))
+    assert set(few) < set(more)
+    assert few == sorted(few) == Stub.choose_calibration(images, 10).tolist()
+    assert 10 < np.mean(few) < 30
+    assert torch.equal(Stub.choose_calibration(images, 40), images)
+
+
+@each_method
+def test_a_calibration_that_fits_into_the_budget_is_the_same_as_without(name):
+    expected, limited = fitted(name), fit(name, budget=1000.0)
+    assert limited.threshold_ == expected.threshold_
+    np.testing.assert_array_equal(limited.calibration_scores_, expected.calibration_scores_)
+    for key, value in expected.network.state_dict().items():
+        assert torch.equal(limited.network.state_dict()[key], value), key
+
+
+def test_few_equal_images_do_not_stop_a_calibration_in_time(monkeypatch):
+    method, images = slow_stub(monkeypatch, calibrate=True), pictures(40, seed=1)
+    equal = Stub.choose_calibration(torch.arange(40), 5)
+    images[equal] = images[0].clone()
+    method.fit(pictures(4), images, seed=0, budget=1000.0, progress=False)
+    assert len(method.calibration_scores_) == 40
 
 
 def test_few_calibration_images_warn_and_take_the_maximum():
