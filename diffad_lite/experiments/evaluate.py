@@ -89,6 +89,16 @@ def train(
     return method
 
 
+def check_files(run: Run, out: Path) -> None:
+    """Raise FileNotFoundError if ``run`` needs files that are missing; before data are loaded.
+
+    A checkpoint in ``out`` needs none of them.
+    """
+    if not (out / "checkpoint" / "config.json").exists():
+        info = {"channels": 3, "category": run.category, "flip_axes": ()}  # no file depends on it
+        get_method(run.method).check_files(run.configure_for(info))
+
+
 def _check_same_training(
     checkpoint: Path, identity: Mapping[str, Any], config: MethodConfig, budget: float | None
 ) -> None:
@@ -290,6 +300,8 @@ def evaluate(
         raise ValueError(
             "nothing is trained with --checkpoint, so --max-minutes has no effect; leave one out"
         )
+    if checkpoint is None:
+        check_files(run, out)
     data = run.load_data()
     check_scorable(data)
     if checkpoint is None:

@@ -37,6 +37,7 @@ from diffad_lite.core.config import (
 )
 from diffad_lite.core.files import read_yaml
 from diffad_lite.data.images import check_values, image_keys, standardise, undo_standardise
+from diffad_lite.data.synthetic_anomalies import Synthesis
 from diffad_lite.diffusion.gaussian import noise_generators
 from diffad_lite.methods.calibration import (
     MapCalibration,
@@ -45,6 +46,7 @@ from diffad_lite.methods.calibration import (
     top_k_mean,
 )
 from diffad_lite.methods.checkpoints import Checkpointed, claimed, read_record
+from diffad_lite.spaces.features import DENOISER, LITE0, missing_weights
 from diffad_lite.training import processes
 from diffad_lite.training.loop import FitOptions, TrainReport
 
@@ -236,6 +238,8 @@ def blur(maps: Tensor, sigma: float) -> Tensor:
 
 FEWEST_CALIBRATION = 5  # normal images, so that statistics can be cross-fitted
 BATCH_SIZE = 32  # images scored at once; no result depends on it
+NETWORK_FIELDS = ("backbone", "drift_features", "map_features")  # which may name ImageNet networks
+LAYER_FIELDS = ("layers", "drift_layers")
 METHODS: dict[str, type["Method"]] = {}
 
 
@@ -311,12 +315,14 @@ class Method(Checkpointed, ABC):
 
         Raises:
             ValueError: images that :meth:`calibrate` refuses; ``workdir`` has another training.
+            FileNotFoundError: a file that training needs is missing and cannot be downloaded.
             FloatingPointError: the loss is not finite.
 
         Warns:
             UserWarning: the training images are all equal, or only one; ``budget`` is too short
                 for all calibration images.
         """
+        self.check_files(self.config)
         self._check(train, "train")
         self._check_calibration(calibration)
         prepared = self.prepare(train)
@@ -336,6 +342,31 @@ class Method(Checkpointed, ABC):
             if budget is None:
                 return self.calibrate(calibration)
             return self._calibrate_within(budget, calibration)
+
+    @classmethod
+    def find_missing(cls, config: MethodConfig, *, download: bool = False) -> Iterator[str]:
+        """Yield a sentence, with the fix, for each file that training needs and that is missing.
+
+        ``download`` tries to download weights of ImageNet networks first.
+        """
+        if synthesis := getattr(config, "synthesis", None):
+            try:
+                _ = Synthesis(synthesis).files
+            except FileNotFoundError as error:
+                yield str(error)
+        networks = {f: str(getattr(config, f)) for f in NETWORK_FIELDS if hasattr(config, f)}
+        torchvision = {f: name for f, name in networks.items() if name not in (LITE0, DENOISER)}
+        layers, lite = [f for f in LAYER_FIELDS if hasattr(config, f)], cls.Config()
+        alternative = {f: getattr(lite, f) for f in [*torchvision, *layers]}
+        for name in sorted(set(torchvision.values())):
+            if message := missing_weights(name, alternative, download=download):
+                yield message
+
+    @classmethod
+    def check_files(cls, config: MethodConfig) -> None:
+        """Raise FileNotFoundError if training needs files that are missing, after a download."""
+        if missing := list(cls.find_missing(config, download=True)):
+            raise FileNotFoundError("; also, ".join(missing))
 
     def _calibrate_within(self, budget: float, calibration: Tensor) -> Self:
         """Calibrate on as many images as ``budget`` seconds allow, at least the fewest needed.
