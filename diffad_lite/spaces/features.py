@@ -151,8 +151,8 @@ def missing_weights(name: str, alternative: Mapping[str, Any], *, download: bool
     return (
         f"the weights of {name} ({path.name}, {weights.meta['_file_size']:.0f} MB) are not in "
         f"{path.parent}{failure}; put the file from {weights.url} there (its licence may follow "
-        "the terms of ImageNet: non-commercial research), or take a network that needs no "
-        f"download: {as_options(alternative) if alternative else LITE0}"
+        "the terms of ImageNet: non-commercial research and education), or take a network that "
+        f"needs no download: {as_options(alternative) if alternative else LITE0}"
     )
 
 
