@@ -94,9 +94,14 @@ def check_files(run: Run, out: Path) -> None:
 
     A checkpoint in ``out`` needs none of them.
     """
-    if not (out / "checkpoint" / "config.json").exists():
-        info = {"channels": 3, "category": run.category, "flip_axes": ()}  # no file depends on it
-        get_method(run.method).check_files(run.configure_for(info))
+    if (out / "checkpoint" / "config.json").exists():
+        return
+    info = {"channels": 3, "category": run.category, "flip_axes": ()}  # no file depends on it
+    try:
+        config = run.configure_for(info)
+    except ValueError:  # what does not fit is refused with the data, which it may depend on
+        return
+    get_method(run.method).check_files(config)
 
 
 def _check_same_training(
