@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +83,11 @@ RUN = (
     option("--seed", type=int, default=0, help="random seed of the training"),
     option("--variant", default="default", help="name of the settings of --set in tables"),
     option("--out", help="folder of the run", **FOLDER),
-    option("--max-minutes", type=float, help="time limit of the training"),
+    option(
+        "--max-minutes",
+        type=float,
+        help="time limit of the training; thresholds may take as long again",
+    ),
     option("--set", help=f"a field of the configuration, e.g. smooth_sigma=2; {JSON}", **SETTING),
     option("--quiet", action="store_true", help="no progress bars"),
 )
@@ -246,10 +251,11 @@ def train(arguments: argparse.Namespace) -> int:
 
     The same call continues an interrupted training.
     """
-    from diffad_lite.experiments.evaluate import bundle, train
+    from diffad_lite.experiments.evaluate import bundle, check_files, train
     from diffad_lite.training import processes
 
     run = _run_from(arguments)
+    check_files(run, arguments.out)
     data = run.load_data()
     progress = not arguments.quiet
     method = train(run, data, arguments.out, budget=_budget(arguments), progress=progress)
@@ -452,16 +458,26 @@ def _dry_run(grid: dict[str, Any], out: Path | None) -> int:
     return 0
 
 
-@command("diffad doctor")
+@command(
+    "diffad doctor --profile paper --method glad",
+    option("--profile", help="also check the files that methods need: ci, lite or paper"),
+    option("--method", help="of this method only; may be repeated", **REPEATED),
+)
 def doctor(arguments: argparse.Namespace) -> int:
     """Check this installation.
 
-    One line for each thing that a run needs, with the fix if it is missing.
+    One line for each thing that a run needs, with the fix if it is missing. With --profile, also
+    the weights and textures that training needs.
     """
-    from diffad_lite.experiments.machine import run_checks
+    from diffad_lite.experiments.machine import check_methods, run_checks
 
+    if arguments.method and arguments.profile is None:
+        raise ValueError("--method says nothing without a profile; add --profile paper")
+    checks = run_checks()
+    if arguments.profile is not None:
+        checks = chain(checks, check_methods(arguments.profile, arguments.method))
     ok = True
-    for check in run_checks():
+    for check in checks:
         print(check)
         ok &= check.ok
     return 0 if ok else 1

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
-from sklearn.metrics import average_precision_score, f1_score, roc_auc_score, roc_curve
 
 from diffad_lite.core.numbers import check_finite
 
@@ -26,6 +25,8 @@ def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
     these labels), in [0, 1]. Raises ValueError for unequal lengths, NaN or infinity, other labels,
     or only one class.
     """
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # slow to import
+
     labels, scores = _checked_images(labels, scores)
     fpr, tpr, _ = roc_curve(labels, scores, drop_intermediate=False)
     true, false = tpr * labels.sum(), fpr * (~labels).sum()
@@ -42,6 +43,8 @@ def f1_at_threshold(labels: ArrayLike, scores: ArrayLike, threshold: float) -> f
     The threshold comes from normal images, never from these `labels` (n,). Raises ValueError as
     `image_metrics`, and for a NaN threshold.
     """
+    from sklearn.metrics import f1_score
+
     labels, scores = _checked_images(labels, scores)
     if math.isnan(threshold):
         raise ValueError("threshold is nan: take one from conformal_threshold(calibration_scores)")

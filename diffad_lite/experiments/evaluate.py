@@ -41,6 +41,7 @@ from diffad_lite.evaluation.records import PIXEL_METRICS, ScoreTable
 from diffad_lite.experiments.machine import machine_record
 from diffad_lite.experiments.run import Run, fields_of, run_hash
 from diffad_lite.methods.base import (
+    FEWEST_CALIBRATION,
     Method,
     MethodConfig,
     Prediction,
@@ -61,9 +62,10 @@ def train(
 ) -> Method:
     """Train into ``out/state`` and ``out/checkpoint``; a second call resumes or loads.
 
-    Several processes may call it at once, see :mod:`diffad_lite.training.processes`. A checkpoint
-    that was trained in a limited time serves a call without ``budget`` (s), with a warning. Raises
-    ValueError if the checkpoint there is of another configuration, seed, data or ``budget``.
+    Several processes may call it at once, see :mod:`diffad_lite.training.processes`. ``budget`` (s)
+    is that of :meth:`Method.fit`. A checkpoint that was trained in a limited time serves a call
+    without ``budget``, with a warning. Raises ValueError if the checkpoint there is of another
+    configuration, seed, data or ``budget``.
     """
     checkpoint, state = out / "checkpoint", out / "state"
     check_writable(state)
@@ -77,8 +79,30 @@ def train(
         data.train, data.calibration, seed=run.seed, budget=budget, workdir=state, progress=progress
     )
     if processes.rank() == 0:
-        method.save_pretrained(checkpoint, **_provenance(run, data), budget=budget)
+        assert method.calibration_scores_ is not None
+        method.save_pretrained(
+            checkpoint,
+            **_provenance(run, data),
+            budget=budget,
+            n_calibration=len(method.calibration_scores_),  # fewer than there are in a short time
+            n_calibration_available=len(data.calibration),
+        )
     return method
+
+
+def check_files(run: Run, out: Path) -> None:
+    """Raise FileNotFoundError if ``run`` needs files that are missing; before data are loaded.
+
+    A checkpoint in ``out`` needs none of them.
+    """
+    if (out / "checkpoint" / "config.json").exists():
+        return
+    info = {"channels": 3, "category": run.category, "flip_axes": ()}  # no file depends on it
+    try:
+        config = run.configure_for(info)
+    except ValueError:  # what does not fit is refused with the data, which it may depend on
+        return
+    get_method(run.method).check_files(config)
 
 
 def _check_same_training(
@@ -124,7 +148,8 @@ def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
     """Load a checkpoint for ``data``, which must be split as in training.
 
     Applies ``run.settings``; then calibrates again if the settings or the calibration images are
-    not those of the checkpoint. ``folder`` may also be that of a run.
+    not those of the checkpoint. Where a time budget allowed only some images, it takes no more of
+    them and warns. ``folder`` may also be that of a run.
 
     Raises:
         ValueError: the checkpoint is of another method, seed or profile than ``run``, or was
@@ -146,15 +171,34 @@ def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
                 f"give the same {key}, or choose another checkpoint"
             )
     method = get_method(run.method).from_pretrained(folder)
+    scores = method.calibration_scores_
+    n_scored = 0 if scores is None else len(scores)
     config = override(method.config, run.settings)
     if changed := changed_fields(method.config, config):
         check_changeable(type(method), changed)
         method = method.with_settings(**{name: getattr(config, name) for name in changed})
-    scores, side = method.calibration_scores_, data.calibration.shape[-1]
-    as_stored = scores is not None and len(scores) == len(data.calibration)
+    available = stored.get("n_calibration_available", n_scored)
+    as_stored = available == len(data.calibration)
+    side = data.calibration.shape[-1]
     if method.threshold_ is None or not as_stored or side != method.config.image_size:
-        method.calibrate(data.calibration)
+        limited = isinstance(available, int) and 0 < n_scored < available
+        _calibrate_again(method, data, n_scored if limited else len(data.calibration))
     return method
+
+
+def _calibrate_again(method: Method, data: AnomalyData, n: int) -> None:
+    """Calibrate a loaded method on ``n`` images; warn where these are not all."""
+    n = max(n, FEWEST_CALIBRATION) if method.config.calibrate else n
+    images, available = data.calibration, len(data.calibration)
+    if n < available:
+        images = method.choose_calibration(images, n)
+        warnings.warn(
+            f"the checkpoint's calibration was limited by --max-minutes; {n} of {available} "
+            "calibration images are scored again and give the threshold; to use all, train "
+            "without --max-minutes",
+            stacklevel=3,
+        )
+    method.calibrate(images)
 
 
 def bundled_checkpoint(method: str, dataset: str, category: str | None) -> Path:
@@ -241,7 +285,7 @@ def evaluate(
     Args:
         checkpoint: load this, or that of this run's folder, instead of training;
             ``run.settings`` may then change inference settings only.
-        budget: seconds of training.
+        budget: of :meth:`Method.fit`, seconds.
         save_maps: write every anomaly map at its original size, in MVTec's layout (float32 TIFF).
 
     Raises:
@@ -262,6 +306,8 @@ def evaluate(
         raise ValueError(
             "nothing is trained with --checkpoint, so --max-minutes has no effect; leave one out"
         )
+    if checkpoint is None:
+        check_files(run, out)
     data = run.load_data()
     check_scorable(data)
     if checkpoint is None:
@@ -329,6 +375,7 @@ def _identity(
 ) -> dict[str, Any]:
     run = replace(run, category=data.info["category"])
     config = to_dict(method.config)
+    assert method.calibration_scores_ is not None
     return fields_of(run) | {
         "split_seed": data.info["split_seed"],
         "data_fingerprint": data.info["fingerprint"],
@@ -336,7 +383,7 @@ def _identity(
         "config_hash": run_hash(run, config),
         "checkpoint": None if checkpoint is None else Path(checkpoint).name,
         "n_train": len(data.train),
-        "n_calibration": len(data.calibration),
+        "n_calibration": len(method.calibration_scores_),
         "n_test": len(data.test_labels),
         "n_anomalous": int(data.test_labels.sum()),
     }

@@ -6,14 +6,17 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from diffad_lite.core.config import Profile
 from diffad_lite.data.datasets import bundled_checkpoints
+from diffad_lite.methods import METHODS
+from diffad_lite.methods.base import get_method
 from diffad_lite.training import processes
 from diffad_lite.training.loop import supports_bf16
 
@@ -106,3 +109,20 @@ def run_checks() -> Iterator[Check]:
         yield Check(False, "data folder", str(error))
     installed = importlib.util.find_spec("elpv_dataset") is not None
     yield Check(installed, "data set elpv (solar cells)", "pip install elpv-dataset")
+
+
+def check_methods(profile: Profile, names: Sequence[str]) -> Iterator[Check]:
+    """Check the files that methods need to train in a profile; all with profiles, if none is named.
+
+    Raises:
+        ValueError: unknown method or profile.
+    """
+    for name in names or [n for n, method in METHODS.items() if hasattr(method.Config, "profiles")]:
+        method = get_method(name)
+        config = method.Config.for_profile(profile, channels=3, image_size=256)
+        missing = list(method.find_missing(config))
+        for message in missing:
+            what, _, fix = message.partition("; ")
+            yield Check(False, f"{name}, profile {profile}: {what}", fix)
+        if not missing:
+            yield Check(True, f"{name}, profile {profile}: all files are there")

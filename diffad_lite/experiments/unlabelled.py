@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from diffad_lite.core.files import check_writable, staged, write_rows
@@ -145,6 +144,8 @@ def find_shifts(normal: Survey, new: Survey) -> list[str]:
     A difference that nearly all new images have is rarely a defect: it is the light, the lens or
     the file format, and it raises every score.
     """
+    from sklearn.metrics import roc_auc_score  # slow to import
+
     labels = np.repeat([0, 1], [len(normal.names), len(new.names)])
     if len(set(labels)) < 2:
         return []

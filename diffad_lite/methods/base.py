@@ -7,6 +7,7 @@ CONTRIBUTING.md; read ``anoddpm.py`` first, and import the new file in ``methods
 where the order of imports is the order in tables.
 """
 
+import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -36,6 +37,7 @@ from diffad_lite.core.config import (
 )
 from diffad_lite.core.files import read_yaml
 from diffad_lite.data.images import check_values, image_keys, standardise, undo_standardise
+from diffad_lite.data.synthetic_anomalies import Synthesis
 from diffad_lite.diffusion.gaussian import noise_generators
 from diffad_lite.methods.calibration import (
     MapCalibration,
@@ -44,6 +46,7 @@ from diffad_lite.methods.calibration import (
     top_k_mean,
 )
 from diffad_lite.methods.checkpoints import Checkpointed, claimed, read_record
+from diffad_lite.spaces.features import DENOISER, LITE0, missing_weights
 from diffad_lite.training import processes
 from diffad_lite.training.loop import FitOptions, TrainReport
 
@@ -235,6 +238,8 @@ def blur(maps: Tensor, sigma: float) -> Tensor:
 
 FEWEST_CALIBRATION = 5  # normal images, so that statistics can be cross-fitted
 BATCH_SIZE = 32  # images scored at once; no result depends on it
+NETWORK_FIELDS = ("backbone", "drift_features", "map_features")  # which may name ImageNet networks
+LAYER_FIELDS = ("layers", "drift_layers")
 METHODS: dict[str, type["Method"]] = {}
 
 
@@ -303,17 +308,21 @@ class Method(Checkpointed, ABC):
             train: normal images (N, C, H, W), float32 in [-1, 1].
             calibration: normal images that ``train`` does not contain, same form.
             seed: of everything random in training.
-            budget: seconds of training; None takes the configured number of steps.
+            budget: seconds of training, and as many again for :meth:`calibrate`; None takes the
+                configured number of steps and all calibration images.
             workdir: folder for training states, from which the same call continues.
             progress: show progress bars.
 
         Raises:
             ValueError: images that :meth:`calibrate` refuses; ``workdir`` has another training.
+            FileNotFoundError: a file that training needs is missing and cannot be downloaded.
             FloatingPointError: the loss is not finite.
 
         Warns:
-            UserWarning: the training images are all equal, or only one.
+            UserWarning: the training images are all equal, or only one; ``budget`` is too short
+                for all calibration images.
         """
+        self.check_files(self.config)
         self._check(train, "train")
         self._check_calibration(calibration)
         prepared = self.prepare(train)
@@ -330,7 +339,69 @@ class Method(Checkpointed, ABC):
                 stage: {"steps": report.steps, "seconds": report.seconds}
                 for stage, report in reports.items()
             }
+            if budget is None:
+                return self.calibrate(calibration)
+            return self._calibrate_within(budget, calibration)
+
+    @classmethod
+    def find_missing(cls, config: MethodConfig, *, download: bool = False) -> Iterator[str]:
+        """Yield a sentence, with the fix, for each file that training needs and that is missing.
+
+        ``download`` tries to download weights of ImageNet networks first.
+        """
+        if synthesis := getattr(config, "synthesis", None):
+            try:
+                _ = Synthesis(synthesis).files
+            except FileNotFoundError as error:
+                yield str(error)
+        networks = {f: str(getattr(config, f)) for f in NETWORK_FIELDS if hasattr(config, f)}
+        torchvision = {f: name for f, name in networks.items() if name not in (LITE0, DENOISER)}
+        layers, lite = [f for f in LAYER_FIELDS if hasattr(config, f)], cls.Config()
+        alternative = {f: getattr(lite, f) for f in [*torchvision, *layers]}
+        for name in sorted(set(torchvision.values())):
+            if message := missing_weights(name, alternative, download=download):
+                yield message
+
+    @classmethod
+    def check_files(cls, config: MethodConfig) -> None:
+        """Raise FileNotFoundError if training needs files that are missing, after a download."""
+        if missing := list(cls.find_missing(config, download=True)):
+            raise FileNotFoundError("; also, ".join(missing))
+
+    def _calibrate_within(self, budget: float, calibration: Tensor) -> Self:
+        """Calibrate on as many images as ``budget`` seconds allow, at least the fewest needed.
+
+        The time that a few images took tells how many are affordable. Those are a fixed random
+        choice, see :meth:`choose_calibration`.
+        """
+        started, n, N = time.monotonic(), 0, len(calibration)
+        affordable = min(FEWEST_CALIBRATION if self.config.calibrate else 1, N)
+        while n < affordable < N:
+            n, begun = affordable, time.monotonic()
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # a fault of these few images alone
+                    self.calibrate(self.choose_calibration(calibration, n))
+            except ValueError:  # for example, these few images are equal, but not all of them
+                return self.calibrate(calibration)
+            now = time.monotonic()
+            image_time = max((now - begun) / n, 1e-9)
+            remaining = max(0.0, budget - (now - started))
+            affordable = processes.gather(min(N, int(remaining / image_time)))[0]
+        if affordable == N:
             return self.calibrate(calibration)
+        warnings.warn(
+            f"the time of --max-minutes allowed {n} of {N} calibration images; the threshold is "
+            "from these; allow more minutes for a more reliable one",
+            stacklevel=3,
+        )
+        return self
+
+    @staticmethod
+    def choose_calibration(calibration: Tensor, n: int) -> Tensor:
+        """Return ``n`` of the calibration images (N, C, H, W), a fixed random choice in order."""
+        order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0))
+        return calibration[order[:n].sort().values]
 
     def calibrate(self, calibration: Tensor) -> Self:
         """Set map statistics and threshold from normal images that training did not see.

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any, Literal, Self, Unpack
 
 import torch
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from diffad_lite.core.config import Count, Profile, configuration
@@ -128,6 +127,8 @@ class PCAResidual(Method):
         return Buffers(mean=torch.zeros(pixels), components=torch.zeros(c.n_components, pixels))
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
+        from sklearn.decomposition import PCA  # slow to import
+
         flat = train.flatten(1)
         components = torch.zeros(self.config.n_components, flat.shape[1])
         if (flat == flat[0]).all():  # no variance, no component

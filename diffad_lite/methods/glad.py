@@ -260,9 +260,7 @@ class GLAD(Method):
         _ = self.synthesis.files  # fail now if textures are missing, not after the first stage
         for network in self.network.values():
             if isinstance(network, ImageNetFeatures):
-                network.load_weights(
-                    {"map_features": LITE0, "drift_features": DENOISER, "layers": LITE0_LAYERS}
-                )
+                network.load_weights()
         fraction = DENOISER_FRACTION if c.anomaly_oriented else 1.0
         options["budget"] = remaining_budget(budget, {}, fraction)
         reports = self.denoiser.fit(train, **options)

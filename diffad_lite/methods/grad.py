@@ -19,7 +19,6 @@ from typing import Annotated, Unpack
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
 from diffad_lite.core.config import (
@@ -139,6 +138,8 @@ class Reweighting(nn.Module):
             normal: images (M, C, H, W).
             seed: of the clusters.
         """
+        from sklearn.cluster import MiniBatchKMeans  # slow to import
+
         self.snapshot.load_state_dict(detector.state_dict())
         points = [self._points(contrastive)[drawn.flatten()], self._points(normal)]
         rng = torch.Generator().manual_seed(seed)

@@ -200,7 +200,7 @@ class MDPS(Method):
         return Networks({**networks, "statistics": statistics})
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
-        self.network["features"].load_weights({"backbone": LITE0, "layers": LITE0_LAYERS})
+        self.network["features"].load_weights()
         return {} if self.prior is not None else self.denoiser.fit(train, **options)
 
     # One step, and one posterior sample.

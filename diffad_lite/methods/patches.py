@@ -121,7 +121,7 @@ class PatchMethod(Method):
         if self.config.backbone == DENOISER:
             reports = self.denoiser.fit(train, **options)
         else:
-            features.load_weights({"backbone": LITE0, "layers": LITE0_LAYERS})
+            features.load_weights()
         self.network.eval()
         started = time.monotonic()
         patches = []

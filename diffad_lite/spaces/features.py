@@ -10,8 +10,11 @@ Any classifier of torchvision can replace it; torchvision downloads its weights 
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
-from urllib.error import URLError
+from urllib.parse import urlparse
+from urllib.request import Request, urlopen
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,8 @@ from diffad_lite.networks.unet import UNet
 
 LITE0 = "efficientnet_lite0"
 LITE0_LAYERS = ("2", "4", "7")  # blocks that the methods compare by default
+TORCHVISION_WEIGHTS = "IMAGENET1K_V1"  # those that the papers use
+ANSWER_SECONDS = 2.0  # in which the server of weights must answer
 DENOISER = "denoiser"  # used as the name of a network: the noise predictor of the method
 CPU_CHUNK = 2  # images; allocating the activations of more takes most of the time on a CPU
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -81,27 +86,24 @@ class ImageNetFeatures(nn.Module):
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # on a CPU this layout is twice as fast
 
-    def load_weights(self, alternative: Mapping[str, Any] | None = None) -> None:
-        """Load the published weights.
-
-        Args:
-            alternative: settings of the method, by name, that need no download; for the message.
+    def load_weights(self) -> None:
+        """Load the published weights; torchvision downloads them once.
 
         Raises:
-            FileNotFoundError: the download failed.
+            FileNotFoundError: they are missing, and the download failed.
+            ValueError: the file is broken.
         """
         if self.name == LITE0:
             self.network.load_weights()
             return
+        if message := missing_weights(self.name, {}, download=True):
+            raise FileNotFoundError(message)
+        weights = models.get_model_weights(self.name)[TORCHVISION_WEIGHTS]
         try:
-            weights = models.get_model_weights(self.name)["IMAGENET1K_V1"]
             state = weights.get_state_dict(progress=True, check_hash=True)
-        except (URLError, OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f"the weights of {self.name} could not be downloaded from {weights.url} ({error}); "
-                f"put that file into {torch.hub.get_dir()}/checkpoints, or take a network that "
-                f"needs no download: {as_options(alternative) if alternative else LITE0}"
-            ) from None
+        except (EOFError, OSError, RuntimeError, UnpicklingError) as error:
+            path, reason = weights_path(weights.url), " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} is broken ({reason}); delete it and start again") from None
         self.network.load_state_dict(state, strict=False)  # without the layers that were removed
 
     @torch.no_grad()
@@ -118,6 +120,40 @@ class ImageNetFeatures(nn.Module):
         images = images.contiguous(memory_format=torch.channels_last)
         maps = self.network(((images + 1) / 2 - self.mean) / self.std)
         return maps if isinstance(maps, list) else list(maps.values())
+
+
+def weights_path(url: str) -> Path:
+    """Return where torchvision keeps the weights of an address; TORCH_HOME changes the folder."""
+    return Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+
+
+def missing_weights(name: str, alternative: Mapping[str, Any], *, download: bool) -> str:
+    """Return a sentence on the missing weights of a network and the fix, or "" if none are missing.
+
+    Args:
+        name: as in :class:`ImageNetFeatures`; unknown names are refused there.
+        alternative: settings of a method, by name, that need no such file; empty for no method.
+        download: whether to try that first.
+    """
+    if name not in models.list_models(module=models):
+        return ""
+    weights, failure = models.get_model_weights(name)[TORCHVISION_WEIGHTS], ""
+    path = weights_path(weights.url)
+    if path.exists():
+        return ""
+    if download:
+        try:
+            urlopen(Request(weights.url, method="HEAD"), timeout=ANSWER_SECONDS).close()
+            weights.get_state_dict(progress=True, check_hash=True)
+            return ""
+        except (OSError, RuntimeError) as error:
+            failure = f" and could not be downloaded ({error})"
+    return (
+        f"the weights of {name} ({path.name}, {weights.meta['_file_size']:.0f} MB) are not in "
+        f"{path.parent}{failure}; put the file from {weights.url} there (its licence may follow "
+        "the terms of ImageNet: non-commercial research and education), or take a network that "
+        f"needs no download: {as_options(alternative) if alternative else LITE0}"
+    )
 
 
 def as_options(settings: Mapping[str, Any]) -> str:

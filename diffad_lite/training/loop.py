@@ -19,6 +19,7 @@ Network = TypeVar("Network", bound=nn.Module)
 LossFunction = Callable[[Network, Tensor, torch.Generator], Tensor]
 SAVE_EVERY_SECONDS = 30.0  # a killed process loses at most these; Ctrl-C loses nothing
 TIMED_STEPS = 20  # after these steps, a time budget is converted into a number of steps
+SLOW_START_SECONDS = 5.0  # that the first step may take longer than others: kernels are chosen
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def train_network(
         seed: of batches, flips, and all that ``loss_function`` draws.
         stage: name of the checkpoint file and of the progress bar.
         budget: seconds. After 20 steps the number of steps is lowered to fit, so that the
-            learning rate still decays to zero.
+            learning rate still decays to zero. Where 20 steps do not fit, the training ends
+            before the step that would exceed the budget, but never without a step.
         workdir: folder for ``<stage>.state.safetensors``; None writes no file.
         progress: show a bar with the loss and the remaining time.
         rates: factors on the learning rate, by the first part of a parameter's name.
@@ -119,7 +121,7 @@ def train_network(
     bar = tqdm(total=run.total, initial=run.step, desc=stage, unit="step", disable=hidden)
     saved_at = time.monotonic()
     started_at = saved_at - run.seconds  # as if earlier sessions had just been made
-    timed_from = run.step, run.seconds
+    timed_from, durations = (run.step, run.seconds), list[float]()
     network.train()
     try:
         with torch.random.fork_rng(devices=[]), DeferredInterrupt() as interrupt:
@@ -132,11 +134,12 @@ def train_network(
                     loss = loss_function(network, batch, run.generator)
                 run.take_step(loss)
 
-                run.seconds = time.monotonic() - started_at
+                durations.append(time.monotonic() - started_at - run.seconds)
+                run.seconds += durations[-1]
                 if run.step == TIMED_STEPS // 2:  # the first steps are slow: kernels are chosen
                     timed_from = run.step, run.seconds
-                if budget is not None and run.step == TIMED_STEPS < run.total:
-                    run.total = bar.total = _affordable_steps(run, budget, timed_from)
+                if budget is not None and run.step <= TIMED_STEPS:
+                    run.total = bar.total = _affordable_steps(run, budget, durations, timed_from)
                 due = time.monotonic() - saved_at > SAVE_EVERY_SECONDS
                 # All processes stop, and save, together.
                 stop, due = map(any, zip(*processes.gather((interrupt.asked, due)), strict=True))
@@ -156,8 +159,19 @@ def train_network(
     return TrainReport(run.step, run.seconds, torch.tensor(run.losses))
 
 
-def _affordable_steps(run: TrainingState, budget: float, timed_from: tuple[int, float]) -> int:
-    """Return how many steps fit into ``budget``, by the mean time since (step, seconds)."""
-    step_time = (run.seconds - timed_from[1]) / (run.step - timed_from[0])
-    affordable = run.step + max(0, int((budget - run.seconds) / step_time))
+def _affordable_steps(
+    run: TrainingState, budget: float, durations: list[float], timed_from: tuple[int, float]
+) -> int:
+    """Return how many steps of the training fit into ``budget``.
+
+    Before ``TIMED_STEPS``, that is all of them, or no more where the fastest of this session's
+    ``durations`` (s) would exceed the budget. Then the mean time since ``timed_from`` (step,
+    seconds) decides.
+    """
+    if run.step < TIMED_STEPS:
+        fastest = min(durations[1:], default=max(0.0, durations[0] - SLOW_START_SECONDS))
+        affordable = run.step if run.seconds + fastest > budget else run.total
+    else:
+        step_time = (run.seconds - timed_from[1]) / (run.step - timed_from[0])
+        affordable = run.step + max(0, int((budget - run.seconds) / step_time))
     return processes.gather(min(affordable, run.total))[0]  # the first process decides

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,10 @@ from diffad_lite.evaluation.tables import render, tables
 from diffad_lite.experiments.evaluate import evaluate, load_checkpoint
 from diffad_lite.experiments.grid import find_missing, read_grid, scorings, sweep, trainings
 from diffad_lite.experiments.run import Run, run_hash
+from diffad_lite.methods import base
+from diffad_lite.methods.base import Method
+from diffad_lite.methods.baselines import PCAResidual
+from diffad_lite.methods.checkpoints import read_record
 from diffad_lite.training.loop import train_network
 
 SMOKE = ("--profile", "ci", "--image-size", "32", "--quiet")
@@ -582,3 +587,34 @@ def test_no_workers_are_refused(tmp_path, capsys):
     command = ["sweep", str(tmp_path / "grid.yaml"), "--out", str(tmp_path / "o")]
     assert main([*command, "--workers", "0"]) == 2
     assert "workers must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_calibration_in_limited_time_is_recorded_and_not_made_longer(
+    tmp_path, monkeypatch, capsys
+):
+    now, infer = [0.0], PCAResidual._infer
+
+    def slow(self, images, *rest):
+        now[0] += len(images)
+        return infer(self, images, *rest)
+
+    monkeypatch.setattr(PCAResidual, "_infer", slow)
+    monkeypatch.setattr(base, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    command = ["--method", "pca", "--dataset", "shapes", "--image-size", "16", "--quiet"]
+    limited = [*command, "--out", str(tmp_path / "run"), "--max-minutes", "0.25"]
+    assert main(["train", *limited]) == 0
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "the time of --max-minutes allowed 10 of 60 calibration images; the thresh" in said
+    record = read_record(tmp_path / "run" / "checkpoint")
+    assert (record["n_calibration"], record["n_calibration_available"]) == (10, 60)
+    monkeypatch.setattr(Method, "calibrate", None)  # must not be called
+    assert main(["evaluate", *limited]) == 0
+    assert "10 scores, q = 0.95: the maximum is used" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["n_calibration"] == 10
+    monkeypatch.undo()
+    again = ["--checkpoint", str(tmp_path / "run"), "--set", "smooth_sigma=2"]
+    assert main(["evaluate", *command, *again, "--out", str(tmp_path / "again")]) == 0
+    said = capsys.readouterr().err
+    assert "10 of 60 calibration images are scored again and give the threshold" in said
+    assert json.loads((tmp_path / "again" / "result.json").read_text())["n_calibration"] == 10

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -14,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from speed import TensorsAlive
 from torch import Tensor
-from torchvision import models
 
 from diffad_lite.core.config import override
 from diffad_lite.data.images import image_keys, undo_standardise
@@ -34,6 +34,7 @@ from diffad_lite.methods.base import (
 )
 from diffad_lite.methods.calibration import MapCalibration, conformal_threshold, top_k_mean
 from diffad_lite.methods.denoiser import Denoiser, DenoiserConfig
+from diffad_lite.spaces import features
 from diffad_lite.spaces.features import LITE0_LAYERS, ImageNetFeatures
 
 NAMES = sorted(METHODS)
@@ -418,6 +419,68 @@ def test_calibrating_again_gives_the_same_threshold(name):
     assert method.threshold_ != before
 
 
+def slow_stub(monkeypatch, calibrate: bool) -> Stub:
+    """A method on whose clock only scoring takes time, one second an image."""
+    now = [0.0]
+
+    class SlowStub(Stub):
+        def _infer(self, images, generators, trace=None):
+            now[0] += len(images)
+            return super()._infer(images, generators, trace)
+
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(methods_base, "time", clock)
+    method = SlowStub(replace(tiny_config("stub"), calibrate=calibrate))
+    method.now = now
+    return method
+
+
+@pytest.mark.parametrize(
+    ("calibrate", "budget", "n"),
+    [(True, 20.5, 15), (True, 0.5, 5), (False, 20.5, 19), (False, 0.5, 1)],
+)
+def test_a_budget_holds_for_the_calibration(monkeypatch, calibrate, budget, n):
+    method, images = slow_stub(monkeypatch, calibrate), pictures(40, seed=1)
+    with pytest.warns(UserWarning, match="calibration") as said:
+        method.fit(pictures(4), images, seed=0, budget=budget, progress=False)
+    (warning,) = said
+    assert f"allowed {n} of 40 calibration images; the threshold is from these" in str(warning)
+    assert method.now[0] <= max(budget, 5)
+    again = Stub(method.config)
+    again.network = method.network
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few images
+        again.calibrate(Stub.choose_calibration(images, n))
+    np.testing.assert_array_equal(method.calibration_scores_, again.calibration_scores_)
+    assert (len(method.calibration_scores_), method.threshold_) == (n, again.threshold_)
+
+
+def test_the_chosen_calibration_images_are_fixed_and_from_everywhere():
+    images = torch.arange(40.0)
+    few, more = (Stub.choose_calibration(images, n).tolist() for n in (10, 20))
+    assert set(few) < set(more)
+    assert few == sorted(few) == Stub.choose_calibration(images, 10).tolist()
+    assert 10 < np.mean(few) < 30
+    assert torch.equal(Stub.choose_calibration(images, 40), images)
+
+
+@each_method
+def test_a_calibration_that_fits_into_the_budget_is_the_same_as_without(name):
+    expected, limited = fitted(name), fit(name, budget=1000.0)
+    assert limited.threshold_ == expected.threshold_
+    np.testing.assert_array_equal(limited.calibration_scores_, expected.calibration_scores_)
+    for key, value in expected.network.state_dict().items():
+        assert torch.equal(limited.network.state_dict()[key], value), key
+
+
+def test_few_equal_images_do_not_stop_a_calibration_in_time(monkeypatch):
+    method, images = slow_stub(monkeypatch, calibrate=True), pictures(40, seed=1)
+    equal = Stub.choose_calibration(torch.arange(40), 5)
+    images[equal] = images[0].clone()
+    method.fit(pictures(4), images, seed=0, budget=1000.0, progress=False)
+    assert len(method.calibration_scores_) == 40
+
+
 def test_few_calibration_images_warn_and_take_the_maximum():
     method = fit("mean_image")
     with pytest.warns(UserWarning, match="the maximum is used"):
@@ -711,25 +774,68 @@ def test_an_error_before_the_first_state_leaves_no_folder(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 
 
-NETWORKS = ("backbone", "map_features", "drift_features")  # fields that name a network
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """A machine without weights, textures and network."""
 
-
-@pytest.mark.parametrize("name", [n for n in NAMES if hasattr(METHODS[n].Config, "layers")])
-def test_settings_printed_after_a_failed_download_work_as_printed(name, monkeypatch):
     def unreachable(*_, **__):
         raise URLError("no route")
 
-    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", unreachable)
+    monkeypatch.setattr(features, "urlopen", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("DIFFAD_DATA", str(tmp_path / "data"))
+    (tmp_path / "data" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+
+def printed_settings(message: str) -> dict[str, str]:
+    """Return the settings that a message prints as options."""
+    hint = message.split("that needs no download: ")[1]
+    return dict(word.split("=", 1) for word in shlex.split(hint) if word != "--set")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if hasattr(METHODS[n].Config, "layers")])
+def test_settings_printed_after_a_failed_download_work_as_printed(name, offline, tmp_path):
     config = replace(tiny_config(name), calibrate=False, layers=("layer1",))
-    for field in filter(config.__dict__.__contains__, NETWORKS):
+    for field in filter(config.__dict__.__contains__, methods_base.NETWORK_FIELDS):
         downloading = replace(config, **{field: "resnet18"})
-        with pytest.raises(FileNotFoundError, match="resnet18 could not be downloaded") as caught:
-            fit(name, config=downloading)
-        hint = str(caught.value).split("that needs no download: ")[1]
-        settings = dict(word.split("=", 1) for word in shlex.split(hint) if word != "--set")
-        mended = override(downloading, settings)
+        with pytest.raises(
+            FileNotFoundError, match=r"could not be downloaded \(.*no rou"
+        ) as caught:
+            fit(name, config=downloading, workdir=tmp_path / "state")
+        assert not (tmp_path / "state").exists()
+        mended = override(downloading, printed_settings(str(caught.value)))
         assert mended.layers == LITE0_LAYERS
         assert torch.isfinite(fit(name, config=mended).predict(pictures(2)).image_score).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "networks"),
+    [("padim", 1), ("glad", 1), ("mdps", 1), ("diffusionad", 0), ("anoddpm", 0)],
+)
+def test_paper_profiles_say_what_they_miss_and_which_settings_avoid_it(name, networks, offline):
+    method = METHODS[name]
+    config = method.Config.for_profile("paper", channels=3, image_size=64)
+    missing = list(method.find_missing(config))
+    textures = [message for message in missing if message.startswith("no texture images in ")]
+    assert len(textures) == hasattr(config, "synthesis")
+    settings = {}
+    for message in missing:
+        if message in textures:
+            assert 'synthesis.texture_root to another folder, or to "" for' in message
+            settings["synthesis.texture_root"] = ""
+        else:
+            assert "wide_resnet" in message
+            settings |= printed_settings(message)
+    assert len(missing) == len(textures) + networks
+    mended = override(config, settings)
+    assert list(method.find_missing(mended)) == []
+    for layers in {getattr(mended, f, None) or LITE0_LAYERS for f in methods_base.LAYER_FIELDS}:
+        ImageNetFeatures(features.LITE0, layers, 64)  # they are blocks of that network
+    if missing:
+        with pytest.raises(FileNotFoundError) as caught:
+            method.check_files(config)
+        assert str(caught.value).count("; also, ") == len(missing) - 1
 
 
 # -------------------------------------------------------------------------------------- files

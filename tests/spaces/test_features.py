@@ -1,5 +1,6 @@
 """Features: published weights, shapes, errors, features of the denoiser."""
 
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -14,6 +15,7 @@ from diffad_lite.spaces.features import (
     DenoiserFeatures,
     ImageNetFeatures,
     feature_distance,
+    missing_weights,
     on_grid,
     peak_ratio,
     perceptual_distance,
@@ -85,20 +87,47 @@ def test_unknown_names_are_refused(name, layers, message):
         ImageNetFeatures(name, layers, 64)
 
 
-def test_failed_download_says_what_to_do(monkeypatch):
-    features = ImageNetFeatures("resnet18", ("layer1",), 64)
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """Torchvision's folder of weights: empty, and no server answers."""
 
-    def unreachable(self, **_):
+    def unreachable(*_, **__):
         raise URLError("no route")
 
-    monkeypatch.setattr(models.ResNet18_Weights, "get_state_dict", unreachable)
-    with pytest.raises(FileNotFoundError, match=r": efficientnet_lite0$"):
-        features.load_weights()
-    alternative = {"backbone": LITE0, "layers": ["2", "4"]}
-    with pytest.raises(FileNotFoundError, match=r"weights of resnet18 .*no route.*") as caught:
-        features.load_weights(alternative)
-    expected = """--set backbone=efficientnet_lite0 --set 'layers=["2","4"]'"""
-    assert str(caught.value).endswith(f" that needs no download: {expected}")
+    monkeypatch.setattr("diffad_lite.spaces.features.urlopen", unreachable)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_missing_weights_are_described_with_the_fix(hub):
+    expected = f"the weights of resnet18 (resnet18-f37072fd.pth, 45 MB) are not in {hub}"
+    url = "put the file from https://download.pytorch.org/models/resnet18-f37072fd.pth there"
+    said = missing_weights("resnet18", {}, download=False)
+    assert said.startswith(f"{expected}; {url} (its licence may follow the terms of ImageNet")
+    assert said.endswith("needs no download: efficientnet_lite0")
+    said = missing_weights("resnet18", {"backbone": LITE0, "layers": ["2", "4"]}, download=True)
+    assert said.startswith(f"{expected} and could not be downloaded (<urlopen error no route>); ")
+    options = """--set backbone=efficientnet_lite0 --set 'layers=["2","4"]'"""
+    assert said.endswith(f" that needs no download: {options}")
+    with pytest.raises(FileNotFoundError, match=r"weights of resnet18 .*no route"):
+        ImageNetFeatures("resnet18", ("layer1",), 64).load_weights()
+
+
+def test_weights_are_loaded_from_the_folder_and_broken_ones_are_named(hub):
+    published = models.resnet18()
+    torch.save(published.state_dict(), hub / "resnet18-f37072fd.pth")
+    assert missing_weights("resnet18", {}, download=True) == ""
+    features = ImageNetFeatures("resnet18", ("layer1",), 64)
+    features.load_weights()
+    assert torch.equal(features.network.conv1.weight, published.conv1.weight)
+    for content in (b"", b"not found"):
+        (hub / "resnet18-f37072fd.pth").write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"f37072fd\.pth is broken \(.*\); delete it and start"
+        ):
+            features.load_weights()
 
 
 def test_maps_on_one_grid_keep_their_mean_and_place():

@@ -1,6 +1,7 @@
 """The training loop: exact resume, refusals, budget, EMA, learning rate, flips."""
 
 import math
+import time
 from collections.abc import Callable
 from itertools import count, pairwise
 from pathlib import Path
@@ -255,10 +256,58 @@ def test_budget_of_a_run_that_starts_slowly_counts_the_later_steps(monkeypatch):
     assert report.steps in (49, 50)
 
 
-@pytest.mark.parametrize("budget", [0.0, 0.05])
-def test_a_budget_that_is_too_small_ends_at_the_timed_steps(monkeypatch, budget):
-    clock = FakeClock(monkeypatch, step_time=0.01)
-    assert train(make_network(), clock.ticking(), config=LONG, budget=budget).steps == 20
+@pytest.mark.parametrize(
+    ("step_time", "budget", "steps"),
+    [
+        (0.01, -3.0, 1),  # an earlier stage took more than all of it
+        (0.01, 0.0, 1),
+        (0.01, 0.055, 5),
+        (0.01, 0.195, 19),
+        (100.0, 60.0, 1),  # a network of a paper on a CPU
+        (100.0, 150.0, 1),
+        (100.0, 250.0, 2),
+        (100.0, 1999.0, 19),
+        (100.0, 2550.0, 25),
+    ],
+)
+def test_the_budget_holds_from_the_first_steps_on(tmp_path, monkeypatch, step_time, budget, steps):
+    clock = FakeClock(monkeypatch, step_time)
+    options = {"config": LONG, "budget": budget, "workdir": tmp_path}
+    network, again = make_network(), make_network(seed=1)
+    report = train(network, clock.ticking(), **options)
+    assert report.steps == len(report.losses) == steps
+    assert report.seconds == pytest.approx(steps * step_time)
+    assert train(again, breaking_at(0), **options).steps == steps  # nothing is left to do
+    assert torch.equal(flat(again), flat(network))
+
+
+@pytest.mark.parametrize("broken_at", [1, 3])
+def test_slow_steps_of_an_interrupted_run_count(tmp_path, save_always, monkeypatch, broken_at):
+    clock = FakeClock(monkeypatch, step_time=100.0)
+    options = {"config": LONG, "budget": 550.0, "workdir": tmp_path}
+    with pytest.raises(Interruption):
+        train(make_network(), clock.ticking(breaking_at(broken_at)), **options)
+    report = train(make_network(), clock.ticking(), **options)
+    assert (report.steps, report.seconds) == (5, pytest.approx(500.0))
+
+
+def test_real_seconds_count(monkeypatch):
+    def slow(network, batch, generator):
+        time.sleep(0.1)
+        return denoising_loss(network, batch, generator)
+
+    started = time.monotonic()
+    assert 2 <= train(make_network(), slow, config=LONG, budget=0.45).steps <= 4
+    assert time.monotonic() - started < 2.0
+
+
+def test_where_all_fits_a_budget_changes_nothing(monkeypatch):
+    free, limited = make_network(), make_network()
+    clock = FakeClock(monkeypatch, step_time=1.0)
+    config = TrainConfig(steps=12, batch_size=4)
+    train(free, clock.ticking(), config=config)
+    assert train(limited, clock.ticking(), config=config, budget=12.5).steps == 12
+    assert torch.equal(flat(limited), flat(free))
 
 
 def test_a_budget_never_raises_the_steps(monkeypatch):
