@@ -112,12 +112,12 @@ def run_checks() -> Iterator[Check]:
 
 
 def check_methods(profile: Profile, names: Sequence[str]) -> Iterator[Check]:
-    """Check the files that methods need to train in a profile; all with profiles, if none is named.
+    """Check the files that methods need to train in a profile; all methods, if none is named.
 
     Raises:
         ValueError: unknown method or profile.
     """
-    for name in names or [n for n, method in METHODS.items() if hasattr(method.Config, "profiles")]:
+    for name in names or METHODS:
         method = get_method(name)
         config = method.Config.for_profile(profile, channels=3, image_size=256)
         missing = list(method.find_missing(config))

@@ -224,7 +224,6 @@ class DiffusionAD(Method):
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         c, budget = self.config, options["budget"]
         reports: dict[str, TrainReport] = {}
-        _ = self.synthesis.files  # missing textures are an error now, not after the first stage
         if c.pretrains:
             options["budget"] = remaining_budget(budget, {}, DENOISER_FRACTION)
             reports |= self.denoiser.fit(train, **options)

@@ -257,7 +257,6 @@ class GLAD(Method):
 
     def _fit(self, train: Tensor, **options: Unpack[FitOptions]) -> dict[str, TrainReport]:
         c, budget = self.config, options["budget"]
-        _ = self.synthesis.files  # fail now if textures are missing, not after the first stage
         for network in self.network.values():
             if isinstance(network, ImageNetFeatures):
                 network.load_weights()

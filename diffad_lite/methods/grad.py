@@ -13,6 +13,7 @@ draw patterns into windows of normal images.
 import copy
 import math
 import time
+import warnings
 from dataclasses import field, replace
 from typing import Annotated, Unpack
 
@@ -256,6 +257,7 @@ DETECTOR_CELL = 4  # pixels to the side for each of its logits
 TWIN_STEPS = 3
 PATTERN_BATCH = 8  # images of the pool with the same start timestep
 GENERATORS_FRACTION = 0.6  # of a time budget
+POOL_FRACTION = 0.5  # of the time budget that remains after the generators
 WARMUP_FRACTION = 1 / 3  # of the time budget that remains after the pool
 
 
@@ -367,15 +369,34 @@ class GRAD(Method):
             parts.append(torch.cat([drawn, window], 1).cpu())
         return torch.cat(parts)
 
-    def draw_pool(self, normal: Tensor, seed: int) -> Tensor:
-        """Draw the contrastive images (n, C + 1, H, W), in equal parts from all PatchDiffs."""
+    def draw_pool(self, normal: Tensor, seed: int, budget: float | None = None) -> Tensor:
+        """Draw the contrastive images (n, C + 1, H, W), in equal parts from all PatchDiffs.
+
+        With a ``budget`` in seconds there may be fewer of them, which a warning says.
+        """
+        n = self.config.n_patterns
+        if budget is not None and (affordable := self.affordable_patterns(normal, budget)) < n:
+            warnings.warn(
+                f"the time budget allows {affordable} of {n} contrastive images; allow more time, "
+                "or lower n_patterns",
+                stacklevel=3,
+            )
+            n = affordable
         generator = torch.Generator().manual_seed(seed)
-        each = math.ceil(self.config.n_patterns / len(self.patchdiffs))
+        each = math.ceil(n / len(self.patchdiffs))
         drawn = [
             self.draw_patterns(network, normal, each, generator)
             for network in self.patchdiffs.values()
         ]
-        return torch.cat(drawn)[: self.config.n_patterns]
+        return torch.cat(drawn)[:n]
+
+    def affordable_patterns(self, normal: Tensor, budget: float) -> int:
+        """Return how many contrastive images can be drawn in ``budget`` s, one by each at least."""
+        started, generator = time.monotonic(), torch.Generator().manual_seed(0)
+        for network in self.patchdiffs.values():
+            self.draw_patterns(network, normal, 1, generator)
+        elapsed, n = time.monotonic() - started, len(self.patchdiffs)
+        return n + max(0, int((budget - 2 * elapsed) / elapsed * n))
 
     def twins(self, normal: Tensor, seed: int) -> Tensor:
         """Return normal images after a few steps of each PatchDiff from a low noise level."""
@@ -420,7 +441,7 @@ class GRAD(Method):
         budget, seed = options["budget"], options["seed"]
         reports = self.train_patchdiffs(train, **options)
         started = time.monotonic()
-        pool = self.draw_pool(train, seed)
+        pool = self.draw_pool(train, seed, remaining_budget(budget, reports, POOL_FRACTION))
         normal = torch.cat([train, self.twins(train, seed)])
         reports["pool"] = TrainReport(0, time.monotonic() - started, torch.zeros(0))
         options["budget"] = remaining_budget(budget, reports, WARMUP_FRACTION)

@@ -155,12 +155,31 @@ def test_drawing_the_pool_counts_in_the_time_budget(monkeypatch):
 
     monkeypatch.setattr("diffad_lite.methods.grad.train_network", quick)
     monkeypatch.setattr("diffad_lite.methods.grad.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(GRAD, "affordable_patterns", lambda *_: 10**6)
     options = {"seed": 0, "workdir": None, "progress": False}
     reports = GRAD(config(reweight=False))._fit(pictures(12), budget=100.0, **options)
     assert given["patchdiff6"] == given["patchdiff10"] == pytest.approx(30)  # .6 of all, halved
     assert given["warmup"] == pytest.approx((100 - 20 - 25) / 3)
     assert given["detector"] == pytest.approx(100 - 20 - 25 - 10)
     assert sum(report.seconds for report in reports.values()) == pytest.approx(65)
+
+
+def test_a_short_time_draws_fewer_patterns_and_says_so(monkeypatch):
+    made = GRAD(config(n_patterns=100))
+    clock = iter([0.0, 2.0])  # one pattern of each of the two generators takes a second
+    monkeypatch.setattr("diffad_lite.methods.grad.time.monotonic", lambda: next(clock))
+    with pytest.warns(UserWarning, match="allows 12 of 100 contrastive images; allow more time"):
+        pool = made.draw_pool(pictures(12), 0, budget=14.0)  # 4 s for the two that told the time
+    assert len(pool) == 12
+    clock = iter([0.0, 2.0])
+    with pytest.warns(UserWarning, match="allows 2 of 100"):
+        assert len(made.draw_pool(pictures(12), 0, budget=0.5)) == 2
+
+
+def test_a_time_in_which_all_patterns_fit_changes_none(monkeypatch):
+    made = GRAD(config(n_patterns=6))
+    pool = made.draw_pool(pictures(12), 0)
+    assert torch.equal(made.draw_pool(pictures(12), 0, budget=1e4), pool)
 
 
 def test_fit_takes_images_and_nothing_that_marks_them():
