@@ -265,7 +265,7 @@ def test_the_detector_learns_what_differs_and_nothing_else(contrastive, low, hig
         means = F.avg_pool2d(F.pad(pictures(n, seed), (1, 1, 0, 0), mode="circular"), (1, 3), 1)
         return (1.7 * means).clamp(-1, 1)  # of about the same deviation
 
-    monkeypatch.setattr(GRAD, "draw_pool", lambda self, normal, seed: everywhere(drawn(200, 7)))
+    monkeypatch.setattr(GRAD, "draw_pool", lambda *_: everywhere(drawn(200, 7)))
     monkeypatch.setattr(GRAD, "twins", lambda self, normal, seed: normal[:0])
     long = TrainConfig(steps=240, batch_size=8, learning_rate=2e-3, ema_decay=0.95)
     made = GRAD(config(train=long, standardise=False, calibrate=False, extra=0))
