@@ -3,20 +3,16 @@
 import re
 from pathlib import Path
 
+import published
 import pytest
+from published import find_entry, linked, published_settings, settings_table
 
 from diffad_lite.core.config import field_names
-from diffad_lite.methods import base, published
+from diffad_lite.methods import base
 from diffad_lite.methods.base import METHODS
-from diffad_lite.methods.published import (
-    find_entry,
-    linked,
-    published_settings,
-    settings_table,
-)
 
 PROFILES = Path(base.__file__).parent / "profiles"
-PAGES = Path(__file__).parents[2] / "docs" / "methods"
+PAGES = Path(__file__).parents[1] / "docs" / "methods"
 
 
 @pytest.mark.parametrize("name", METHODS)
