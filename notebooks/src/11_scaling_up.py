@@ -128,8 +128,8 @@ Markdown("\n".join(lines))
 
 # %% [markdown]
 # *Table: the fields of `AnoDDPMConfig` in which `lite` and `paper` differ.* In all of them. A result of `lite` is
-# about *that* configuration on *that* data; it says nothing certain about `paper`. Each `for_profile` names the
-# sources of its numbers, line by line.
+# about *that* configuration on *that* data; it says nothing certain about `paper`. The
+# [page of each method](../docs/methods/index.md) lists every field with its source, by file and line.
 #
 # ### Weigh it first
 #
