@@ -1,8 +1,8 @@
 """The fields of a paper profile beside what was published, and where it stands.
 
 A file ``profiles/<name>.yaml`` has, besides the values of the profiles, ``published``: field or
-group of fields -> ``source`` (file and line, or an equation), ``value`` where ours differs, and
-``reason``. Files are those of ``repository``, "owner/name@commit"; ``versions`` names the commit of
+group of fields -> ``value`` and ``source`` (file and line, or an equation), and the ``reason``
+where ours differs, or where nothing was published. Files are those of ``repository``, "owner/name@commit"; ``versions`` names the commit of
 a file that was read in another version, or in a copy of the repository.
 """
 
@@ -39,19 +39,23 @@ class Setting:
 
 
 def published_settings(method: str) -> Iterator[Setting]:
-    """Yield every field of a method's paper profile, for a category without settings.
+    """Yield every field of a method's paper profile, for the bottles of MVTec AD.
 
     Raises:
-        ValueError: unknown method; a field with neither source nor reason, or another value than
-            the published one without a reason.
+        ValueError: unknown method; a field with neither source nor reason, a source without a
+            value, or another value than the published one without a reason.
     """
-    config = get_method(method).Config.for_profile("paper", channels=3, image_size=256)
+    config = get_method(method).Config.for_profile(
+        "paper", channels=3, image_size=256, dataset="folder", category="bottle"
+    )
     for field, ours in flatten(to_dict(config)).items():
         entry = find_entry(type(config), field)
         source, reason = entry.get("source", ""), entry.get("reason", "")
-        published = entry.get("value", ours if source else None)
+        published = entry.get("value")
         if not source and not reason:
             raise ValueError(f"{method}: {field} has neither a published source nor a reason")
+        if bool(source) != ("value" in entry):
+            raise ValueError(f"{method}: {field} needs a published value with its source, or none")
         if source and published != ours and not reason:
             raise ValueError(f"{method}: {field} is {ours}, published is {published}; why?")
         yield Setting(field, ours, published, source, reason)
@@ -77,10 +81,10 @@ def find_entry(config: type, field: str) -> Entry:
 
 def linked(source: str, profiles: Mapping[str, Any]) -> str:
     """Return "file:line" as a link into the repository of a file of profiles; else the text."""
-    found = re.fullmatch(r"([\w./-]+?)(?::(\d+))?", source)
-    if not found or "repository" not in profiles:
+    match = re.fullmatch(r"([\w./-]+?)(?::(\d+))?", source)
+    if not match or "repository" not in profiles:
         return source
-    path, line = found.groups()
+    path, line = match.groups()
     version = str(profiles.get("versions", {}).get(path, profiles["repository"]))
     home, _, commit = profiles["repository"].partition("@")
     if "@" in version:

@@ -1,6 +1,7 @@
 """Paper profiles beside what was published: every field has a source or a reason."""
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import published
@@ -35,7 +36,8 @@ def test_no_entry_is_left_over():
     }
     for path in PROFILES.glob("*.yaml"):
         for name, entry in base.read_profiles(path.stem).get("published", {}).items():
-            known = name in every or any(f.startswith(f"{name}.") for f in every) or "*" in name
+            known = name in every or any(f.startswith(f"{name}.") for f in every)
+            known = known or any(fnmatchcase(f, name) for f in every)
             assert known, (path.name, name)
             assert entry and entry.keys() <= {"value", "source", "reason"}, (path.name, name)
 
@@ -61,6 +63,9 @@ def test_a_field_without_source_and_reason_is_an_error(monkeypatch):
 def test_another_value_than_the_published_needs_a_reason(monkeypatch):
     first, *others = field_names(METHODS["pca"].Config())
     known = {name: {"reason": "ours"} for name in others}
+    changed(monkeypatch, known | {first: {"source": "a.py:1"}})
+    with pytest.raises(ValueError, match=f"pca: {first} needs a published value with its source"):
+        list(published_settings("pca"))
     changed(monkeypatch, known | {first: {"source": "a.py:1", "value": "other"}})
     with pytest.raises(ValueError, match=rf"pca: {first} is .*, published is other; why\?"):
         list(published_settings("pca"))

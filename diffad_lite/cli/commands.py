@@ -475,7 +475,7 @@ def doctor(arguments: argparse.Namespace) -> int:
         raise ValueError("--method says nothing without a profile; add --profile paper")
     checks = run_checks()
     if arguments.profile is not None:
-        checks = chain(checks, check_methods(arguments.profile, arguments.method))
+        checks = chain(check_methods(arguments.profile, arguments.method), checks)
     ok = True
     for check in checks:
         print(check)

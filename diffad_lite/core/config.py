@@ -118,19 +118,20 @@ def check_at_most(config: Any, **limits: float) -> None:
             raise ValueError(f"{where} must be at most {limit}, got {short_repr(value)}")
 
 
-def check_exactly_one(config: Any, *names: str) -> None:
-    """Check that one of several fields, which say the same in different ways, is set.
+def check_exactly_one(config: Any) -> None:
+    """Check that one of the class's ``alternatives``, fields that say the same, is not None.
+
+    :func:`override` and :func:`with_values` set the others to None where they set one.
 
     Raises:
-        ValueError: none, or more than one of them, is not None.
+        ValueError: none of them is set, or more than one.
     """
-    given = {name: value for name in names if (value := getattr(config, name)) is not None}
-    if len(given) != 1:
-        where, either = type(config).__qualname__, " or ".join(names)
-        values = short_repr(given) if given else "neither"
-        raise ValueError(
-            f"{where} must have {either}, got {values}; set one, and the other to null (None)"
-        )
+    names = type(config).alternatives
+    values = {name: value for name in names if (value := getattr(config, name)) is not None}
+    if len(values) != 1:
+        where, fields = type(config).__qualname__, " or ".join(names)
+        got = short_repr(values) if values else "none"
+        raise ValueError(f"{where} must have {fields}, got {got}; set one, and the rest to None")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -215,6 +216,9 @@ def override(config: Config, assignments: Mapping[str, str]) -> Config:
 def with_values(config: Config, changes: Mapping[str, Any]) -> Config:
     """Return a copy with some fields replaced: dotted field name -> JSON value.
 
+    Of fields that say the same in different ways, such as ``steps`` and ``epochs``, the one that is
+    set takes the place of the others.
+
     Raises:
         ValueError: an unknown field, or a value that does not fit it.
     """
@@ -232,6 +236,13 @@ def with_values(config: Config, changes: Mapping[str, Any]) -> Config:
         if name not in node:
             raise unknown_name("field", dotted, flatten(values))
         node[name] = value
+        owner = functools.reduce(getattr, groups, config)
+        alternatives = getattr(type(owner), "alternatives", ())
+        if value is not None and name in alternatives:
+            prefix = dotted.removesuffix(name)
+            for other in set(alternatives) - {name}:
+                if changes.get(prefix + other) is None:
+                    node[other] = None
     return from_dict(type(config), values)
 
 

@@ -41,13 +41,15 @@ def list_textures(root: str | Path) -> list[Path]:
     Raises:
         FileNotFoundError: no such folder, no image in it, or no data folder for a relative path.
     """
-    folder = Path(root) if Path(root).is_absolute() else data_dir().absolute() / root
+    root = Path(root).expanduser()
+    folder = root if root.is_absolute() else data_dir().absolute() / root
     files = walk_images(folder) if folder.is_dir() else []
     if not files:
         raise FileNotFoundError(
             f"no texture images in {folder}; download the Describable Textures Dataset ({DTD}) and "
-            "unpack it there, name another folder by its absolute path, or take procedural "
-            "textures: --set synthesis.texture_root="
+            "unpack it there, name another folder (--set synthesis.texture_root=/path/to/it; a "
+            "relative path is below the data folder), or take procedural textures: "
+            "--set synthesis.texture_root="
         )
     return files
 
@@ -146,7 +148,7 @@ def augment(
 ) -> Tensor:
     """Apply three different random operations to an image (C, H, W) in [-1, 1]."""
     operations = AUGMENTATIONS[augmentations]
-    image = (image[:, None] + 1) / 2  # each channel is an image, so any number of channels works
+    image = ((image[:, None] + 1) / 2).clamp(0, 1)  # each channel is an image: any number works
     for k in torch.randperm(len(operations), generator=generator)[:N_AUGMENTATIONS].tolist():
         image = operations[k](image, generator).clamp(0, 1)
     return 2 * image[:, 0] - 1

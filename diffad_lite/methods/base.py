@@ -349,7 +349,8 @@ class Method(Checkpointed, ABC):
 
         ``download`` tries to download weights of ImageNet networks first.
         """
-        if synthesis := getattr(config, "synthesis", None):
+        synthesis = getattr(config, "synthesis", None)
+        if synthesis and getattr(config, "anomaly_oriented", True):
             try:
                 _ = Synthesis(synthesis).files
             except FileNotFoundError as error:
@@ -366,7 +367,7 @@ class Method(Checkpointed, ABC):
     def check_files(cls, config: MethodConfig) -> None:
         """Raise FileNotFoundError if training needs files that are missing, after a download."""
         if missing := list(cls.find_missing(config, download=True)):
-            raise FileNotFoundError("; also, ".join(missing))
+            raise FileNotFoundError("\n".join(missing))
 
     def _calibrate_within(self, budget: float, calibration: Tensor) -> Self:
         """Calibrate on as many images as ``budget`` seconds allow, at least the fewest needed.
@@ -383,7 +384,8 @@ class Method(Checkpointed, ABC):
                     warnings.simplefilter("ignore")  # a fault of these few images alone
                     self.calibrate(self.choose_calibration(calibration, n))
             except ValueError:  # for example, these few images are equal, but not all of them
-                return self.calibrate(calibration)
+                affordable = min(N, 2 * n)
+                continue
             now = time.monotonic()
             image_time = max((now - begun) / n, 1e-9)
             remaining = max(0.0, budget - (now - started))
@@ -391,8 +393,8 @@ class Method(Checkpointed, ABC):
         if affordable == N:
             return self.calibrate(calibration)
         warnings.warn(
-            f"the time of --max-minutes allowed {n} of {N} calibration images; the threshold is "
-            "from these; allow more minutes for a more reliable one",
+            f"the time budget (--max-minutes) allowed {n} of {N} calibration images; the threshold "
+            "is from these; allow more time for a more reliable one",
             stacklevel=3,
         )
         return self

@@ -116,6 +116,7 @@ class GLADConfig(DenoisingConfig):
     """
 
     profiles = "glad"
+    alternatives = ("steps", "stride")
 
     standardise: bool = True  # chosen on development defects, like the defaults below
     top_fraction: TopFraction = 0.03
@@ -153,10 +154,12 @@ class GLADConfig(DenoisingConfig):
         """Validate fields against each other."""
         T = self.denoiser.num_timesteps
         check_at_most(self, noise_level=T - 1, fade_noise_level=T - 1)
-        check_exactly_one(self, "steps", "stride")
+        check_exactly_one(self)
         check_at_most(self, min_noise_level=self.noise_level)
         if self.steps is not None:
             check_at_most(self, steps=self.noise_level + 1)
+        else:  # timesteps 1, 1 + stride, ... below the noise level
+            check_at_most(self, stride=self.noise_level - 1)
         for layer in self.drift_layers or ():
             if layer not in self.layers:
                 raise unknown_name("layer in drift_layers", layer, self.layers)
@@ -191,7 +194,8 @@ class Reconstruction(NamedTuple):
         x: the reconstruction (B, C, H, W).
         t_star: timestep at which each image was accepted or reset (B,); -1 for neither.
         timesteps: visited, decreasing.
-        drifts: drift (B, H, W) at each but the first timestep; NaN for images already decided.
+        drifts: drift (B, H, W) at each timestep; NaN at the noise level itself, and for images
+            already decided.
         states: state (B, C, H, W) at each timestep, after the decision.
     """
 

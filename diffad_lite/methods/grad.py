@@ -15,6 +15,7 @@ import math
 import time
 import warnings
 from dataclasses import field, replace
+from pathlib import Path
 from typing import Annotated, Unpack
 
 import torch
@@ -29,11 +30,14 @@ from diffad_lite.core.config import (
     Widths,
     check_at_most,
     configuration,
+    convert,
 )
+from diffad_lite.core.files import read_json, write_json
 from diffad_lite.diffusion.gaussian import GaussianDiffusion, randn
 from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
 from diffad_lite.methods.base import BATCH_SIZE, Inferred, Method, MethodConfig, Networks, Trace
 from diffad_lite.networks.patchnet import PatchDetector, PatchDiff
+from diffad_lite.training import processes
 from diffad_lite.training.loop import (
     FitOptions,
     TrainReport,
@@ -258,6 +262,7 @@ TWIN_STEPS = 3
 PATTERN_BATCH = 8  # images of the pool with the same start timestep
 GENERATORS_FRACTION = 0.6  # of a time budget
 POOL_FRACTION = 0.5  # of the time budget that remains after the generators
+TWINS_FRACTION = 0.3  # of the pool's time
 WARMUP_FRACTION = 1 / 3  # of the time budget that remains after the pool
 
 
@@ -369,19 +374,12 @@ class GRAD(Method):
             parts.append(torch.cat([drawn, window], 1).cpu())
         return torch.cat(parts)
 
-    def draw_pool(self, normal: Tensor, seed: int, budget: float | None = None) -> Tensor:
+    def draw_pool(self, normal: Tensor, seed: int, n: int | None = None) -> Tensor:
         """Draw the contrastive images (n, C + 1, H, W), in equal parts from all PatchDiffs.
 
-        With a ``budget`` in seconds there may be fewer of them, which a warning says.
+        None draws ``config.n_patterns`` of them.
         """
-        n = self.config.n_patterns
-        if budget is not None and (affordable := self.affordable_patterns(normal, budget)) < n:
-            warnings.warn(
-                f"the time budget allows {affordable} of {n} contrastive images; allow more time, "
-                "or lower n_patterns",
-                stacklevel=3,
-            )
-            n = affordable
+        n = self.config.n_patterns if n is None else n
         generator = torch.Generator().manual_seed(seed)
         each = math.ceil(n / len(self.patchdiffs))
         drawn = [
@@ -390,13 +388,42 @@ class GRAD(Method):
         ]
         return torch.cat(drawn)[:n]
 
-    def affordable_patterns(self, normal: Tensor, budget: float) -> int:
-        """Return how many contrastive images can be drawn in ``budget`` s, one by each at least."""
+    def pool_sizes(
+        self, normal: Tensor, budget: float | None, workdir: Path | None
+    ) -> tuple[int, int]:
+        """Return the numbers of contrastive images and of normal images that get twins.
+
+        Both are smaller where ``budget`` (s) does not allow all of them, which a warning says.
+        ``workdir`` keeps them, as a resumed training must draw the same pool.
+        """
+        n, N, P = self.config.n_patterns, len(normal), len(self.patchdiffs)
+        if budget is None:
+            return n, N
+        path = workdir / "pool.json" if workdir else None
+        if path and path.exists():
+            sizes = convert(read_json(path, "sizes of the pool"), dict[str, int], str(path))
+            return sizes["patterns"], sizes["twins"]
         started, generator = time.monotonic(), torch.Generator().manual_seed(0)
         for network in self.patchdiffs.values():
             self.draw_patterns(network, normal, 1, generator)
-        elapsed, n = time.monotonic() - started, len(self.patchdiffs)
-        return n + max(0, int((budget - 2 * elapsed) / elapsed * n))
+        elapsed = time.monotonic() - started  # of config.steps steps by each PatchDiff
+        remaining = max(0.0, budget - elapsed)
+        twin_time = elapsed * TWIN_STEPS / self.config.steps
+        sizes = {
+            "patterns": min(n, max(P, int((1 - TWINS_FRACTION) * remaining / elapsed * P))),
+            "twins": min(N, max(1, int(TWINS_FRACTION * remaining / twin_time))),
+        }
+        sizes = processes.gather(sizes)[0]  # the first process decides
+        if sizes != {"patterns": n, "twins": N}:
+            warnings.warn(
+                f"the time budget (--max-minutes) allows {sizes['patterns']} of {n} contrastive "
+                f"images, and twins of {sizes['twins']} of {N} normal ones; allow more time, or "
+                "lower n_patterns",
+                stacklevel=3,
+            )
+        if path and processes.rank() == 0:
+            write_json(path, sizes)
+        return sizes["patterns"], sizes["twins"]
 
     def twins(self, normal: Tensor, seed: int) -> Tensor:
         """Return normal images after a few steps of each PatchDiff from a low noise level."""
@@ -441,8 +468,12 @@ class GRAD(Method):
         budget, seed = options["budget"], options["seed"]
         reports = self.train_patchdiffs(train, **options)
         started = time.monotonic()
-        pool = self.draw_pool(train, seed, remaining_budget(budget, reports, POOL_FRACTION))
-        normal = torch.cat([train, self.twins(train, seed)])
+        pool_budget = remaining_budget(budget, reports, POOL_FRACTION)
+        n_patterns, n_twins = self.pool_sizes(train, pool_budget, options["workdir"])
+        pool = self.draw_pool(train, seed, n_patterns)
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        with_twins = train[chosen[:n_twins].sort().values]
+        normal = torch.cat([train, self.twins(with_twins, seed)])
         reports["pool"] = TrainReport(0, time.monotonic() - started, torch.zeros(0))
         options["budget"] = remaining_budget(budget, reports, WARMUP_FRACTION)
         reports["warmup"] = self.warm_up(normal, pool, **options)

@@ -94,6 +94,7 @@ class MDPSConfig(DenoisingConfig):
     """
 
     profiles = "mdps"
+    alternatives = ("steps", "stride")
 
     standardise: bool = True  # chosen on development defects and uncertain cells, as what follows
     top_fraction: TopFraction = 0.03
@@ -120,9 +121,12 @@ class MDPSConfig(DenoisingConfig):
         """Validate fields against each other."""
         T = self.denoiser.num_timesteps
         check_at_most(self, noise_level=T - 1, mask_noise_level=T - 1)
-        check_exactly_one(self, "steps", "stride")
+        check_exactly_one(self)
+        lowest = min(self.noise_level, self.mask_noise_level)
         if self.steps is not None:
-            check_at_most(self, steps=1 + min(self.noise_level, self.mask_noise_level))
+            check_at_most(self, steps=1 + lowest)
+        else:  # timesteps 0, stride, ... below each noise level
+            check_at_most(self, stride=lowest)
 
     @classmethod
     def for_profile(cls, profile: Profile, *, category: str | None = None, **shape: Any) -> Self:
@@ -131,15 +135,17 @@ class MDPSConfig(DenoisingConfig):
         if profile != "paper":
             return base
         official = category_settings("mdps", category)
-        # Norm of an image here / norm of a batch of 8 in the code.
-        norm_ratio = base.image_size / (MAP_SIDE * math.sqrt(8))
+        # Norm of an image here / norm of a batch of 8 images with three channels in the code.
+        norm_ratio = base.image_size / MAP_SIDE * math.sqrt(base.channels / 3 / 8)
+        masked = bool(official["mask_noise_level"])  # else the only pass has the second one's w
+        mask_guidance = official["mask_guidance" if masked else "guidance"]
         return replace(
             base,
             noise_level=official["noise_level"],
             mask_noise_level=official["mask_noise_level"] or official["noise_level"],
-            mask="estimated" if official["mask_noise_level"] else "none",
+            mask="estimated" if masked else "none",
             guidance=official["guidance"] * norm_ratio,
-            mask_guidance=official["mask_guidance"] * norm_ratio,
+            mask_guidance=mask_guidance * norm_ratio,
             pixel_weight=official["pixel_weight"],
             smooth_sigma=base.smooth_sigma * base.image_size / MAP_SIDE,
             mask_sigma=base.mask_sigma * base.image_size / MAP_SIDE,

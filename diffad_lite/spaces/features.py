@@ -29,7 +29,7 @@ from diffad_lite.networks.unet import UNet
 LITE0 = "efficientnet_lite0"
 LITE0_LAYERS = ("2", "4", "7")  # blocks that the methods compare by default
 TORCHVISION_WEIGHTS = "IMAGENET1K_V1"  # those that the papers use
-ANSWER_SECONDS = 2.0  # in which the server of weights must answer
+ANSWER_SECONDS = 10.0  # in which the server of weights must answer
 DENOISER = "denoiser"  # used as the name of a network: the noise predictor of the method
 CPU_CHUNK = 2  # images; allocating the activations of more takes most of the time on a CPU
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -137,7 +137,12 @@ def missing_weights(name: str, alternative: Mapping[str, Any], *, download: bool
     """
     if name not in models.list_models(module=models):
         return ""
-    weights, failure = models.get_model_weights(name)[TORCHVISION_WEIGHTS], ""
+    published = models.get_model_weights(name)
+    if TORCHVISION_WEIGHTS not in published.__members__:
+        raise ValueError(
+            f"torchvision has no {TORCHVISION_WEIGHTS} of {name}; take another network"
+        )
+    weights, failure = published[TORCHVISION_WEIGHTS], ""
     path = weights_path(weights.url)
     if path.exists():
         return ""
@@ -150,9 +155,9 @@ def missing_weights(name: str, alternative: Mapping[str, Any], *, download: bool
             failure = f" and could not be downloaded ({error})"
     return (
         f"the weights of {name} ({path.name}, {weights.meta['_file_size']:.0f} MB) are not in "
-        f"{path.parent}{failure}; put the file from {weights.url} there (its licence may follow "
-        "the terms of ImageNet: non-commercial research and education), or take a network that "
-        f"needs no download: {as_options(alternative) if alternative else LITE0}"
+        f"{path.parent}{failure}; put the file from {weights.url} there (a training with a network "
+        "downloads it; ImageNet's terms may apply to it: non-commercial research and education), "
+        f"or take another network: {as_options(alternative) if alternative else LITE0}"
     )
 
 

@@ -103,7 +103,8 @@ def train_network(
         stage: name of the checkpoint file and of the progress bar.
         budget: seconds. After 20 steps the number of steps is lowered to fit, so that the
             learning rate still decays to zero. Where 20 steps do not fit, the training ends
-            before the step that would exceed the budget, but never without a step.
+            before the step that would exceed the budget, but never without a step; the rate has
+            then not decayed.
         workdir: folder for ``<stage>.state.safetensors``; None writes no file.
         progress: show a bar with the loss and the remaining time.
         rates: factors on the learning rate, by the first part of a parameter's name.

@@ -47,6 +47,8 @@ class TrainConfig:
         flip_axes: axes along which images are flipped at random (-1 left-right, -2 up-down).
     """
 
+    alternatives = ("steps", "epochs")
+
     steps: Count | None = 5000
     epochs: Count | None = None
     batch_size: Size = 16
@@ -60,7 +62,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check that the length is given once."""
-        check_exactly_one(self, "steps", "epochs")
+        check_exactly_one(self)
 
     def total_steps(self, n_images: int) -> int:
         """Return the number of optimiser steps for ``n_images`` training images."""

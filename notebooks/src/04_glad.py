@@ -443,10 +443,8 @@ def drift_curve(images, keys):
     """Drift scores (levels, B) of images that nobody lets go."""
     inside = method.prepare(images).to(device)
     path = never.reconstruct(inside, noise_of(inside, keys))
-    rows = [drift_score(drift) for drift in path.drifts[1:]]
-    return torch.stack(
-        [torch.zeros_like(rows[0]), *rows]
-    ).cpu()  # at T' nothing has drifted
+    rows = torch.stack([drift_score(drift, c.drift_fraction) for drift in path.drifts])
+    return rows.nan_to_num(0).cpu()  # at T' nothing has drifted
 
 
 ts, _ = method.timesteps()
@@ -775,17 +773,18 @@ for name, (plan, start) in settings.items():
 # %%
 x, other = held[pick], made[pick]
 eps = noise_of(x, ["a", "b"])
-ts, _ = method.timesteps()
+ts, end = method.timesteps()
 x_t = diffusion.add_noise(other, ts[0], eps)
 print("   t   share in the state   matched fading")
-for t, t_next in zip(ts, [*ts[1:], -1], strict=True):
+for t, t_next in zip(ts, [*ts[1:], end], strict=True):
     content = diffusion.predict_x0(x_t, t, eps) - x
     share = (content * (other - x)).sum() / (other - x).square().sum()
-    matched = min(1.0, float((schedule.snr[c.noise_level] / schedule.snr[t]).sqrt()))
+    matched = min(1.0, float((schedule.snr[ts[0]] / schedule.snr[t]).sqrt()))
     print(f"{t:4d}{share:15.3f}{matched:20.3f}")
     torch.testing.assert_close(share.item(), matched, rtol=0, atol=1e-3)
     x_t, _ = free.ddim_step(x_t, t, t_next, diffusion.predict_noise(x_t, t, x))
-torch.testing.assert_close(x_t, x, rtol=0, atol=1e-4)  # the normal cell itself
+final = diffusion.predict_x0(x_t, end, eps)
+torch.testing.assert_close(final, x, rtol=0, atol=1e-4)  # the normal cell itself
 
 # %% [markdown]
 # ### The sign in a network
@@ -1266,7 +1265,7 @@ costs = dict(cost(candidates[[i]]) for i in chosen.values())
 ts, _ = method.timesteps()
 print("  t*   watched levels   evaluations")
 for t, count in sorted(costs.items(), reverse=True):
-    watched = ts.index(t)  # not at T' itself, where the drift is zero
+    watched = sum(t <= visited < c.noise_level for visited in ts)  # below T'
     print(f"{t:4d}{watched:17d}{count:14d}")
     assert count == len(ts) + 2 * watched + 2  # denoiser; drift; the map
 print(f"plain DDIM: {len(ts)} + 2; one step: 1 + 2")

@@ -1107,7 +1107,9 @@ def counted(image, **settings):
 # %%
 print("  n  steps    w   denoiser  backward  features")
 for n, k, w in ((1, 5, 1.0), (4, 5, 1.0), (4, 5, 0.0), (2, 10, 1.0)):
-    calls = counted(cell, n_samples=n, steps=k, guidance=w, mask_guidance=w)
+    calls = counted(
+        cell, n_samples=n, steps=k, stride=None, guidance=w, mask_guidance=w
+    )
     row = "".join(f"{count:10d}" for count in calls.values())
     print(f"{n:3d}{k:7d}{w:5g}{row}")
     assert calls["denoiser"] == k * (1 + n)

@@ -181,7 +181,9 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=SMOKE_MINUTES if smoke else MINUTES)
     parser.add_argument("--smoke", action="store_true", help="tiny networks also on a GPU")
     parser.add_argument("--root", help="folder of images in place of the package elpv-dataset")
-    parser.add_argument("--export", type=Path, help="only write the images of --root, here")
+    parser.add_argument(
+        "--export", type=Path, help="only write the cells of elpv mono into this folder"
+    )
     parser.add_argument("--commit", help="of this copy, where there is no git")
     arguments = parser.parse_args()
     if arguments.export is not None:

@@ -31,7 +31,8 @@ RUN_FIELDS = {*fields_of(Run("pca")), "training"}
 def migrate(method: str, config: Values) -> Values:
     """Return the configuration of a method with today's fields.
 
-    What was added since has its default, with which a method does what it did before.
+    What was added since has its default, with which a method does what it did before; except for
+    MDPS with ``mode="code"`` or ``score="softmax"``, which then computed something else.
     """
     changed: Values = {}
     for name, value in config.items():

@@ -53,8 +53,8 @@ def test_hours_are_steps_times_seconds():
 
 def test_epochs_become_steps_of_whole_batches():
     config = TrainConfig(epochs=3000, steps=None, batch_size=16)
-    # The 209 images of bottle are 13 batches: 39,000 steps.
-    assert gpu_measures.training_hours(0.6, config, 16) == pytest.approx(6.5)
+    # The 167 training images of bottle are 10 batches: 30,000 steps.
+    assert gpu_measures.training_hours(0.6, config, 16) == pytest.approx(5.0)
 
 
 def test_times_are_summed_up_by_their_median():

@@ -14,7 +14,7 @@ from diffad_lite.methods.base import METHODS, Method, MethodConfig
 from diffad_lite.spaces.features import ImageNetFeatures
 
 PUBLISHED = ("anoddpm", "diffusionad", "glad", "mdps", "bernoulli", "grad")
-N_IMAGES = 209  # normal training images of MVTec AD's bottle: epochs become steps with them
+N_IMAGES = 167  # of MVTec AD's bottle, without those held out: epochs become steps with them
 NO_DOWNLOADS = (
     "ImageNet networks have random weights; they cost as much as trained ones",
     "textures of synthetic anomalies are procedural, not images of DTD",

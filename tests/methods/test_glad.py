@@ -424,8 +424,14 @@ def test_settings_out_of_range_are_refused(field, value):
 def test_steps_or_stride_are_given_and_layers_of_the_drift_exist():
     with pytest.raises(ValueError, match=r"GLADConfig must have steps or stride, got .*10.*20"):
         replace(GLADConfig(), stride=20)
-    with pytest.raises(ValueError, match="GLADConfig must have steps or stride, got neither"):
+    with pytest.raises(ValueError, match="GLADConfig must have steps or stride, got none"):
         replace(GLADConfig(), steps=None)
+    with pytest.raises(ValueError, match=r"GLADConfig.stride must be at most 99, got 100"):
+        replace(GLADConfig(), steps=None, stride=100)
+    paper = GLADConfig.for_profile("paper", channels=3, image_size=64)
+    assert (paper.steps, paper.stride) == (None, 30)
+    fewer = override(paper, {"steps": "5"})  # takes the place of the other
+    assert (fewer.steps, fewer.stride) == (5, None)
     with pytest.raises(ValueError, match="unknown layer in drift_layers 'layer3'"):
         replace(GLADConfig(), drift_layers=("layer3",))
 

@@ -155,7 +155,7 @@ def test_drawing_the_pool_counts_in_the_time_budget(monkeypatch):
 
     monkeypatch.setattr("diffad_lite.methods.grad.train_network", quick)
     monkeypatch.setattr("diffad_lite.methods.grad.time.monotonic", lambda: next(clock))
-    monkeypatch.setattr(GRAD, "affordable_patterns", lambda *_: 10**6)
+    monkeypatch.setattr(GRAD, "pool_sizes", lambda *_: (4, 12))
     options = {"seed": 0, "workdir": None, "progress": False}
     reports = GRAD(config(reweight=False))._fit(pictures(12), budget=100.0, **options)
     assert given["patchdiff6"] == given["patchdiff10"] == pytest.approx(30)  # .6 of all, halved
@@ -164,22 +164,24 @@ def test_drawing_the_pool_counts_in_the_time_budget(monkeypatch):
     assert sum(report.seconds for report in reports.values()) == pytest.approx(65)
 
 
-def test_a_short_time_draws_fewer_patterns_and_says_so(monkeypatch):
-    made = GRAD(config(n_patterns=100))
-    clock = iter([0.0, 2.0])  # one pattern of each of the two generators takes a second
+def test_a_short_time_draws_fewer_patterns_and_says_so(monkeypatch, tmp_path):
+    made = GRAD(config(n_patterns=100, steps=30))
+    clock = iter([0.0, 2.0])  # a pattern of each of the two generators takes a second
     monkeypatch.setattr("diffad_lite.methods.grad.time.monotonic", lambda: next(clock))
-    with pytest.warns(UserWarning, match="allows 12 of 100 contrastive images; allow more time"):
-        pool = made.draw_pool(pictures(12), 0, budget=14.0)  # 4 s for the two that told the time
-    assert len(pool) == 12
+    message = "allows 7 of 100 contrastive images, and twins of 15 of 20 normal ones; allow more"
+    with pytest.warns(UserWarning, match=message):
+        assert made.pool_sizes(pictures(20), 12.0, tmp_path) == (7, 15)
+    assert len(made.draw_pool(pictures(20), 0, 7)) == 7
+    assert made.pool_sizes(pictures(20), 1e6, tmp_path) == (7, 15)  # a resumed training's
     clock = iter([0.0, 2.0])
-    with pytest.warns(UserWarning, match="allows 2 of 100"):
-        assert len(made.draw_pool(pictures(12), 0, budget=0.5)) == 2
+    with pytest.warns(UserWarning, match="allows 2 of 100 .* twins of 1 of 20"):
+        assert made.pool_sizes(pictures(20), 0.5, None) == (2, 1)
 
 
-def test_a_time_in_which_all_patterns_fit_changes_none(monkeypatch):
+def test_without_a_short_time_the_pool_is_whole():
     made = GRAD(config(n_patterns=6))
-    pool = made.draw_pool(pictures(12), 0)
-    assert torch.equal(made.draw_pool(pictures(12), 0, budget=1e4), pool)
+    assert made.pool_sizes(pictures(12), None, None) == (6, 12)
+    assert made.pool_sizes(pictures(12), 1e6, None) == (6, 12)
 
 
 def test_fit_takes_images_and_nothing_that_marks_them():

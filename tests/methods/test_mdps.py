@@ -338,6 +338,11 @@ def test_the_paper_profile_is_the_official_network_and_table():
     assert c.mask_guidance == pytest.approx(50 / 8**0.5)
     texture = MDPSConfig.for_profile("paper", category="carpet", **shape)
     assert (texture.mask, texture.noise_level) == ("none", 250)
+    assert texture.mask_guidance == texture.guidance == pytest.approx(100 / 8**0.5)  # one pass
+    grey = MDPSConfig.for_profile("paper", category="carpet", channels=1, image_size=256)
+    assert grey.guidance == pytest.approx(100 / 24**0.5)  # the code expands it to three channels
+    with pytest.raises(ValueError, match=r"MDPSConfig.stride must be at most 10, got 20"):
+        replace(c, mask_noise_level=10)
     with torch.device("meta"):
         made = MDPS(c)
         x = torch.zeros(1, 3, 256, 256)

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffad_lite.core.numbers import top_count
 from diffad_lite.diffusion.gaussian import noise_generators, randn
 from diffad_lite.diffusion.schedules import NoiseSchedule
+from diffad_lite.methods.base import read_profiles
 from diffad_lite.methods.glad import GLAD, GLADConfig
 from diffad_lite.methods.mdps import MDPS, MDPSConfig
 from diffad_lite.spaces.features import feature_distance, perceptual_distance
@@ -110,19 +111,18 @@ def test_clipping_changes_what_glad_reconstructs():
     assert not torch.allclose(a.reconstruct(z0, noise).x, b.reconstruct(z0, noise).x, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("category", "start", "steps"),
-    [
-        ("bottle", 750, 25),
-        ("capsule", 600, 25),
-        ("transistor", 850, 25),
-        ("tubes", 500, 25),
-        ("bracket_white", 450, 25),
-        ("candle", 450, 15),
-        ("pcb4", 450, 15),
-    ],
+# Start level and number of steps in the scripts of GLAD's code; 750 and 25 for the rest.
+STARTS = {"capsule": (600, 25), "transistor": (850, 25), "bracket_white": (450, 25)}
+STARTS |= dict.fromkeys(
+    ("bracket_black", "bracket_brown", "connector", "metal_plate", "tubes"), (500, 25)
 )
-def test_glads_timesteps_are_those_of_the_code(category, start, steps):
+VISA = "candle capsules cashew chewinggum fryum macaroni1 macaroni2 pcb1 pcb2 pcb3 pcb4 pipe_fryum"
+STARTS |= dict.fromkeys(VISA.split(), (450, 15))
+
+
+@pytest.mark.parametrize("category", [*read_profiles("glad")["categories"], None])
+def test_glads_timesteps_are_those_of_the_code(category):
+    start, steps = STARTS.get(category, (750, 25))
     config = GLADConfig.for_profile("paper", channels=3, image_size=256, category=category)
     published = [k * (start // steps) + 1 for k in range(steps)][::-1]
     schedule = NoiseSchedule.named("linear")

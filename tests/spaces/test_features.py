@@ -105,12 +105,12 @@ def test_missing_weights_are_described_with_the_fix(hub):
     expected = f"the weights of resnet18 (resnet18-f37072fd.pth, 45 MB) are not in {hub}"
     url = "put the file from https://download.pytorch.org/models/resnet18-f37072fd.pth there"
     said = missing_weights("resnet18", {}, download=False)
-    assert said.startswith(f"{expected}; {url} (its licence may follow the terms of ImageNet")
-    assert said.endswith("needs no download: efficientnet_lite0")
+    assert said.startswith(f"{expected}; {url} (a training with a network downloads it; ")
+    assert said.endswith("or take another network: efficientnet_lite0")
     said = missing_weights("resnet18", {"backbone": LITE0, "layers": ["2", "4"]}, download=True)
     assert said.startswith(f"{expected} and could not be downloaded (<urlopen error no route>); ")
     options = """--set backbone=efficientnet_lite0 --set 'layers=["2","4"]'"""
-    assert said.endswith(f" that needs no download: {options}")
+    assert said.endswith(f" or take another network: {options}")
     with pytest.raises(FileNotFoundError, match=r"weights of resnet18 .*no route"):
         ImageNetFeatures("resnet18", ("layer1",), 64).load_weights()
 
