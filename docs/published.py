@@ -2,8 +2,9 @@
 
 A file ``profiles/<name>.yaml`` has, besides the values of the profiles, ``published``: field or
 group of fields -> ``value`` and ``source`` (file and line, or an equation), and the ``reason``
-where ours differs, or where nothing was published. Files are those of ``repository``, "owner/name@commit"; ``versions`` names the commit of
-a file that was read in another version, or in a copy of the repository.
+where ours differs, or where nothing was published. Files are those of ``repository``,
+"owner/name@commit"; ``versions`` names the commit of a file that was read in another version, or in
+a copy of the repository.
 """
 
 import json

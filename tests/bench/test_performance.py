@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from performance_tables import performance_tables, read_performance, rendered_tables
+from trainings import N_IMAGES, offline_config
 
 from diffad_lite.evaluation.tables import replace_tables
+from diffad_lite.methods.denoiser import Denoiser
 
 PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 SIDE = {"parameters": 2_700_000, "step": [0.2, 0.1], "images": [5.0, 10.0], "mb": 100.0}
@@ -79,6 +81,25 @@ def test_rendering_the_page_changes_nothing():
     assert replace_tables(PAGE, rendered_tables()) == PAGE.read_text(), (
         "run 'make tables' and commit"
     )
+
+
+def test_the_predicted_costs_are_those_of_todays_paper_profiles():
+    """Steps, batch and weights in the record; ``make bench TOPICS=paper`` brings them up to date."""
+    costs = json.loads((PAGE.parents[1] / "data" / "results" / "performance.json").read_text())
+    for name, stages in costs["paper"].items():
+        config = offline_config(name, "paper", 256)
+        trainings = {
+            "diffusion": getattr(getattr(config, "denoiser", None), "train", None),
+            "autoencoder": getattr(config, "train_autoencoder", None),
+            **dict.fromkeys(("joint", "anomaly_oriented", "flips"), getattr(config, "train", None)),
+        }
+        for stage in stages.keys() & trainings.keys():
+            cost, train = stages[stage], trainings[stage]
+            assert (cost["steps"], cost["batch"]) == (train.total_steps(N_IMAGES), train.batch_size)
+        if "diffusion" in stages:
+            with torch.device("meta"):
+                network = Denoiser(config.denoiser, config.channels).network
+            assert stages["diffusion"]["parameters"] == sum(p.numel() for p in network.parameters())
 
 
 @pytest.fixture
