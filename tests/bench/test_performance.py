@@ -84,7 +84,7 @@ def test_rendering_the_page_changes_nothing():
 
 
 def test_the_predicted_costs_are_those_of_todays_paper_profiles():
-    """Steps, batch and weights in the record; ``make bench TOPICS=paper`` brings them up to date."""
+    """Steps, batch and weights; ``make bench TOPICS=paper`` brings the record up to date."""
     costs = json.loads((PAGE.parents[1] / "data" / "results" / "performance.json").read_text())
     for name, stages in costs["paper"].items():
         config = offline_config(name, "paper", 256)

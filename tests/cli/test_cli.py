@@ -605,7 +605,7 @@ def test_a_calibration_in_limited_time_is_recorded_and_not_made_longer(
     assert main(["train", *limited]) == 0
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "the time of --max-minutes allowed 10 of 60 calibration images; the thresh" in said
+    assert "the time budget (--max-minutes) allowed 10 of 60 calibration images; the" in said
     record = read_record(tmp_path / "run" / "checkpoint")
     assert (record["n_calibration"], record["n_calibration_available"]) == (10, 60)
     monkeypatch.setattr(Method, "calibrate", None)  # must not be called

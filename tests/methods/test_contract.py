@@ -835,7 +835,7 @@ def test_paper_profiles_say_what_they_miss_and_which_settings_avoid_it(name, net
     if missing:
         with pytest.raises(FileNotFoundError) as caught:
             method.check_files(config)
-        assert str(caught.value).count("; also, ") == len(missing) - 1
+        assert str(caught.value).count("\n") == len(missing) - 1
 
 
 # -------------------------------------------------------------------------------------- files
