@@ -813,7 +813,7 @@ assert not checked or ratios["shuffle"][0] > 3 * ratios["shuffle"][1]
 # ### The score
 #
 # The course's score is the mean of the largest values of the map (lite: 3 %). The public code takes a softmax over
-# all pixels of the map, and sums its largest values. **Predict** that sum for a map that is 0 everywhere, and for
+# all pixels of half the map, and sums its largest values. **Predict** that sum for a map that is 0 everywhere, and for
 # one that is 3 everywhere.
 
 # %%
