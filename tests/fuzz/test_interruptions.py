@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,9 +91,9 @@ def steps_made(monkeypatch) -> list[int]:
     """The training steps of this process, in their order."""
     steps, original = [], state.learning_rate_factor
 
-    def record(step: int, total: int, warmup: int) -> float:
+    def record(step: int, *others: Any) -> float:
         steps.append(step)
-        return original(step, total, warmup)
+        return original(step, *others)
 
     monkeypatch.setattr(state, "learning_rate_factor", record)
     return steps
