@@ -129,7 +129,10 @@ class PaperProfile(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return the table as nodes; an unknown method ends the build."""
-        return self.parse_text_to_nodes(settings_table(self.content[0].strip()))
+        made = self.parse_text_to_nodes(settings_table(self.content[0].strip()))
+        for table in made:
+            table["classes"].append("paper-profile")  # five columns: see site.css
+        return made
 
 
 def escape_markup(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list) -> None:
