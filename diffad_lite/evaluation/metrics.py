@@ -1,4 +1,4 @@
-"""Metrics of images and pixels, and their intervals.
+"""Metrics of images, pixels and reconstructions, and their intervals.
 
 Scores are ranked raw, never squashed. A metric whose threshold is chosen on the labels that it is
 scored with has ``oracle`` in its name. NaN and infinity have no rank: every function rejects them.
@@ -46,9 +46,28 @@ def f1_at_threshold(labels: ArrayLike, scores: ArrayLike, threshold: float) -> f
     from sklearn.metrics import f1_score
 
     labels, scores = _checked_images(labels, scores)
-    if math.isnan(threshold):
-        raise ValueError("threshold is nan: take one from conformal_threshold(calibration_scores)")
+    _check_threshold(threshold)
     return float(f1_score(labels, scores > threshold, zero_division=0))
+
+
+def false_alarm_rate(scores: ArrayLike, threshold: float) -> tuple[float, float, float]:
+    """Compute the fraction of normal images with ``score > threshold``: (rate, low, high).
+
+    `scores` (n,) are those of normal images that did not set the threshold. `low` and `high` are
+    the exact 95 % interval of the rate, in [0, 1]; at zero false alarms, `high` is near 3.7 / n.
+    Raises ValueError for no scores, another shape, NaN or infinity, or a NaN threshold. Source:
+    Clopper and Pearson, Biometrika 1934; by SciPy.
+    """
+    from scipy.stats import binomtest  # slow to import
+
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 1 or not scores.size:
+        raise ValueError(f"scores {scores.shape}: give shape (n,), one score per normal image")
+    check_finite(scores, "scores")
+    _check_threshold(threshold)
+    alarms = binomtest(int((scores > threshold).sum()), scores.size)
+    low, high = alarms.proportion_ci(CONFIDENCE, method="exact")
+    return alarms.statistic, float(low), float(high)
 
 
 def pixel_metrics(masks: Images, maps: Images, limit: float = 0.3) -> dict[str, float]:
@@ -91,6 +110,97 @@ def aupro(masks: Images, maps: Images, limit: float = 0.3) -> float:
     return pixel_metrics(masks, maps, limit)["aupro"]
 
 
+def aupimo(
+    masks: Images, maps: Images, bounds: tuple[float, float] = (1e-5, 1e-4)
+) -> NDArray[np.float64]:
+    """Compute the area under the per-image-overlap curve of each anomalous image (n_anomalous,).
+
+    `masks` and `maps` as in `pixel_metrics`; an image is normal if its mask is 0 everywhere. Each
+    distinct score of the normal images is one threshold: x is the fraction of pixels at or above
+    it, averaged over the normal images; y is the recall of the mask's pixels, per image. Points
+    are joined linearly over log x and cut at the `bounds` of x, 0 < lower < upper <= 1; below the
+    lowest x > 0, y is the recall above all normal pixels. The area is divided by
+    log(upper / lower): in [0, 1], perfect = 1, unchanged by strictly increasing transforms.
+
+    Raises ValueError for no normal or no anomalous image, NaN or infinity, unequal numbers or
+    shapes, `bounds` out of range, or so few normal pixels that one of them exceeds the lower
+    bound. Source: Bertoldo et al., "AUPIMO", BMVC 2024 (arXiv:2401.01984); but exact. The code of
+    anomalib takes 300,000 evenly spaced thresholds, and starts and ends at the reached x nearest to
+    each bound: few normal pixels reach few x, and its values then differ by a few hundredths.
+    """
+    lower, upper = bounds
+    if not 0 < lower < upper <= 1:
+        expected = "give false-positive rates 0 < lower < upper <= 1, usually (1e-5, 1e-4)"
+        raise ValueError(f"bounds are {bounds}: {expected}")
+    normal, anomalous = [], []
+    for mask, scores in _checked_pixels(masks, maps):
+        if mask.any():
+            anomalous.append(np.sort(scores[mask]))
+        else:
+            normal.append(scores.ravel())
+    if not normal or not anomalous:
+        counts = f"{len(anomalous)} anomalous and {len(normal)} normal images"
+        raise ValueError(f"{counts}: give both kinds, or leave AUPIMO out (null)")
+    thresholds, weights = _shared_thresholds(normal, lower, upper)
+    areas = []
+    for scores in anomalous:
+        missed = [np.searchsorted(scores, thresholds, side) for side in ("right", "left")]
+        areas.append(1 - (weights * missed).sum() / scores.size)
+    return np.clip(areas, 0, 1)  # the last bit may round below 0
+
+
+def _shared_thresholds(
+    normal: list[NDArray], lower: float, upper: float
+) -> tuple[NDArray, NDArray[np.float64]]:
+    """Return the thresholds of AUPIMO (K,) and how much two recalls weigh at each (2, K).
+
+    The recalls are those above, and at or above, a threshold; all weights add up to 1. Only the
+    highest scores of an image are sorted: those that a false-positive rate up to `upper` reaches.
+    """
+    n, size = len(normal), min(scores.size for scores in normal)
+    if 1 / (n * size) > lower:
+        got = f"{n} normal images, the smallest of {size} pixels, resolve a false-positive rate of"
+        fix = f"give at least {math.ceil(1 / (lower * size) - 1e-9)} such images, or other bounds"
+        raise ValueError(f"{got} {1 / (n * size):.1e}, but bounds start at {lower:.1e}: {fix}")
+    values, rates = [], []
+    for scores in normal:
+        k = min(scores.size, int(upper * n * scores.size) + 1)
+        highest, counts = np.unique(
+            scores[scores >= np.partition(scores, -k)[-k]], return_counts=True
+        )
+        values.append(highest)
+        rates.append(counts / (n * scores.size))
+    thresholds, index = np.unique(np.concatenate(values), return_inverse=True)
+    x = np.log(np.bincount(index, np.concatenate(rates))[::-1].cumsum())
+    ends = np.clip(x, math.log(lower), math.log(upper))
+    width = np.diff(ends, prepend=math.log(lower))
+    at = np.zeros(len(x))  # joined linearly, the middle of the cut segment is its mean
+    at[1:] = (ends[1:] - width[1:] / 2 - x[:-1]) / np.diff(x)
+    used = width > 0
+    weights = np.stack([1 - at, at])[:, used] * (width[used] / width.sum())
+    return thresholds[::-1][used], weights
+
+
+def pixel_f1_at_threshold(masks: Images, maps: Images, threshold: float) -> float:
+    """Compute F1 in [0, 1] of the pixels with ``score > threshold``, pooled over all images.
+
+    `masks` and `maps` as in `pixel_metrics`. The threshold comes from maps of normal images, never
+    from these masks: ``dice_oracle`` is its upper bound. 0 if nothing is predicted. Raises
+    ValueError for no anomalous pixel, NaN or infinity, unequal numbers or shapes, or a NaN
+    threshold. Source: SegF1 of Heckler-Kram et al., "The MVTec AD 2 Dataset", arXiv:2503.21622.
+    """
+    _check_threshold(threshold)
+    true = predicted = anomalous = 0
+    for mask, scores in _checked_pixels(masks, maps):
+        above = scores.astype(np.float64) > threshold  # not rounded to float32
+        true += int(np.count_nonzero(above & mask))
+        predicted += int(np.count_nonzero(above))
+        anomalous += int(np.count_nonzero(mask))
+    if not anomalous:
+        raise ValueError(f"{len(masks)} masks hold 0 anomalous pixels: F1 needs at least one")
+    return 2 * true / (predicted + anomalous)
+
+
 def _rank_pixels(masks: Images, maps: Images) -> tuple[NDArray, NDArray, NDArray, int]:
     """Count pixels at the L thresholds, the distinct scores of anomalous pixels, highest first.
 
@@ -115,6 +225,50 @@ def _rank_pixels(masks: Images, maps: Images) -> tuple[NDArray, NDArray, NDArray
     overlap = np.bincount(index, np.concatenate(weights))[::-1].cumsum()
     true = np.bincount(index)[::-1].cumsum()
     return n_normal - below[::-1], true, overlap / overlap[-1], n_normal
+
+
+def psnr(images: ArrayLike, reconstructions: ArrayLike, peak: float = 2.0) -> NDArray[np.float64]:
+    """Compute the peak signal-to-noise ratio of each reconstruction (N,), in dB.
+
+    `images`, usually normal ones, and `reconstructions` are (N, C, H, W) or (N, H, W); `peak` is
+    the range of their values: 2 for -1..1. It is 10 log10(peak^2 / mean square error): higher is
+    closer to the image, infinity is exact. Raises ValueError for other or unequal shapes, NaN or
+    infinity, or `peak` out of (0, infinity).
+    """
+    if not 0 < peak < math.inf:
+        raise ValueError(f"peak is {peak}: give the range of the values, 2 for images in -1..1")
+    pairs = _checked_batches(images=images, reconstructions=reconstructions)
+    errors = np.array([np.mean((reconstruction - image) ** 2) for image, reconstruction in pairs])
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(peak**2 / errors)
+
+
+def remaining_contrast(
+    planted: ArrayLike, clean: ArrayLike, reconstructions: ArrayLike, masks: ArrayLike
+) -> NDArray[np.float64]:
+    """Compute the fraction of each planted defect that remains in the reconstruction (N,).
+
+    `planted`, `clean` (the same images before planting) and `reconstructions` (of `planted`) are
+    (N, C, H, W) or (N, H, W); `masks` (N, H, W) are 0 outside the defects. Inside a mask,
+    reconstruction - clean is projected on planted - clean: 1 = the defect is unchanged, 0 = it is
+    removed, below 0 = inverted, above 1 = amplified. Errors orthogonal to the defect do not count;
+    `psnr` measures those. Raises ValueError for other or unequal shapes, NaN or infinity, or a
+    defect that changes no pixel inside its mask.
+    """
+    inside = np.asarray(masks) != 0
+    shape = np.shape(clean)
+    if inside.ndim != 3 or inside.shape != (*shape[:1], *shape[-2:]):
+        raise ValueError(f"masks {inside.shape}, clean {shape}: give one (H, W) mask per image")
+    fractions = []
+    batches = _checked_batches(planted=planted, clean=clean, reconstructions=reconstructions)
+    for i, (image, twin, reconstruction) in enumerate(batches):
+        defect = (image - twin)[..., inside[i]]
+        remainder = (reconstruction - twin)[..., inside[i]]
+        if not defect.any():
+            where = f"planted[{i}] equals clean[{i}] inside masks[{i}]"
+            raise ValueError(f"{where}: give the mask of a defect that changes the image")
+        fractions.append((remainder * defect).sum() / (defect**2).sum())
+    return np.array(fractions)
 
 
 def bootstrap_auroc(
@@ -177,6 +331,11 @@ def verdict(low: float, high: float, minimum: float = 0.0) -> str:
     return "holds" if low > minimum else "does not hold" if high <= minimum else "inconclusive"
 
 
+def _check_threshold(threshold: float) -> None:
+    if math.isnan(threshold):
+        raise ValueError("threshold is nan: take one from conformal_threshold(calibration_scores)")
+
+
 def _checked_images(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray, NDArray]:
     labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if labels.ndim != 1 or labels.shape != scores.shape:
@@ -198,3 +357,15 @@ def _checked_pixels(masks: Images, maps: Images) -> Iterator[tuple[NDArray, NDAr
             raise ValueError(f"{sizes}: up-sample each map to its mask's original (H, W)")
         check_finite(scores, f"maps[{i}]")
         yield mask, scores
+
+
+def _checked_batches(**batches: ArrayLike) -> Iterator[list[NDArray]]:
+    arrays = {name: np.asarray(batch) for name, batch in batches.items()}
+    shapes = {array.shape for array in arrays.values()}
+    if len(shapes) > 1 or len(min(shapes)) not in (3, 4) or 0 in min(shapes):
+        got = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise ValueError(f"{got}: give equal shapes (N, C, H, W) or (N, H, W), N >= 1")
+    for name, array in arrays.items():
+        check_finite(array, name)
+    for images in zip(*arrays.values(), strict=True):
+        yield [image.astype(np.float64) for image in images]

@@ -1,11 +1,14 @@
 """Metrics against brute force, scikit-learn, and the properties that their docstrings promise."""
 
+import json
 import math
 import warnings
 from itertools import pairwise
+from operator import ge, gt
 
 import numpy as np
 import pytest
+from anomalib_reference import LIMITS, REFERENCE, digest, random_maps
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -13,12 +16,17 @@ from scipy import ndimage
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 from diffad_lite.evaluation.metrics import (
+    aupimo,
     aupro,
     bootstrap_auroc,
     f1_at_threshold,
+    false_alarm_rate,
     image_metrics,
     paired_bootstrap_auroc,
+    pixel_f1_at_threshold,
     pixel_metrics,
+    psnr,
+    remaining_contrast,
     verdict,
 )
 from diffad_lite.methods.calibration import MapCalibration, conformal_threshold, top_k_mean
@@ -277,6 +285,320 @@ def test_cpu_tensors_are_taken_as_they_are():
     np.testing.assert_array_equal(
         MapCalibration.cross_fit(t_maps, 3), MapCalibration.cross_fit(maps, 3)
     )
+
+
+# --- AUPIMO ----------------------------------------------------------------------------------
+
+
+def brute_force_aupimo(masks, maps, bounds):
+    """Follow the definition: two boolean predictions per threshold, one curve per image."""
+    images = list(zip(masks, maps, strict=True))
+    normal = [scores for mask, scores in images if not mask.any()]
+    lower, upper = (math.log(bound) for bound in bounds)
+    areas = []
+    for mask, scores in images:
+        if not mask.any():
+            continue
+        area = 0.0
+        for s in {value for array in normal for value in array.ravel().tolist()}:
+            x0, x1 = (np.mean([f(array, s).mean() for array in normal]) for f in (gt, ge))
+            y0, y1 = (f(scores[mask != 0], s).mean() for f in (gt, ge))
+            if x0 == 0:  # from minus infinity, level
+                x0, y1 = 1e-300, y0
+            x0, x1 = math.log(x0), math.log(x1)
+            start, end = (min(max(x, lower), upper) for x in (x0, x1))
+            y_start, y_end = (y0 + (y1 - y0) * (x - x0) / (x1 - x0) for x in (start, end))
+            area += (end - start) * (y_start + y_end) / 2
+        areas.append(area / (upper - lower))
+    return areas
+
+
+@st.composite
+def images_of_both_kinds(draw, shapes=eight_by_eight):
+    """Draw one to three anomalous images, and one to three normal ones between them."""
+    masks, maps = draw(pixel_data(shapes))
+    for _ in range(draw(st.integers(1, 3))):
+        normal = np.zeros(draw(shapes), np.uint8)
+        place = draw(st.integers(0, len(masks)))
+        scores = draw(arrays(np.int64, normal.shape, elements=st.integers(-5, 5)))
+        masks.insert(place, normal)
+        maps.insert(place, scores.astype(np.float32))
+    return masks, maps
+
+
+wide_bounds = st.sampled_from([(0.25, 0.5), (0.25, 1.0), (0.3, 0.31), (0.5, 0.9)])
+
+
+@relaxed
+@given(images_of_both_kinds(any_shape), wide_bounds)
+def test_aupimo_equals_brute_force_with_ties_and_unequal_sizes(data, bounds):
+    got = aupimo(*data, bounds)
+    np.testing.assert_allclose(got, brute_force_aupimo(*data, bounds), atol=1e-9)
+    assert got.shape == (sum(mask.any() for mask in data[0]),)
+    assert ((got >= 0) & (got <= 1)).all()
+
+
+@pytest.mark.parametrize("bounds", [(0.01, 0.1), (0.013, 0.17), (0.005, 1.0)])
+def test_aupimo_equals_brute_force_on_larger_maps(bounds):
+    rng = RNG(1)
+    masks = rng.random((6, 16, 16)) < 0.1
+    masks[::2] = False
+    for decimals in (1, 2, 9):
+        maps = np.round(rng.normal(size=masks.shape) + 1.5 * masks, decimals)
+        got = aupimo(masks, maps, bounds)
+        np.testing.assert_allclose(got, brute_force_aupimo(masks, maps, bounds), atol=1e-9)
+        assert (got > 0).all()
+        assert (got < 1).all()
+
+
+@relaxed
+@given(images_of_both_kinds(any_shape), wide_bounds)
+def test_aupimo_sees_ranks_only_and_each_anomalous_image_alone(data, bounds):
+    masks, maps = data
+    before = aupimo(masks, maps, bounds)
+    for increasing in (lambda a: 3 * a - 7, lambda a: a**3, lambda a: np.exp(a / 100)):
+        transformed = [increasing(scores.astype(np.float64)) for scores in maps]
+        np.testing.assert_array_equal(aupimo(masks, transformed, bounds), before)
+    np.testing.assert_allclose(aupimo(masks[::-1], maps[::-1], bounds), before[::-1], atol=1e-12)
+    kept = [i for i, mask in enumerate(masks) if not mask.any()]
+    kept.append(next(i for i, mask in enumerate(masks) if mask.any()))
+    alone = aupimo([masks[i] for i in kept], [maps[i] for i in kept], bounds)
+    np.testing.assert_array_equal(alone, before[:1])
+
+
+@relaxed
+@given(images_of_both_kinds(any_shape), wide_bounds)
+def test_aupimo_ignores_normal_pixels_of_anomalous_images(data, bounds):
+    masks, maps = data
+    loud = [np.where(m.any() & (m == 0), 9999, s) for m, s in zip(masks, maps, strict=True)]
+    np.testing.assert_array_equal(aupimo(masks, loud, bounds), aupimo(masks, maps, bounds))
+
+
+def test_aupimo_of_perfect_constant_and_inverted_maps():
+    masks = np.zeros((12, 100, 100))
+    masks[0, :20], masks[1, :3, :3] = 1, 1
+    for perfect in (masks, masks + RNG(0).random(masks.shape)):
+        np.testing.assert_array_equal(aupimo(masks, perfect), [1.0, 1.0])
+    np.testing.assert_array_equal(aupimo(masks, np.ones(masks.shape)), [0.0, 0.0])
+    np.testing.assert_array_equal(aupimo(masks, -masks), [0.0, 0.0])
+    # All normal scores tie: recall without false positives is 0, and (1, 1) is the only point.
+    np.testing.assert_array_equal(aupimo(masks, np.full(masks.shape, 5.0), (0.1, 1.0)), [0, 0])
+
+
+def test_aupimo_by_hand():
+    # 10 normal pixels; the defect's pixels beat all, all but one, and all but three of them.
+    normal = np.arange(10.0).reshape(2, 5)
+    mask, scores = np.array([[1, 1, 1, 0]]), np.array([[20.0, 8.5, 6.5, 0.0]])
+    # recall 1/3 up to 1/10 of the normal pixels, 2/3 up to 3/10, then 1
+    area = (math.log(3) * 2 / 3 + math.log(4 / 3)) / math.log(4)
+    got = aupimo([np.zeros((2, 5)), mask], [normal, scores], (0.1, 0.4))
+    np.testing.assert_allclose(got, [area])
+    # A tie with one normal pixel is a line over log x: half of what its recall adds.
+    tied = aupimo([np.zeros((2, 5)), mask], [normal, [[20.0, 8.0, 6.5, 0.0]]], (0.1, 0.2))
+    np.testing.assert_allclose(tied, [0.5])
+
+
+@pytest.mark.parametrize(
+    ("n", "bounds", "message"),
+    [
+        (5, (1e-5, 1e-4), r"5 normal images, .* 4096 pixels, .* 4.9e-05, but bounds start at 1.0e"),
+        (24, (1e-5, 1e-4), "24 normal images.*: give at least 25 such images, or other bounds"),
+        (0, (1e-5, 1e-4), "1 anomalous and 0 normal images: give both kinds"),
+        (25, (1e-4, 1e-5), r"bounds are \(0.0001, 1e-05\): give false-positive rates 0 < lower"),
+        (25, (0.0, 0.5), "0 < lower < upper <= 1"),
+        (25, (0.5, 1.5), "0 < lower < upper <= 1"),
+        (25, (math.nan, 0.5), "0 < lower < upper <= 1"),
+    ],
+)
+def test_aupimo_refuses_what_has_no_answer(n, bounds, message):
+    masks = np.zeros((n + 1, 64, 64))
+    masks[-1, 0, 0] = 1
+    with pytest.raises(ValueError, match=message):
+        aupimo(masks, masks, bounds)
+    if n:
+        with pytest.raises(ValueError, match=f"0 anomalous and {n} normal images"):
+            aupimo(masks[:n], masks[:n], (0.1, 0.2))
+
+
+def test_aupimo_takes_exactly_as_many_pixels_as_the_bounds_need():
+    masks = np.zeros((11, 100, 100))
+    masks[-1, 0, 0] = 1
+    assert aupimo(masks, masks) == 1.0
+    with pytest.raises(ValueError, match=r"9 normal images.* give at least 10 such images"):
+        aupimo(masks[1:], masks[1:])
+
+
+REFERENCES = json.loads(REFERENCE.read_text(encoding="utf-8"))["sets"]
+
+
+@pytest.mark.parametrize("entry", REFERENCES, ids=lambda e: f"{e['seed']}-{e['ties']}")
+def test_aupimo_and_aupro_equal_anomalib(entry):
+    masks, maps, _ = random_maps(entry["seed"], entry["ties"], entry["defects"])
+    assert digest(masks, maps) == entry["digest"], "NumPy draws other maps: make the file again"
+    np.testing.assert_allclose(aupimo(masks, maps), entry["aupimo"], rtol=0, atol=1e-6)
+    for limit in LIMITS:
+        assert aupro(masks, maps, limit) == pytest.approx(entry[f"aupro_{limit}"], abs=1e-6)
+
+
+def test_the_reference_holds_all_kinds_of_maps():
+    assert len(REFERENCES) == 20
+    assert {entry["ties"] for entry in REFERENCES} == {"none", "pairs", "few scores"}
+    defects = {entry["defects"] for entry in REFERENCES}
+    assert defects == {"random", "at most normal", "constant", "perfect"}
+    areas = [area for entry in REFERENCES for area in entry["aupimo"]]
+    assert sum(0.05 < area < 0.95 for area in areas) > 20
+
+
+# --- at a threshold --------------------------------------------------------------------------
+
+
+@relaxed
+@given(pixel_data(any_shape), st.sampled_from([-2.0, 0.0, 0.5, 3.0, 2000.0]))
+def test_pixel_f1_equals_scikit_learn_and_never_beats_the_oracle(data, threshold):
+    labels, scores = (np.concatenate([a.ravel() for a in arrays_]) for arrays_ in data)
+    got = pixel_f1_at_threshold(*data, threshold)
+    assert got == pytest.approx(f1_score(labels, scores > threshold, zero_division=0))
+    assert got <= pixel_metrics(*data)["dice_oracle"] + 1e-12
+
+
+def test_pixel_f1_is_strict_and_does_not_round_the_threshold():
+    mask, scores = np.array([[1, 0]]), np.array([[1.0, 0.0]], np.float32)
+    assert pixel_f1_at_threshold([mask], [scores], 0.0) == 1.0
+    assert pixel_f1_at_threshold([mask], [scores], 1.0) == 0.0
+    assert pixel_f1_at_threshold([mask], [scores], 1 - 1e-12) == 1.0  # 1 in float32
+    assert pixel_f1_at_threshold([mask], [scores], -math.inf) == pytest.approx(2 / 3)
+
+
+def test_pixel_f1_refuses():
+    with pytest.raises(ValueError, match="1 masks hold 0 anomalous pixels: F1 needs at least one"):
+        pixel_f1_at_threshold([np.zeros((2, 2))], [np.zeros((2, 2))], 0.0)
+    with pytest.raises(ValueError, match="threshold is nan"):
+        pixel_f1_at_threshold([np.eye(2)], [np.eye(2)], math.nan)
+    with pytest.raises(ValueError, match=r"masks\[0\] is \(2, 2\), maps\[0\] is \(3, 3\)"):
+        pixel_f1_at_threshold([np.eye(2)], [np.eye(3)], 0.0)
+
+
+@pytest.mark.parametrize(("alarms", "n"), [(0, 20), (1, 20), (7, 20), (20, 20), (3, 400)])
+def test_false_alarm_rate_has_the_exact_interval(alarms, n):
+    scores = RNG(n).permutation(np.arange(n) < alarms) + 1.0  # 2 is a false alarm, 1 is not
+    rate, low, high = false_alarm_rate(scores, 1.0)
+    assert rate == alarms / n
+
+    def tail(p, counts):
+        return sum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in counts)
+
+    # As many alarms or more have 2.5 % at the low end; as many or fewer at the high end.
+    if alarms:
+        assert tail(low, range(alarms, n + 1)) == pytest.approx(0.025, rel=1e-6)
+    if alarms < n:
+        assert tail(high, range(alarms + 1)) == pytest.approx(0.025, rel=1e-6)
+    assert (low == 0) == (alarms == 0)
+    assert (high == 1) == (alarms == n)
+
+
+def test_false_alarm_rate_refuses():
+    for scores, threshold, message in [
+        ([], 0.0, r"scores \(0,\): give shape \(n,\), one score per normal image"),
+        ([[1.0]], 0.0, r"scores \(1, 1\)"),
+        ([1.0, math.inf], 0.0, "scores has 1 NaN or infinite values"),
+        ([1.0], math.nan, "threshold is nan: take one from conformal_threshold"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            false_alarm_rate(scores, threshold)
+
+
+# --- reconstructions -------------------------------------------------------------------------
+
+image_shapes = pytest.mark.parametrize("shape", [(3, 5, 6), (3, 2, 5, 6)])
+
+
+@image_shapes
+def test_psnr_equals_a_loop(shape):
+    rng = RNG(0)
+    images = rng.uniform(-1, 1, shape).astype(np.float32)
+    reconstructions = images + rng.normal(scale=0.1, size=shape).astype(np.float32)
+    got = psnr(images, reconstructions)
+    for image, reconstruction, value in zip(images, reconstructions, got, strict=True):
+        pixels = list(zip(image.ravel().tolist(), reconstruction.ravel().tolist(), strict=True))
+        error = sum((a - b) ** 2 for a, b in pixels) / len(pixels)
+        assert value == pytest.approx(10 * math.log10(4 / error))
+    np.testing.assert_allclose(psnr(images / 2, reconstructions / 2, peak=1), got, rtol=1e-5)
+    np.testing.assert_allclose(psnr(reconstructions, images), got)
+    np.testing.assert_array_equal(psnr(images[::-1], reconstructions[::-1]), got[::-1])
+
+
+def test_psnr_by_hand():
+    image = np.zeros((1, 4, 4))
+    assert psnr(image, image + 2) == 0.0  # wrong by the whole range
+    assert psnr(image, image + 0.2) == pytest.approx(20)
+    assert psnr(image, image) == math.inf
+
+
+def planted_images(shape):
+    rng = RNG(2)
+    clean = rng.uniform(-1, 1, shape)
+    masks = rng.random((shape[0], *shape[-2:])) < 0.4
+    inside = masks.reshape(shape[0], *[1] * (len(shape) - 3), *shape[-2:])
+    return clean, clean + inside * rng.normal(size=shape), inside, masks
+
+
+@image_shapes
+def test_remaining_contrast_equals_a_loop(shape):
+    clean, planted, _, masks = planted_images(shape)
+    reconstructions = clean + RNG(3).normal(size=shape)
+    got = remaining_contrast(planted, clean, reconstructions, masks)
+    for i, value in enumerate(got):
+        pixels = [p for p in np.ndindex(clean[i].shape) if masks[i][p[-2:]]]
+        dot = sum((reconstructions[i] - clean[i])[p] * (planted[i] - clean[i])[p] for p in pixels)
+        assert value == pytest.approx(dot / sum((planted[i] - clean[i])[p] ** 2 for p in pixels))
+
+
+@image_shapes
+def test_remaining_contrast_is_linear_and_looks_inside_the_mask_only(shape):
+    clean, planted, inside, masks = planted_images(shape)
+    for fraction in (-0.5, 0.0, 0.3, 1.0, 2.0):
+        partly = clean + fraction * (planted - clean)
+        elsewhere = partly + 7 * ~inside
+        for reconstructions in (partly, elsewhere):
+            got = remaining_contrast(planted, clean, reconstructions, masks)
+            np.testing.assert_allclose(got, fraction, atol=1e-12)
+    scaled = remaining_contrast(3 * planted - 1, 3 * clean - 1, 3 * partly - 1, masks)
+    np.testing.assert_allclose(scaled, fraction)
+    # A wrong reconstruction that has nothing of the defect counts nothing.
+    defect = np.zeros((1, 2, 2))
+    defect[0, 0] = 1, 1
+    error = np.array([[[1.0, -1.0], [5.0, 5.0]]])
+    assert remaining_contrast(defect, 0 * defect, error, defect) == 0.0
+
+
+def test_measures_of_reconstructions_refuse():
+    images, masks = np.zeros((2, 1, 4, 4)), np.ones((2, 4, 4))
+    broken = images.copy()
+    broken[1, 0, 2, 3] = np.nan
+    for call, message in [
+        (
+            lambda: psnr(images, images[:1]),
+            r"images \(2, 1, 4, 4\), reconstructions \(1, 1, 4, 4\)",
+        ),
+        (lambda: psnr(images[0, 0], images[0, 0]), r"give equal shapes \(N, C, H, W\) or"),
+        (lambda: psnr(images[:0], images[:0]), "N >= 1"),
+        (lambda: psnr(images, broken), r"reconstructions has 1 NaN .* at \[1, 0, 2, 3\]"),
+        (lambda: psnr(images, images, peak=0), "peak is 0: give the range of the values, 2 for"),
+        (lambda: psnr(images, images, peak=math.nan), "peak is nan"),
+        (
+            lambda: remaining_contrast(images + 1, images, images, masks[:1]),
+            r"masks \(1, 4, 4\), clean \(2, 1, 4, 4\): give one \(H, W\) mask per image",
+        ),
+        (lambda: remaining_contrast(images + 1, images, images, images), r"masks \(2, 1, 4, 4\)"),
+        (lambda: remaining_contrast(images + 1, images, images[:1], masks), "planted .*, clean .*"),
+        (lambda: remaining_contrast(broken, images, images, masks), "planted has 1 NaN"),
+        (
+            lambda: remaining_contrast(images, images, images, masks),
+            r"planted\[0\] equals clean\[0\] inside masks\[0\]: give the mask of a defect that",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 # --- thresholds, intervals, verdicts ---------------------------------------------------------
