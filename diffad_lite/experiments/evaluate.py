@@ -45,6 +45,7 @@ from diffad_lite.methods.base import (
     Method,
     MethodConfig,
     Prediction,
+    choose_images,
     get_method,
     load_pretrained,
 )
@@ -191,7 +192,7 @@ def _calibrate_again(method: Method, data: AnomalyData, n: int) -> None:
     n = max(n, FEWEST_CALIBRATION) if method.config.calibrate else n
     images, available = data.calibration, len(data.calibration)
     if n < available:
-        images = method.choose_calibration(images, n)
+        images = choose_images(images, n)
         warnings.warn(
             f"the checkpoint's calibration was limited by --max-minutes; {n} of {available} "
             "calibration images are scored again and give the threshold; to use all, train "

@@ -236,6 +236,12 @@ def blur(maps: Tensor, sigma: float) -> Tensor:
     return gaussian_blur(maps[:, None], [width, width], [sigma, sigma])[:, 0]
 
 
+def choose_images(images: Tensor, n: int, seed: int = 0) -> Tensor:
+    """Return ``n`` of the images (N, C, H, W), a random choice that the seed fixes, in order."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    return images[order[:n].sort().values]
+
+
 FEWEST_CALIBRATION = 5  # normal images, so that statistics can be cross-fitted
 BATCH_SIZE = 32  # images scored at once; no result depends on it
 NETWORK_FIELDS = ("backbone", "drift_features", "map_features")  # which may name ImageNet networks
@@ -373,7 +379,7 @@ class Method(Checkpointed, ABC):
         """Calibrate on as many images as ``budget`` seconds allow, at least the fewest needed.
 
         The time that a few images took tells how many are affordable. Those are a fixed random
-        choice, see :meth:`choose_calibration`.
+        choice, see :func:`choose_images`.
         """
         started, n, N = time.monotonic(), 0, len(calibration)
         affordable = min(FEWEST_CALIBRATION if self.config.calibrate else 1, N)
@@ -382,7 +388,7 @@ class Method(Checkpointed, ABC):
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a fault of these few images alone
-                    self.calibrate(self.choose_calibration(calibration, n))
+                    self.calibrate(choose_images(calibration, n))
             except ValueError:  # for example, these few images are equal, but not all of them
                 affordable = min(N, 2 * n)
                 continue
@@ -398,12 +404,6 @@ class Method(Checkpointed, ABC):
             stacklevel=3,
         )
         return self
-
-    @staticmethod
-    def choose_calibration(calibration: Tensor, n: int) -> Tensor:
-        """Return ``n`` of the calibration images (N, C, H, W), a fixed random choice in order."""
-        order = torch.randperm(len(calibration), generator=torch.Generator().manual_seed(0))
-        return calibration[order[:n].sort().values]
 
     def calibrate(self, calibration: Tensor) -> Self:
         """Set map statistics and threshold from normal images that training did not see.

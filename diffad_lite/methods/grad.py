@@ -35,7 +35,15 @@ from diffad_lite.core.config import (
 from diffad_lite.core.files import read_json, write_json
 from diffad_lite.diffusion.gaussian import GaussianDiffusion, randn
 from diffad_lite.diffusion.schedules import BetaSchedule, NoiseSchedule
-from diffad_lite.methods.base import BATCH_SIZE, Inferred, Method, MethodConfig, Networks, Trace
+from diffad_lite.methods.base import (
+    BATCH_SIZE,
+    Inferred,
+    Method,
+    MethodConfig,
+    Networks,
+    Trace,
+    choose_images,
+)
 from diffad_lite.networks.patchnet import PatchDetector, PatchDiff
 from diffad_lite.training import processes
 from diffad_lite.training.loop import (
@@ -471,9 +479,7 @@ class GRAD(Method):
         pool_budget = remaining_budget(budget, reports, POOL_FRACTION)
         n_patterns, n_twins = self.pool_sizes(train, pool_budget, options["workdir"])
         pool = self.draw_pool(train, seed, n_patterns)
-        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-        with_twins = train[chosen[:n_twins].sort().values]
-        normal = torch.cat([train, self.twins(with_twins, seed)])
+        normal = torch.cat([train, self.twins(choose_images(train, n_twins, seed), seed)])
         reports["pool"] = TrainReport(0, time.monotonic() - started, torch.zeros(0))
         options["budget"] = remaining_budget(budget, reports, WARMUP_FRACTION)
         reports["warmup"] = self.warm_up(normal, pool, **options)

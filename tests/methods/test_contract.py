@@ -28,6 +28,7 @@ from diffad_lite.methods.base import (
     Buffers,
     Method,
     blur,
+    choose_images,
     exact,
     get_method,
     load_pretrained,
@@ -450,18 +451,18 @@ def test_a_budget_holds_for_the_calibration(monkeypatch, calibrate, budget, n):
     again.network = method.network
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few images
-        again.calibrate(Stub.choose_calibration(images, n))
+        again.calibrate(choose_images(images, n))
     np.testing.assert_array_equal(method.calibration_scores_, again.calibration_scores_)
     assert (len(method.calibration_scores_), method.threshold_) == (n, again.threshold_)
 
 
 def test_the_chosen_calibration_images_are_fixed_and_from_everywhere():
     images = torch.arange(40.0)
-    few, more = (Stub.choose_calibration(images, n).tolist() for n in (10, 20))
+    few, more = (choose_images(images, n).tolist() for n in (10, 20))
     assert set(few) < set(more)
-    assert few == sorted(few) == Stub.choose_calibration(images, 10).tolist()
+    assert few == sorted(few) == choose_images(images, 10).tolist()
     assert 10 < np.mean(few) < 30
-    assert torch.equal(Stub.choose_calibration(images, 40), images)
+    assert torch.equal(choose_images(images, 40), images)
 
 
 @each_method
@@ -475,7 +476,7 @@ def test_a_calibration_that_fits_into_the_budget_is_the_same_as_without(name):
 
 def test_few_equal_images_do_not_stop_a_calibration_in_time(monkeypatch):
     method, images = slow_stub(monkeypatch, calibrate=True), pictures(40, seed=1)
-    equal = Stub.choose_calibration(torch.arange(40), 5)
+    equal = choose_images(torch.arange(40), 5)
     images[equal] = images[0].clone()
     method.fit(pictures(4), images, seed=0, budget=1000.0, progress=False)
     assert len(method.calibration_scores_) == 40
