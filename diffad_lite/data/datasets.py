@@ -51,6 +51,7 @@ class AnomalyData:
             8 bits, else None), ``remarks`` (known faults), ``notices`` (what reading assumed or
             left out), and the ``fingerprint`` of the split (names and pixels of all training and
             calibration images).
+        clean_images: the test images before defects were planted; None if nothing is planted.
     """
 
     train: Tensor
@@ -63,6 +64,7 @@ class AnomalyData:
     original_sizes: list[tuple[int, int]]
     uncertain: Tensor
     info: dict[str, Any]
+    clean_images: Tensor | None = None
 
     def summary(self) -> dict[str, Any]:
         """Return ``info`` and the number of images per part, as JSON values."""
@@ -89,6 +91,8 @@ class AnomalyData:
         for name in ("test_masks", "test_ids", "defect_types", "original_sizes"):
             values = getattr(self, name)
             kept[name] = values and [values[i] for i in keep]
+        if self.clean_images is not None:
+            kept["clean_images"] = self.clean_images[keep]
         images, labels = self.test_images[keep], self.test_labels[keep]
         return replace(self, test_images=images, test_labels=labels, **kept)
 
@@ -143,6 +147,9 @@ def load_dataset(
     calibration, test = _select_test(source, calibration, test, plant, severity, split_seed)
     parts = [train, calibration, source.uncertain, {n: item.image for n, item in test.items()}]
     tensors, sizes, notices = _read_parts(parts, source.bits, image_size, resize)
+    clean_images = None
+    if plant in KINDS:  # _plant() returns the clean images, then as many planted ones
+        clean_images = tensors[3][: len(test) // 2].repeat(2, 1, 1, 1)
     test_masks, mask_notices = read_masks(test, sizes)
     masked = {n for n, item in test.items() if item.mask is not None}
     files = {n: path for part in parts for n, path in _files(part).items()}
@@ -175,6 +182,7 @@ def load_dataset(
         original_sizes=[sizes[n] for n in test],
         uncertain=tensors[2],
         info=info,
+        clean_images=clean_images,
     )
 
 

@@ -143,7 +143,7 @@ def _difference(claim: Claim, results: Sequence[Result]) -> Effect | None:
         groups = list(grouped(select(results, **DEFAULT_ROW | dict(setting))).values())
         pair.append(groups[0] if groups else [])
     seeds = sorted(set.intersection(*({r["seed"] for r in group} for group in pair)))
-    return (*difference_of(*pair), seeds) if seeds else None
+    return (*difference_of(pair[0], pair[1]), seeds) if seeds else None
 
 
 def _ratio(claim: Claim, speeds: Mapping[str, Any]) -> Effect | None:

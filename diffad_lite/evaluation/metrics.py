@@ -15,6 +15,7 @@ from diffad_lite.core.numbers import check_finite
 
 Images = Sequence[ArrayLike]  # one (H_i, W_i) array per image, or one (N, H, W) array
 CONFIDENCE = 0.95  # of all intervals
+PSEUDO_VALUES = ("pixel_ap", "aupro", "dice_oracle")  # metrics with a value per image
 
 
 def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
@@ -70,29 +71,24 @@ def false_alarm_rate(scores: ArrayLike, threshold: float) -> tuple[float, float,
     return alarms.statistic, float(low), float(high)
 
 
-def pixel_metrics(masks: Images, maps: Images, limit: float = 0.3) -> dict[str, float]:
+def pixel_metrics(masks: Images, maps: Images) -> dict[str, float]:
     """Compute pixel AUROC, pixel AP, the best Dice and AUPRO from one ranking of all pixels.
 
     `masks` and `maps` hold one (H_i, W_i) array per image; sizes may differ. A mask is 0 on normal
     pixels, else anomalous; a map is finite, higher = more anomalous, ranked in its own dtype.
     Returns ``pixel_auroc`` and ``pixel_ap`` (as scikit-learn on the pooled pixels, with ties),
-    ``dice_oracle`` (pooled, best threshold for these masks) and ``aupro`` up to `limit`, each in
-    [0, 1]. Raises ValueError as `aupro`.
+    ``dice_oracle`` (pooled, best threshold for these masks), ``aupro`` up to 0.3 and ``aupro_05``
+    up to 0.05, each in [0, 1]. Raises ValueError as `aupro`.
     """
-    if not 0 < limit <= 1:
-        raise ValueError(f"limit is {limit}: give a false-positive rate in (0, 1], usually 0.3")
     false, true, overlap, n_normal = _rank_pixels(masks, maps)
     recall = np.diff(true, prepend=0) / true[-1]  # what each threshold adds
-    x = np.concatenate([[0], false.ravel() / n_normal, [1]])
-    y = np.concatenate([[0, 0], np.repeat(overlap, 2)])  # a threshold starts at the last overlap
-    inside = x <= limit
-    x, y = np.append(x[inside], limit), np.append(y[inside], np.interp(limit, x, y))
-    area = np.diff(x) @ (y[1:] + y[:-1]) / 2
+    curve = _region_curve(false, overlap, n_normal)
     return {
         "pixel_auroc": float(1 - recall @ false.mean(axis=1) / n_normal),
         "pixel_ap": float(recall @ (true / (true + false[:, 1]))),
         "dice_oracle": float((2 * true / (true + false[:, 1] + true[-1])).max()),
-        "aupro": float(min(area / limit, 1.0)),  # the last bit may round above 1
+        "aupro": _area_below(*curve, 0.3),
+        "aupro_05": _area_below(*curve, 0.05),
     }
 
 
@@ -107,7 +103,24 @@ def aupro(masks: Images, maps: Images, limit: float = 0.3) -> float:
     numbers or shapes, or `limit` out of range. Source: Bergmann et al., IJCV 2021; but exact,
     without their grid of thresholds.
     """
-    return pixel_metrics(masks, maps, limit)["aupro"]
+    if not 0 < limit <= 1:
+        raise ValueError(f"limit is {limit}: give a false-positive rate in (0, 1], usually 0.3")
+    false, _, overlap, n_normal = _rank_pixels(masks, maps)
+    return _area_below(*_region_curve(false, overlap, n_normal), limit)
+
+
+def _region_curve(false: NDArray, overlap: NDArray, n_normal: int) -> tuple[NDArray, NDArray]:
+    """Return the false-positive rates and mean overlaps of the points of the AUPRO curve."""
+    x = np.concatenate([[0], false.ravel() / n_normal, [1]])
+    return x, np.concatenate([[0, 0], np.repeat(overlap, 2)])  # starts at the last overlap
+
+
+def _area_below(x: NDArray, y: NDArray, limit: float) -> float:
+    """Return the area below a curve up to x = `limit`, divided by `limit`."""
+    inside = x <= limit
+    cut = np.interp(limit, x, y)
+    x, y = np.append(x[inside], limit), np.append(y[inside], cut)
+    return float(min(np.diff(x) @ (y[1:] + y[:-1]) / 2 / limit, 1.0))  # the last bit may round up
 
 
 def aupimo(
@@ -216,9 +229,7 @@ def _rank_pixels(masks: Images, maps: Images) -> tuple[NDArray, NDArray, NDArray
         normal.append(scores[~mask])
         anomalous.append(scores[mask])
     n_normal, n_anomalous = sum(map(len, normal)), sum(map(len, anomalous))
-    if not n_normal or not n_anomalous:
-        counts = f"{len(masks)} masks hold {n_anomalous} anomalous and {n_normal} normal pixels"
-        raise ValueError(f"{counts}: give both kinds, or leave the pixel metrics out (null)")
+    _check_kinds(masks, n_anomalous, n_normal)
     ranked = np.sort(np.concatenate(normal))
     thresholds, index = np.unique(np.concatenate(anomalous), return_inverse=True)
     below = np.stack([np.searchsorted(ranked, thresholds, s) for s in ("right", "left")], axis=1)
@@ -227,20 +238,92 @@ def _rank_pixels(masks: Images, maps: Images) -> tuple[NDArray, NDArray, NDArray
     return n_normal - below[::-1], true, overlap / overlap[-1], n_normal
 
 
-def psnr(images: ArrayLike, reconstructions: ArrayLike, peak: float = 2.0) -> NDArray[np.float64]:
-    """Compute the peak signal-to-noise ratio of each reconstruction (N,), in dB.
+def pixel_pseudo_values(masks: Images, maps: Images) -> dict[str, NDArray[np.float64]]:
+    """Compute how much each image contributes to ``pixel_ap``, ``aupro`` and ``dice_oracle`` (N,).
 
-    `images`, usually normal ones, and `reconstructions` are (N, C, H, W) or (N, H, W); `peak` is
-    the range of their values: 2 for -1..1. It is 10 log10(peak^2 / mean square error): higher is
-    closer to the image, infinity is exact. Raises ValueError for other or unequal shapes, NaN or
-    infinity, or `peak` out of (0, infinity).
+    `masks` and `maps` as in `pixel_metrics`. The pseudo-value of image i is N m - (N - 1) m_i, with
+    the metric m of all images and m_i without image i. These values are not in [0, 1]; their mean
+    is near m, and the spread of this mean over resampled images is near that of m
+    (`resampled_means`). So a record keeps N numbers and not the maps. The metrics are
+    computed at 1000 thresholds, quantiles of the anomalous pixels. All are NaN where one image has
+    all anomalous or all normal pixels. Raises ValueError as `pixel_metrics`. Source: jackknife,
+    Tukey 1958; Efron and Tibshirani, "An Introduction to the Bootstrap", 1993.
     """
+    images = list(_checked_pixels(masks, maps))
+    per_image = np.array([[mask.sum(), (~mask).sum()] for mask, _ in images]).reshape(-1, 2)
+    _check_kinds(masks, *per_image.sum(axis=0))
+    if 1 in np.count_nonzero(per_image, axis=0):
+        return {name: np.full(len(images), np.nan) for name in PSEUDO_VALUES}
+    anomalous = np.concatenate([scores[mask] for mask, scores in images])
+    levels = np.quantile(anomalous, np.linspace(0, 1, 1001)[:-1], method="lower")
+    thresholds = np.unique(levels)[::-1]
+
+    def count(values: NDArray) -> NDArray:  # at or above each threshold
+        return len(values) - np.searchsorted(np.sort(values), thresholds, "left")
+
+    def overlap(mask: NDArray, scores: NDArray) -> NDArray:  # summed over the regions
+        regions, n = ndimage.label(mask, structure=np.ones((3, 3)))
+        parts = (scores[regions == k] for k in range(1, n + 1))
+        return sum((count(part) / part.size for part in parts), np.zeros(len(thresholds)))
+
+    true = np.array([count(scores[mask]) for mask, scores in images], dtype=np.float64)
+    false = np.array([count(scores[~mask]) for mask, scores in images], dtype=np.float64)
+    regions = np.array([overlap(mask, scores) for mask, scores in images])
+    counts, n = (true, false, regions, per_image[:, 1:]), len(images)
+    complete = _coarse_metrics(*(c.sum(axis=0, keepdims=True) for c in counts))
+    without = _coarse_metrics(*(c.sum(axis=0) - c for c in counts))
+    return {key: n * complete[key] - (n - 1) * without[key] for key in complete}
+
+
+def _coarse_metrics(
+    true: NDArray, false: NDArray, regions: NDArray, normal: NDArray, limit: float = 0.3
+) -> dict[str, NDArray]:
+    """Compute three metrics (K,) of K sets of images, from counts at L thresholds.
+
+    Anomalous (K, L) and normal (K, L) pixels at or above each threshold, highest first, the summed
+    overlap of the regions (K, L), and the number of normal pixels (K, 1). The lowest threshold
+    covers all anomalous pixels.
+    """
+    recall, alarms = true / true[:, -1:], true + false
+    precision = np.divide(true, alarms, out=np.zeros_like(true), where=alarms > 0)
+    x, y = false / normal, regions / regions[:, -1:]
+    x, y = (np.concatenate([np.zeros((len(v), 1)), v, np.ones((len(v), 1))], 1) for v in (x, y))
+    width = np.diff(np.minimum(x, limit))
+    steps = np.diff(x)
+    slope = np.divide(np.diff(y), steps, out=np.zeros_like(steps), where=steps > 0)
+    return {
+        "pixel_ap": (np.diff(recall, prepend=0) * precision).sum(axis=1),
+        "aupro": (width * (y[:, :-1] + slope * width / 2)).sum(axis=1) / limit,
+        "dice_oracle": (2 * true / (alarms + true[:, -1:])).max(axis=1),
+    }
+
+
+def squared_errors(images: ArrayLike, reconstructions: ArrayLike) -> NDArray[np.float64]:
+    """Compute the mean squared error of each reconstruction (N,).
+
+    `images`, usually normal ones, and `reconstructions` are (N, C, H, W) or (N, H, W). Raises
+    ValueError for other or unequal shapes, NaN or infinity.
+    """
+    pairs = _checked_batches(images=images, reconstructions=reconstructions)
+    return np.array([np.mean((reconstruction - image) ** 2) for image, reconstruction in pairs])
+
+
+def psnr(errors: ArrayLike, peak: float = 2.0) -> float:
+    """Compute the peak signal-to-noise ratio of a set of images, in dB, from `squared_errors`.
+
+    10 log10(peak^2 / mean error) for `errors` (N,) and the range `peak` of the values, 2 for -1..1:
+    higher is closer to the images, infinity is exact. The errors are averaged, not the ratios of
+    the images: one exact copy would make their mean infinite. Raises ValueError for another shape,
+    errors below 0, NaN or infinity, or `peak` out of (0, infinity).
+    """
+    errors = np.asarray(errors, dtype=np.float64)
+    check_finite(errors, "errors")
+    if errors.ndim != 1 or not errors.size or errors.min() < 0:
+        raise ValueError(f"errors {errors.shape}: give (N,) squared errors, N >= 1, from 0 up")
     if not 0 < peak < math.inf:
         raise ValueError(f"peak is {peak}: give the range of the values, 2 for images in -1..1")
-    pairs = _checked_batches(images=images, reconstructions=reconstructions)
-    errors = np.array([np.mean((reconstruction - image) ** 2) for image, reconstruction in pairs])
-    with np.errstate(divide="ignore"):
-        return 10 * np.log10(peak**2 / errors)
+    mean = errors.mean()
+    return 10 * math.log10(peak**2 / mean) if mean > 0 else math.inf
 
 
 def remaining_contrast(
@@ -302,6 +385,35 @@ def paired_bootstrap_auroc(
     return float(wins.mean()), *_interval(wins, n_boot, seed)
 
 
+def resampled_means(
+    values: ArrayLike, groups: ArrayLike, *, n_boot: int = 1000, seed: int = 0
+) -> NDArray[np.float64]:
+    """Compute the mean of `values` over resampled images, for each seed (n_boot, n_seeds).
+
+    `values` (n_seeds, n) or (n,), finite; `groups` (n,) tells which images are resampled among
+    each other, usually their labels. Two calls with equal `groups` and `seed` resample the same
+    images, so the difference of their results is paired. Raises ValueError for other shapes, NaN
+    or infinity, or `n_boot` < 1.
+    """
+    values, groups = np.atleast_2d(np.asarray(values, dtype=np.float64)), np.asarray(groups)
+    if values.ndim != 2 or not values.size or groups.shape != values.shape[1:]:
+        raise ValueError(f"values {values.shape}, groups {groups.shape}: give both for each image")
+    check_finite(values, "values")
+    weights = np.zeros((_checked_draws(n_boot), values.shape[1]))
+    rng = np.random.default_rng(seed)
+    for group in np.unique(groups):
+        of_group = groups == group
+        n = np.count_nonzero(of_group)
+        weights[:, of_group] = rng.multinomial(n, np.full(n, 1 / n), size=n_boot)
+    return weights @ values.T / values.shape[1]
+
+
+def percentile_interval(draws: NDArray) -> tuple[float, float]:
+    """Return the 95 % percentile interval (low, high) of bootstrap draws (n_boot,)."""
+    low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
+    return low, high
+
+
 def _wins(labels: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
     """Score each pair (n_defects, n_normal): defect above normal 1, tie 1/2; the mean is AUROC."""
     seeds = np.atleast_2d(np.asarray(scores)) if np.size(scores) else [scores]
@@ -310,12 +422,16 @@ def _wins(labels: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
 
 
 def _interval(wins: NDArray, n_boot: int, seed: int) -> tuple[float, float]:
+    rng = np.random.default_rng(seed)  # how often each image is drawn: defects, then normal ones
+    n_boot = _checked_draws(n_boot)
+    defects, normal = (rng.multinomial(n, np.full(n, 1 / n), size=n_boot) for n in wins.shape)
+    return percentile_interval(((defects @ wins) * normal).sum(axis=1) / wins.size)
+
+
+def _checked_draws(n_boot: int) -> int:
     if n_boot < 1:
         raise ValueError(f"n_boot is {n_boot}: give at least 1 resampling")
-    rng = np.random.default_rng(seed)  # how often each image is drawn: defects, then normal ones
-    defects, normal = (rng.multinomial(n, np.full(n, 1 / n), size=n_boot) for n in wins.shape)
-    means = ((defects @ wins) * normal).sum(axis=1) / wins.size
-    return tuple(np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist())
+    return n_boot
 
 
 def verdict(low: float, high: float, minimum: float = 0.0) -> str:
@@ -334,6 +450,12 @@ def verdict(low: float, high: float, minimum: float = 0.0) -> str:
 def _check_threshold(threshold: float) -> None:
     if math.isnan(threshold):
         raise ValueError("threshold is nan: take one from conformal_threshold(calibration_scores)")
+
+
+def _check_kinds(masks: Images, n_anomalous: int, n_normal: int) -> None:
+    if not n_normal or not n_anomalous:
+        counts = f"{len(masks)} masks hold {n_anomalous} anomalous and {n_normal} normal pixels"
+        raise ValueError(f"{counts}: give both kinds, or leave the pixel metrics out (null)")
 
 
 def _checked_images(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray, NDArray]:

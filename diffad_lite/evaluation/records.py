@@ -12,7 +12,12 @@ import numpy as np
 
 from diffad_lite.core.config import config_hash, convert
 from diffad_lite.core.files import read_json, read_rows, write_atomically
-from diffad_lite.evaluation.metrics import bootstrap_auroc, paired_bootstrap_auroc
+from diffad_lite.evaluation.metrics import (
+    bootstrap_auroc,
+    paired_bootstrap_auroc,
+    percentile_interval,
+    resampled_means,
+)
 
 Result = dict[str, Any]
 Key = tuple[str, str, int, str]  # method, variant, image size, training
@@ -26,6 +31,20 @@ FIELD_TYPES: dict[str, Any] = dict.fromkeys(TEXTS, str) | dict.fromkeys(NUMBERS,
 FIELD_TYPES |= dict.fromkeys(PIXEL_METRICS, float | None) | {"seed": int, "image_size": int}
 FIELD_TYPES |= {"plant": str | None, "config": dict[str, Any]}
 FIELD_TYPES |= {"per_defect": dict[str, dict[str, float | None]]}
+# What an older record lacks, or what could not be measured, is None: no masks, too few normal
+# pixels for AUPIMO, no reconstruction, no planted defects.
+NEWER_NUMBERS = ["aupro_05", "aupimo", "pixel_threshold", "pixel_f1_at_normal_threshold"]
+NEWER_NUMBERS += ["psnr_normal", "remaining_contrast"]
+NEWER_TYPES: dict[str, Any] = dict.fromkeys(NEWER_NUMBERS, float | None)
+NEWER_TYPES |= {"false_alarms_ci": tuple[float, float] | None, "measures": str | None}
+FIELD_TYPES |= NEWER_TYPES
+# Further values per image: squared error of the reconstruction, fraction of a planted defect that
+# remains in it, AUPIMO, and pseudo-values of pixel metrics; NaN where there is none.
+MEASURES = ("squared_error", "remaining_contrast", "aupimo", "pixel_ap", "aupro", "dice_oracle")
+Measures = dict[str, np.ndarray]
+# Quantities whose differences have intervals besides image AUROC -> the values behind them.
+QUANTITIES = {"psnr_normal": "squared_error", "remaining_contrast": "remaining_contrast"}
+QUANTITIES |= {name: name for name in ("pixel_ap", "aupro", "dice_oracle", "aupimo")}
 # Column of a table of scores -> the field of a record that names its array in the archive.
 ARRAY_FIELDS = dict.fromkeys(("id", "label", "defect_type"), "test_set") | {"image_score": "scores"}
 SPEED_TYPES = {"ms": tuple[float, ...], "mb": float, "evaluations": float, "parameters": int}
@@ -96,7 +115,7 @@ def _checked(values: Any, path: Path, name: str, fix: str) -> Result:
     """Return a record with the fields that older versions lack; raise ValueError if it is none."""
     if not isinstance(values, dict) or "image_auroc" not in values:
         raise ValueError(f"{path} is no record of a run; delete it, or run 'diffad evaluate'")
-    record: Result = {"training": ""} | values | {"name": name}
+    record: Result = {"training": ""} | dict.fromkeys(NEWER_TYPES) | values | {"name": name}
     where = f"{fix}: its record"
     _check_types(record, FIELD_TYPES, where)
     _check_types(record["config"], {"calibrate": bool}, f"{where}: config")
@@ -140,7 +159,7 @@ def read_score_table(record: Result) -> ScoreTable:
     """
     path: Path = record["file"]
     if path.suffix != ".jsonl":
-        return _read_csv(path.with_name("scores.csv"))
+        return _read_csv(path.with_name("scores.csv"))[0]
     arrays = _read_archive(path)
     keys = [f"{column}/{record.get(field)}" for column, field in ARRAY_FIELDS.items()]
     if not set(keys) <= arrays.keys():
@@ -155,7 +174,26 @@ def read_scores(record: Result) -> tuple[np.ndarray, np.ndarray]:
     return table.label, table.image_score
 
 
-def _read_csv(path: Path) -> ScoreTable:
+def read_measures(record: Result) -> Measures:
+    """Read further values per image of a record's run: name in ``MEASURES`` -> (n,), NaN for none.
+
+    A record of an older run has none: empty. Raises as :func:`read_score_table`.
+    """
+    path: Path = record["file"]
+    if path.suffix != ".jsonl":
+        return _read_csv(path.with_name("scores.csv"))[1]
+    if record.get("measures") is None:
+        return {}
+    arrays = _read_archive(path)
+    stored = {name: arrays.get(f"{name}/{record['measures']}") for name in MEASURES}
+    measures = {name: values for name, values in stored.items() if values is not None}
+    if not measures:
+        fix = "collect that run again by 'diffad report --runs'"
+        raise ValueError(f"{_archive_path(path)} lacks the measures of {record['name']}; {fix}")
+    return measures
+
+
+def _read_csv(path: Path) -> tuple[ScoreTable, Measures]:
     head, *rows = read_rows(path) or [[]]
     types = (np.str_, np.int64, np.str_, np.float64)
     try:
@@ -163,10 +201,17 @@ def _read_csv(path: Path) -> ScoreTable:
         table = ScoreTable(*(np.array(c, dtype=t) for c, t in zip(columns, types, strict=True)))
         if not np.isfinite(table.image_score).all():
             raise ValueError("a score is not finite")
+        measures = {
+            name: np.array([float(row[head.index(name)] or "nan") for row in rows])
+            for name in MEASURES
+            if name in head
+        }
+        if any(np.isinf(values).any() for values in measures.values()):
+            raise ValueError("a measure is infinite")
     except (ValueError, IndexError, OverflowError) as error:
         fault = f"{path} is no table of scores ({str(error)[:200]})"
         raise ValueError(f"{fault}; run 'diffad evaluate' again") from None
-    return table
+    return table, measures
 
 
 def _archive_path(path: Path) -> Path:
@@ -257,17 +302,22 @@ def collect(
     return len(finished)
 
 
-def _score_arrays(record: Result) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+def _score_arrays(record: Result) -> tuple[dict[str, str | None], dict[str, np.ndarray]]:
     """Return the record's fields that name its score arrays, and the arrays for the archive.
 
     An array is named by its content: runs on one test set share ids, labels and defect types.
     """
+    measures = read_measures(record)
+    texts = {name: values.astype(str).tolist() for name, values in measures.items()}
+    measured = config_hash(texts) if measures else None
     table = read_score_table(record)
     shared = {column: getattr(table, column).tolist() for column in ("id", "label", "defect_type")}
-    keys = {"test_set": config_hash(shared)}
+    keys: dict[str, str | None] = {"test_set": config_hash(shared)}
     keys["scores"] = config_hash({**keys, "image_score": table.image_score.tolist()})
+    keys["measures"] = measured
     columns = table._asdict().items()
-    return keys, {f"{column}/{keys[ARRAY_FIELDS[column]]}": array for column, array in columns}
+    arrays = {f"{column}/{keys[ARRAY_FIELDS[column]]}": array for column, array in columns}
+    return keys, arrays | {f"{k}/{measured}": v.astype(np.float32) for k, v in measures.items()}
 
 
 def _write_grid(
@@ -278,7 +328,8 @@ def _write_grid(
     Scores are looked up by content, so an interruption between the two files never gives a record
     the scores of another. Arrays that no record needs are dropped.
     """
-    needed = {f"{c}/{r[field]}" for r in records.values() for c, field in ARRAY_FIELDS.items()}
+    fields = ARRAY_FIELDS | dict.fromkeys(MEASURES, "measures")
+    needed = {f"{c}/{r.get(field)}" for r in records.values() for c, field in fields.items()}
     kept: dict[str, Any] = {key: arrays[key] for key in sorted(arrays) if key in needed}
     lines = []
     for name in sorted(records, key=lambda name: name.split("/")):
@@ -371,16 +422,54 @@ def is_ablation(result: Result) -> bool:
     return bool(result["training"]) or result["variant"] not in VARIANTS
 
 
-def difference_of(a: Sequence[Result], b: Sequence[Result]) -> tuple[float, float, float]:
-    """Return image AUROC of runs ``a`` minus that of ``b``, with its paired bootstrap interval.
+def difference_of(
+    a: Sequence[Result], b: Sequence[Result], quantity: str = "image_auroc"
+) -> tuple[float, float, float]:
+    """Return a quantity of runs ``a`` minus that of ``b``, with its paired bootstrap interval.
 
-    If both have seeds in common, only these count: such pairs share their first stages.
+    If both have seeds in common, only these count: such pairs share their first stages. Images are
+    resampled within each class, the same ones for both.
+
+    Args:
+        a: runs that differ only in their seed.
+        b: runs to compare with, on the same test images.
+        quantity: ``image_auroc``, or one of ``QUANTITIES``: ``psnr_normal`` in dB; differences of
+            the other ones are differences of fractions.
+
+    Raises:
+        ValueError: the runs scored different images, or some lack the values of each image.
     """
     common = {r["seed"] for r in a} & {r["seed"] for r in b}
     if common:
         a, b = ([r for r in group if r["seed"] in common] for group in (a, b))
     labels, scores = _scores_over_seeds([*a, *b])
-    return paired_bootstrap_auroc(labels, scores[: len(a)], scores[len(a) :])
+    if quantity == "image_auroc":
+        return paired_bootstrap_auroc(labels, scores[: len(a)], scores[len(a) :])
+    values = np.stack([_values_of(record, quantity) for record in [*a, *b]])
+    used = ~np.isnan(values).any(axis=0)
+    if quantity == "psnr_normal":
+        used &= labels == 0
+    means = values[:, used].mean(axis=1)  # (runs,)
+    draws = resampled_means(values[:, used], labels[used])  # (n_boot, runs)
+    if quantity == "psnr_normal":  # the peak is the same for both
+        means, draws = (-10 * np.log10(np.maximum(errors, 1e-20)) for errors in (means, draws))
+    effect = mean(a, quantity) - mean(b, quantity)
+    spread = _minus(draws, len(a)) - _minus(means, len(a))  # means of pseudo-values are not exact
+    return effect, *percentile_interval(effect + spread)
+
+
+def _minus(values: np.ndarray, n: int) -> np.ndarray:
+    """Return the mean of the first ``n`` runs minus that of the others, along the last axis."""
+    return values[..., :n].mean(axis=-1) - values[..., n:].mean(axis=-1)
+
+
+def _values_of(record: Result, quantity: str) -> np.ndarray:
+    """Return the values (n,) of each image behind a quantity, NaN for none."""
+    values = read_measures(record).get(QUANTITIES[quantity])
+    if values is None or record[quantity] is None:
+        fix = "run 'diffad evaluate' again"
+        raise ValueError(f"{record['name']} has no values per image of {quantity}; {fix}")
+    return values
 
 
 def mean(group: Sequence[Mapping[str, Any]], key: str) -> float:

@@ -38,7 +38,7 @@ def auroc_cell(group: Sequence[Result]) -> str:
 
 def image_table(results: Iterable[Result]) -> str:
     """Return image metrics as Markdown, one row for each method and variant."""
-    head = ["method", "seeds", "image AUROC [95 %]", "AP", "F1 at threshold", "false alarms"]
+    head = ["method", "seeds", "image AUROC [95 %]", "AP", "F1 at threshold", "false alarms [95 %]"]
     head += ["training", "ms / image", "evaluations"]
     rows = [
         [
@@ -47,7 +47,7 @@ def image_table(results: Iterable[Result]) -> str:
             auroc_cell(group),
             f"{mean(group, 'image_ap'):.3f}",
             f"{mean(group, 'f1_at_normal_threshold'):.3f}",
-            f"{100 * mean(group, 'false_alarms_at_normal_threshold'):.0f} %",
+            _false_alarms(group),
             f"{mean(group, 'train_seconds') / 60:.1f} min",
             f"{mean(group, 'ms_per_image'):.1f}",
             f"{mean(group, 'network_evaluations_per_image'):.0f}",
@@ -61,22 +61,89 @@ def _seeds(group: Sequence[Result]) -> str:
     return ", ".join(str(r["seed"]) for r in group)
 
 
+def _false_alarms(group: Sequence[Result]) -> str:
+    """Return the mean rate; its interval, if each record has one, from the lowest to the highest.
+
+    The seeds share their test images, so several seeds do not make the interval narrower.
+    """
+    rate = f"{100 * mean(group, 'false_alarms_at_normal_threshold'):.0f}"
+    intervals = [r["false_alarms_ci"] for r in group]
+    if None in intervals:
+        return f"{rate} %"
+    low, high = min(low for low, _ in intervals), max(high for _, high in intervals)
+    return f"{rate} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+PIXEL_COLUMNS = {
+    "image_auroc": "image AUROC",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_ap": "pixel AP",
+    "aupro": "AUPRO",
+    "aupro_05": "AUPRO .05",
+    "aupimo": "AUPIMO",
+    "pixel_f1_at_normal_threshold": "pixel F1 at threshold",
+}
+
+
 def pixel_table(results: Iterable[Result], dice: bool = False) -> str:
-    """Return pixel metrics as Markdown: overall, with or without Dice, and AUPRO per defect."""
+    """Return pixel metrics as Markdown: over all defects, and AUPRO of each kind of them.
+
+    A metric that no record has gets no column; ``dice`` adds the best Dice.
+    """
     results = list(results)
-    kinds = sorted({kind for r in results for kind in r["per_defect"]})
-    metrics = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP"}
-    metrics |= {"aupro": "AUPRO"} | ({"dice_oracle": "Dice, oracle threshold"} if dice else {})
-    head = ["method", "seeds", *metrics.values(), *(f"AUPRO {kind}" for kind in kinds)]
-    rows = []
-    for group in grouped(results).values():
-        cells = [label_of(group), _seeds(group)]
-        cells += [f"{mean(group, metric):.3f}" for metric in metrics]
-        for kind in kinds:
-            values = [r["per_defect"].get(kind, {}).get("aupro") for r in group]
-            cells.append("-" if None in values else f"{np.mean(values):.3f}")
-        rows.append(cells)
+    columns = PIXEL_COLUMNS | ({"dice_oracle": "Dice, oracle threshold"} if dice else {})
+    columns = {k: v for k, v in columns.items() if any(r.get(k) is not None for r in results)}
+    kinds = _kinds(results)
+    head = ["method", "seeds", *columns.values(), *(f"AUPRO {kind}" for kind in kinds)]
+    rows = [
+        [
+            label_of(group),
+            _seeds(group),
+            *(_mean_cell(group, metric) for metric in columns),
+            *(_kind_cell(group, kind, "aupro") for kind in kinds),
+        ]
+        for group in grouped(results).values()
+    ]
     return markdown_table(head, rows)
+
+
+def reconstruction_table(results: Iterable[Result]) -> str:
+    """Return what reconstructions keep, as Markdown; empty if no record tells it.
+
+    PSNR on normal images in dB, and the fraction of planted defects that remains, of all and of
+    each kind.
+    """
+    results = [r for r in results if r["remaining_contrast"] is not None]
+    if not results:
+        return ""
+    kinds = _kinds(results)
+    head = ["method", "seeds", "PSNR on normal images", "remaining contrast", *kinds]
+    rows = [
+        [
+            label_of(group),
+            _seeds(group),
+            _mean_cell(group, "psnr_normal", "{:.1f} dB"),
+            _mean_cell(group, "remaining_contrast", "{:.2f}"),
+            *(_kind_cell(group, kind, "remaining_contrast", "{:.2f}") for kind in kinds),
+        ]
+        for group in grouped(results).values()
+    ]
+    return markdown_table(head, rows)
+
+
+def _kinds(results: Iterable[Result]) -> list[str]:
+    """Return the kinds of defects that results know, sorted."""
+    return sorted({kind for r in results for kind in r["per_defect"]})
+
+
+def _mean_cell(group: Sequence[Mapping[str, Any]], key: str, form: str = "{:.3f}") -> str:
+    """Return the mean of a field over runs, "-" if one of them lacks it."""
+    return "-" if None in [r.get(key) for r in group] else form.format(mean(group, key))
+
+
+def _kind_cell(group: Sequence[Result], kind: str, key: str, form: str = "{:.3f}") -> str:
+    """Return the mean of a metric of one kind of defect over runs, as :func:`_mean_cell`."""
+    return _mean_cell([r["per_defect"].get(kind, {}) for r in group], key, form)
 
 
 def ablation_table(results: Iterable[Result]) -> str:
@@ -157,6 +224,8 @@ def tables(results: Sequence[Result]) -> dict[str, str]:
                 if with_masks
                 else image_table(planted)
             )
+            if reconstructions := reconstruction_table(planted):
+                rendered[f"{key}-{plant}-reconstructions"] = reconstructions
     return rendered
 
 

@@ -6,6 +6,7 @@ presence means "done".
 """
 
 import hashlib
+import math
 import shutil
 import time
 import warnings
@@ -17,7 +18,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -33,12 +33,12 @@ from diffad_lite.core.files import (
     write_rows,
 )
 from diffad_lite.data.datasets import AnomalyData
-from diffad_lite.data.images import Resize, pad_box
 from diffad_lite.data.readers import LICENCES
 from diffad_lite.data.source import DEFAULT_CATEGORIES
 from diffad_lite.evaluation import metrics
-from diffad_lite.evaluation.records import PIXEL_METRICS, ScoreTable
+from diffad_lite.evaluation.records import Measures, ScoreTable
 from diffad_lite.experiments.machine import machine_record
+from diffad_lite.experiments.quality import map_at_original_size, measure_quality
 from diffad_lite.experiments.run import Run, fields_of, run_hash
 from diffad_lite.methods.base import (
     FEWEST_CALIBRATION,
@@ -322,9 +322,11 @@ def evaluate(
         prediction = method.predict(data.test_images)
     seconds = time.perf_counter() - started
     n = len(data.test_labels)
+    thresholds = (method.threshold_, method.pixel_threshold_)
+    quality, measures = measure_quality(data, prediction, *thresholds)
     result = {
         **_identity(run, data, method, checkpoint),
-        **measure_quality(data, prediction, method.threshold_),
+        **quality,
         "train_seconds": sum(r["seconds"] for r in method.reports_.values()),
         "train_steps": sum(r["steps"] for r in method.reports_.values()),
         "ms_per_image": 1000 * seconds / n,
@@ -334,7 +336,7 @@ def evaluate(
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").unlink(missing_ok=True)  # its presence means that all else is written
-    write_scores(out / "scores.csv", data, prediction)
+    write_scores(out / "scores.csv", data, prediction, measures)
     write_figure(out / "figure.png", data, prediction, method)
     if save_maps:
         with staged(out) as stage:
@@ -390,59 +392,7 @@ def _identity(
     }
 
 
-# --------------------------------------------------------------- from predictions to numbers, files
-
-
-def measure_quality(data: AnomalyData, prediction: Prediction, threshold: float) -> dict[str, Any]:
-    """Compute all metrics of one run; pixel metrics are None if no mask is known."""
-    labels, scores = data.test_labels, prediction.image_score.numpy()
-    kinds = np.array(data.defect_types)
-    pairs = {  # test image -> its mask and its map, both at original size
-        i: (mask, map_at_original_size(data, prediction.anomaly_map, i))
-        for i, mask in enumerate(data.test_masks or [])
-        if mask is not None
-    }
-
-    def pixel_quality(chosen: np.ndarray) -> Mapping[str, float | None]:
-        masks = [mask for i, (mask, _) in pairs.items() if chosen[i]]
-        maps = [anomaly_map for i, (_, anomaly_map) in pairs.items() if chosen[i]]
-        if not any(mask.any() for mask in masks):
-            return dict.fromkeys(PIXEL_METRICS)
-        return metrics.pixel_metrics(masks, maps)
-
-    per_defect = {}
-    for kind in sorted(set(kinds[labels == 1])):
-        chosen = (labels == 0) | (kinds == kind)
-        per_defect[kind] = {
-            "n": int((kinds == kind).sum()),
-            "image_auroc": metrics.image_metrics(labels[chosen], scores[chosen])["image_auroc"],
-            **pixel_quality(chosen),
-        }
-    return {
-        **metrics.image_metrics(labels, scores),
-        "image_auroc_ci": list(metrics.bootstrap_auroc(labels, scores)),
-        "threshold": threshold,
-        "f1_at_normal_threshold": metrics.f1_at_threshold(labels, scores, threshold),
-        "false_alarms_at_normal_threshold": float((scores[labels == 0] > threshold).mean()),
-        **pixel_quality(np.ones(len(labels), dtype=bool)),
-        "per_defect": per_defect,
-    }
-
-
-def map_at_original_size(data: AnomalyData, maps: Tensor, i: int) -> np.ndarray:
-    """Return the map of test image ``i``, of maps (N, H, W), at the size of its mask."""
-    size, info = data.original_sizes[i], data.info
-    return at_original_size(maps[i], size, info["resize"], info["image_size"])
-
-
-def at_original_size(
-    anomaly_map: Tensor, size: tuple[int, int], resize: Resize, image_size: int
-) -> np.ndarray:
-    """Resize a map (H, W) of a resized image, bilinearly, to its original (height, width)."""
-    if resize == "pad":
-        top, left, h, w = pad_box(*size, image_size)
-        anomaly_map = anomaly_map[top : top + h, left : left + w]
-    return F.interpolate(anomaly_map[None, None], size=size, mode="bilinear")[0, 0].numpy()
+# ------------------------------------------------------------------------------------- files
 
 
 def export_maps(data: AnomalyData, maps: Tensor, folder: Path) -> None:
@@ -457,11 +407,17 @@ def write_map(path: Path, anomaly_map: np.ndarray) -> None:
     write_atomically(path, Image.fromarray(anomaly_map.astype(np.float32)).save)
 
 
-def write_scores(path: Path, data: AnomalyData, prediction: Prediction) -> None:
-    """Write one row per test image: id, label, defect_type, image_score."""
+def write_scores(path: Path, data: AnomalyData, prediction: Prediction, measures: Measures) -> None:
+    """Write one row per test image: id, label, defect_type, image_score, and its measures.
+
+    A measure that no image has gets no column; an image without it has an empty cell.
+    """
     scores = [f"{score:.6g}" for score in prediction.image_score.tolist()]
-    rows = zip(data.test_ids, data.test_labels, data.defect_types, scores, strict=True)
-    write_rows(path, [ScoreTable._fields, *rows])
+    columns = [data.test_ids, data.test_labels, data.defect_types, scores]
+    for values in measures.values():
+        columns.append(["" if math.isnan(value) else f"{value:.6g}" for value in values])
+    head = [*ScoreTable._fields, *measures]
+    write_rows(path, [head, *zip(*columns, strict=True)])
 
 
 def escape_dollars(name: str) -> str:

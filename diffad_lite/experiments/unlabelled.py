@@ -24,12 +24,12 @@ from diffad_lite.data.images import (
 )
 from diffad_lite.data.source import walk_images
 from diffad_lite.experiments.evaluate import (
-    at_original_size,
     check_replaceable,
     escape_dollars,
     save_figure,
     write_map,
 )
+from diffad_lite.experiments.quality import at_original_size
 from diffad_lite.methods.base import Method, Prediction
 from diffad_lite.plots import show_detections
 

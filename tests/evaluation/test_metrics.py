@@ -23,10 +23,14 @@ from diffad_lite.evaluation.metrics import (
     false_alarm_rate,
     image_metrics,
     paired_bootstrap_auroc,
+    percentile_interval,
     pixel_f1_at_threshold,
     pixel_metrics,
+    pixel_pseudo_values,
     psnr,
     remaining_contrast,
+    resampled_means,
+    squared_errors,
     verdict,
 )
 from diffad_lite.methods.calibration import MapCalibration, conformal_threshold, top_k_mean
@@ -154,17 +158,19 @@ def test_pixel_metrics_equal_scikit_learn_with_ties_and_unequal_sizes(data):
     best_dice = max(f1_score(labels, scores >= t) for t in np.unique(scores))
     assert got["dice_oracle"] == pytest.approx(best_dice)
     assert got["aupro"] == aupro(masks, maps)
+    assert got["aupro_05"] == aupro(masks, maps, 0.05)
 
 
 @relaxed
 @given(pixel_data(any_shape), limits)
 def test_pixel_metrics_see_ranks_only(data, limit):
     masks, maps = data
-    before = pixel_metrics(masks, maps, limit)
+    before = pixel_metrics(masks, maps) | {"any limit": aupro(masks, maps, limit)}
     assert all(0 <= value <= 1 for value in before.values())
     for increasing in (lambda a: 3 * a - 7, lambda a: a**3, lambda a: np.exp(a / 100)):
         transformed = [increasing(scores.astype(np.float64)) for scores in maps]
-        assert pixel_metrics(masks, transformed, limit) == before  # to the last bit
+        after = pixel_metrics(masks, transformed) | {"any limit": aupro(masks, transformed, limit)}
+        assert after == before  # to the last bit
 
 
 @relaxed
@@ -513,25 +519,26 @@ image_shapes = pytest.mark.parametrize("shape", [(3, 5, 6), (3, 2, 5, 6)])
 
 
 @image_shapes
-def test_psnr_equals_a_loop(shape):
+def test_squared_errors_equal_a_loop(shape):
     rng = RNG(0)
     images = rng.uniform(-1, 1, shape).astype(np.float32)
     reconstructions = images + rng.normal(scale=0.1, size=shape).astype(np.float32)
-    got = psnr(images, reconstructions)
+    got = squared_errors(images, reconstructions)
     for image, reconstruction, value in zip(images, reconstructions, got, strict=True):
         pixels = list(zip(image.ravel().tolist(), reconstruction.ravel().tolist(), strict=True))
-        error = sum((a - b) ** 2 for a, b in pixels) / len(pixels)
-        assert value == pytest.approx(10 * math.log10(4 / error))
-    np.testing.assert_allclose(psnr(images / 2, reconstructions / 2, peak=1), got, rtol=1e-5)
-    np.testing.assert_allclose(psnr(reconstructions, images), got)
-    np.testing.assert_array_equal(psnr(images[::-1], reconstructions[::-1]), got[::-1])
+        assert value == pytest.approx(sum((a - b) ** 2 for a, b in pixels) / len(pixels))
+    np.testing.assert_allclose(squared_errors(reconstructions, images), got)
+    np.testing.assert_array_equal(squared_errors(images[::-1], reconstructions[::-1]), got[::-1])
 
 
 def test_psnr_by_hand():
     image = np.zeros((1, 4, 4))
-    assert psnr(image, image + 2) == 0.0  # wrong by the whole range
-    assert psnr(image, image + 0.2) == pytest.approx(20)
-    assert psnr(image, image) == math.inf
+    assert psnr(squared_errors(image, image + 2)) == 0.0  # wrong by the whole range
+    assert psnr(squared_errors(image, image + 0.2)) == pytest.approx(20)
+    assert psnr(squared_errors(image / 2, image / 2 + 0.1), peak=1) == pytest.approx(20)
+    assert psnr(squared_errors(image, image)) == math.inf
+    # An exact copy does not make the others exact: errors are averaged, not decibels.
+    assert psnr([0.0, 0.08]) == pytest.approx(20)
 
 
 def planted_images(shape):
@@ -577,14 +584,20 @@ def test_measures_of_reconstructions_refuse():
     broken[1, 0, 2, 3] = np.nan
     for call, message in [
         (
-            lambda: psnr(images, images[:1]),
+            lambda: squared_errors(images, images[:1]),
             r"images \(2, 1, 4, 4\), reconstructions \(1, 1, 4, 4\)",
         ),
-        (lambda: psnr(images[0, 0], images[0, 0]), r"give equal shapes \(N, C, H, W\) or"),
-        (lambda: psnr(images[:0], images[:0]), "N >= 1"),
-        (lambda: psnr(images, broken), r"reconstructions has 1 NaN .* at \[1, 0, 2, 3\]"),
-        (lambda: psnr(images, images, peak=0), "peak is 0: give the range of the values, 2 for"),
-        (lambda: psnr(images, images, peak=math.nan), "peak is nan"),
+        (
+            lambda: squared_errors(images[0, 0], images[0, 0]),
+            r"give equal shapes \(N, C, H, W\) or",
+        ),
+        (lambda: squared_errors(images[:0], images[:0]), "N >= 1"),
+        (lambda: squared_errors(images, broken), r"reconstructions has 1 NaN .* at \[1, 0, 2, 3\]"),
+        (lambda: psnr([0.1], peak=0), "peak is 0: give the range of the values, 2 for"),
+        (lambda: psnr([0.1], peak=math.nan), "peak is nan"),
+        (lambda: psnr([]), r"errors \(0,\): give \(N,\) squared errors"),
+        (lambda: psnr([0.1, -0.1]), "from 0 up"),
+        (lambda: psnr([math.inf]), "errors has 1 NaN or infinite"),
         (
             lambda: remaining_contrast(images + 1, images, images, masks[:1]),
             r"masks \(1, 4, 4\), clean \(2, 1, 4, 4\): give one \(H, W\) mask per image",
@@ -837,3 +850,78 @@ def test_top_k_mean_refuses(fraction):
         top_k_mean(np.ones((2, 2)), 0.5)
     with pytest.raises(ValueError, match="maps has 1 NaN"):
         top_k_mean([[[np.nan, 1.0]]], 0.5)
+
+
+# --- intervals of pixel metrics -----------------------------------------------------------------
+
+
+def smooth_maps(n, size, seed=0):
+    """Maps of n images, the second half of which has one or two defects, some of them faint."""
+    rng = RNG(seed)
+    masks = np.zeros((n, size, size), dtype=bool)
+    maps = 4 * ndimage.gaussian_filter(rng.normal(size=masks.shape), (0, 2, 2))
+    for i in range(n // 2, n):
+        y, x = rng.integers(0, size // 2, 2)
+        masks[i, y : y + size // 5, x : x + size // 7] = True
+        masks[i, -3:, -3:] = i % 3 == 0
+        maps[i][masks[i]] += rng.uniform(0, 3)
+    return masks, maps
+
+
+def test_pseudo_values_give_the_spread_of_a_bootstrap_over_images():
+    masks, maps = smooth_maps(60, 32)
+    labels, exact = masks.any(axis=(1, 2)), pixel_metrics(masks, maps)
+    values, rng = pixel_pseudo_values(masks, maps), RNG(1)
+    classes = [np.flatnonzero(labels == label) for label in (False, True)]
+    drawn = [np.concatenate([rng.choice(c, len(c)) for c in classes]) for _ in range(400)]
+    metrics = [pixel_metrics(masks[i], maps[i]) for i in drawn]
+    assert values.keys() == {"pixel_ap", "aupro", "dice_oracle"}
+    for name, of_images in values.items():
+        assert of_images.mean() == pytest.approx(exact[name], abs=0.01)
+        spread = np.std([metric[name] for metric in metrics])
+        assert np.std(resampled_means(of_images, labels)) == pytest.approx(spread, rel=0.2), name
+
+
+def test_pseudo_values_equal_leaving_out_one_image_at_a_time():
+    masks, maps = smooth_maps(12, 24)  # fewer than 1000 anomalous pixels: every one is a threshold
+    n, complete = len(masks), pixel_metrics(masks, maps)
+    values = pixel_pseudo_values(masks, maps)
+    for i in range(n):
+        without = pixel_metrics(np.delete(masks, i, axis=0), np.delete(maps, i, axis=0))
+        for name in ("pixel_ap", "dice_oracle"):
+            expected = n * complete[name] - (n - 1) * without[name]
+            assert values[name][i] == pytest.approx(expected), name
+        expected = n * complete["aupro"] - (n - 1) * without["aupro"]
+        assert values["aupro"][i] == pytest.approx(expected, abs=0.1)  # joined linearly
+
+
+def test_pseudo_values_are_nan_where_one_image_has_everything():
+    masks, maps = smooth_maps(6, 16)
+    masks[:-1] = False
+    assert all(
+        np.isnan(v).all() and v.shape == (6,) for v in pixel_pseudo_values(masks, maps).values()
+    )
+    masks[:] = True
+    masks[0, 0] = False
+    assert np.isnan(pixel_pseudo_values(masks, maps)["aupro"]).all()
+
+
+def test_resampled_means_resample_within_groups_and_alike():
+    groups = np.array([0, 0, 0, 1, 1])
+    constant = resampled_means([1.0, 1, 1, 5, 5], groups, n_boot=50)
+    np.testing.assert_allclose(constant, 13 / 5)  # each group keeps its number of images
+    values = RNG(0).normal(size=(2, 5))
+    both = resampled_means(values, groups, n_boot=50)
+    assert both.shape == (50, 2)
+    np.testing.assert_allclose(both[:, 1:], resampled_means(values[1], groups, n_boot=50))
+    many = resampled_means(np.arange(2000.0) % 2, np.zeros(2000))
+    low, high = percentile_interval(many[:, 0])
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 2000), rel=0.1)
+    for arguments, message in [
+        (([[1.0]], [0, 0]), r"values \(1, 1\), groups \(2,\)"),
+        (([math.nan], [0]), "values has 1 NaN"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            resampled_means(*arguments)
+    with pytest.raises(ValueError, match="n_boot is 0"):
+        resampled_means([1.0], [0], n_boot=0)
