@@ -33,6 +33,10 @@ SCALES = {  # row of the table -> key of the record, milliseconds per recorded u
     "training step, training images": ("images", 1000),
     "scoring an image, noises averaged": ("noises", 1),
 }
+METRICS = {  # key of the record of metrics -> row of the table
+    "aupimo": "AUPIMO",
+    "pseudo_values": "values per image, for intervals of pixel metrics,",
+}
 GPU_TFLOPS = 100.0  # assumed, not measured: what a large GPU sustains in bfloat16
 
 
@@ -108,6 +112,9 @@ def targets_table(record: Record) -> str:
         (f"all pixel metrics of {maps}", f"{metrics['seconds']:.1f} s", "5 s"),
         ("memory that they take beside the maps", f"{metrics['mb']:.0f} MB", "1000 MB"),
     ]
+    for key, what in METRICS.items():
+        if key in metrics:
+            rows.append((f"{what} of {maps}", f"{metrics[key]:.1f} s", "5 s"))
     if "bootstrap" in metrics:
         what = "interval of a difference of two methods, 430 images, three seeds"
         rows.append((what, f"{metrics['bootstrap']:.2f} s", "0.5 s"))
