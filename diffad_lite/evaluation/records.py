@@ -371,11 +371,16 @@ def is_ablation(result: Result) -> bool:
     return bool(result["training"]) or result["variant"] not in VARIANTS
 
 
-def difference_of(a: Sequence[Result], b: Sequence[Result]) -> tuple[float, float, float]:
-    """Return image AUROC of runs ``a`` minus that of ``b``, with its paired bootstrap interval.
+def difference_of(
+    a: Sequence[Result], b: Sequence[Result], quantity: str = "image_auroc"
+) -> tuple[float, float, float]:
+    """Return a quantity of runs ``a`` minus that of ``b``, with its paired bootstrap interval.
 
-    If both have seeds in common, only these count: such pairs share their first stages.
+    If both have seeds in common, only these count: such pairs share their first stages. Raises
+    ValueError for a quantity without values per image.
     """
+    if quantity != "image_auroc":
+        raise ValueError(f"{_names_of([*a, *b])} has no values per image of {quantity}")
     common = {r["seed"] for r in a} & {r["seed"] for r in b}
     if common:
         a, b = ([r for r in group if r["seed"] in common] for group in (a, b))
