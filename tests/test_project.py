@@ -17,7 +17,7 @@ import yaml
 from diffad_lite.core.files import course_dir
 from diffad_lite.evaluation.records import read_results
 from diffad_lite.evaluation.tables import render
-from diffad_lite.experiments.grid import find_missing, read_grid
+from diffad_lite.experiments.grid import find_missing, named_scorings, read_grid
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "diffad_lite"
@@ -71,6 +71,7 @@ def test_bundled_checkpoints_are_what_the_index_says():
 
 
 def test_the_committed_grids_are_valid_and_done():
+    """Scorings of ablations on planted defects may still be missing, and nothing else."""
     grids = {"grid", "grid_folders", "ablations", "development"}
     assert {p.stem for p in (ROOT / "data").glob("*.yaml")} == {*grids, "claims"}
     records = read_results(ROOT / "data" / "results")
@@ -78,6 +79,9 @@ def test_the_committed_grids_are_valid_and_done():
         grid = read_grid(path)
         runs_to_do, n_runs = find_missing(grid, records)
         assert n_runs > 30
+        if path.stem == "ablations":
+            planted = {name for name, _, scoring in named_scorings(grid) if scoring.plant}
+            runs_to_do = [name for name in runs_to_do if name not in planted]
         assert runs_to_do == [], f"{path.name} has runs without a record"
 
 

@@ -434,17 +434,29 @@ def _checked_draws(n_boot: int) -> int:
     return n_boot
 
 
-def verdict(low: float, high: float, minimum: float = 0.0) -> str:
+def verdict(low: float, high: float, minimum: float = 0.0, *, no_effect: float = 0.0) -> str:
     """Judge the claim "the effect is larger than `minimum`" by the interval [low, high].
 
-    "holds": low > minimum, every value agrees with the claim. "does not hold": high <= minimum,
-    every value contradicts it (also when there is no effect at all). "inconclusive": the interval
-    has both kinds of values. A human decides "not testable at this scale". Raises ValueError for
-    NaN or low > high.
+    The first rule that applies decides:
+
+    - "holds": low > minimum. Every value in the interval agrees with the claim.
+    - "reversed": high < no_effect and high < minimum. The whole interval lies on the wrong side of
+      no effect, which is 0 for a difference and 1 for a ratio, and no value agrees.
+    - "does not hold": high <= minimum. No value agrees, also when there is no effect at all.
+    - "inconclusive": the interval has values that agree and values that do not.
+
+    A claim of non-inferiority has a `minimum` below `no_effect`. With a minimum of -0.02,
+    [-0.01, -0.005] holds, [-0.05, -0.01] is inconclusive, and [-0.05, -0.03] is reversed. A person
+    decides "not testable at this scale". Raises ValueError for NaN or low > high.
     """
-    if not low <= high or math.isnan(minimum):
-        raise ValueError(f"low {low}, high {high}, minimum {minimum}: need low <= high and no NaN")
-    return "holds" if low > minimum else "does not hold" if high <= minimum else "inconclusive"
+    if not low <= high or math.isnan(minimum) or math.isnan(no_effect):
+        limits = f"low {low}, high {high}, minimum {minimum}, no_effect {no_effect}"
+        raise ValueError(f"{limits}: need low <= high and no NaN")
+    if low > minimum:
+        return "holds"
+    if high < min(no_effect, minimum):
+        return "reversed"
+    return "does not hold" if high <= minimum else "inconclusive"
 
 
 def _check_threshold(threshold: float) -> None:

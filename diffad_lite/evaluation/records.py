@@ -463,13 +463,19 @@ def _minus(values: np.ndarray, n: int) -> np.ndarray:
     return values[..., :n].mean(axis=-1) - values[..., n:].mean(axis=-1)
 
 
+def has_values(record: Result, quantity: str) -> bool:
+    """Tell whether a record has the values of each image that :func:`difference_of` needs."""
+    if quantity == "image_auroc":
+        return True
+    return record[quantity] is not None and QUANTITIES[quantity] in read_measures(record)
+
+
 def _values_of(record: Result, quantity: str) -> np.ndarray:
     """Return the values (n,) of each image behind a quantity, NaN for none."""
-    values = read_measures(record).get(QUANTITIES[quantity])
-    if values is None or record[quantity] is None:
+    if not has_values(record, quantity):
         fix = "run 'diffad evaluate' again"
         raise ValueError(f"{record['name']} has no values per image of {quantity}; {fix}")
-    return values
+    return read_measures(record)[QUANTITIES[quantity]]
 
 
 def mean(group: Sequence[Mapping[str, Any]], key: str) -> float:

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from itertools import pairwise
+from itertools import pairwise, product
 from operator import ge, gt
 
 import numpy as np
@@ -718,15 +718,42 @@ def test_bootstraps_refuse_to_draw_nothing():
         (0.01, 0.2, 0.0, "holds"),
         (0.0, 0.2, 0.0, "inconclusive"),
         (-0.1, 0.1, 0.0, "inconclusive"),
-        (-0.2, -0.1, 0.0, "does not hold"),
+        (-0.2, -0.1, 0.0, "reversed"),
         (-0.2, 0.0, 0.0, "does not hold"),
         (0.0, 0.0, 0.0, "does not hold"),
         (0.01, 0.2, 0.05, "inconclusive"),
         (0.01, 0.02, 0.05, "does not hold"),
+        (-0.2, -0.1, 0.05, "reversed"),
+        (-0.01, -0.005, -0.02, "holds"),
+        (-0.05, 0.01, -0.02, "inconclusive"),
+        (-0.05, -0.01, -0.02, "inconclusive"),
+        (-0.05, -0.03, -0.02, "reversed"),
     ],
 )
 def test_verdict(low, high, minimum, expected):
     assert verdict(low, high, minimum) == expected
+
+
+@pytest.mark.parametrize("no_effect", [0, 1])
+def test_verdicts_are_what_counting_the_values_of_the_interval_gives(no_effect):
+    """On a grid of half units, with every value of each interval looked at."""
+    grid = [i / 2 for i in range(-6, 9)]
+    answers = set()
+    for low, high, minimum in product(grid, grid, grid):
+        values = [value for value in grid if low <= value <= high]
+        if not values:
+            continue
+        if all(value > minimum for value in values):
+            expected = "holds"
+        elif all(value < no_effect and value < minimum for value in values):
+            expected = "reversed"
+        elif not any(value > minimum for value in values):
+            expected = "does not hold"
+        else:
+            expected = "inconclusive"
+        assert verdict(low, high, minimum, no_effect=no_effect) == expected
+        answers.add(expected)
+    assert len(answers) == 4
 
 
 @pytest.mark.parametrize(
@@ -735,6 +762,11 @@ def test_verdict(low, high, minimum, expected):
 def test_verdict_refuses(bad):
     with pytest.raises(ValueError, match="need low <= high and no NaN"):
         verdict(*bad)
+
+
+def test_verdict_refuses_no_effect_that_is_nan():
+    with pytest.raises(ValueError, match="no_effect nan: need low <= high and no NaN"):
+        verdict(0.0, 1.0, no_effect=math.nan)
 
 
 # --- calibration of maps, scores from maps -------------------------------------------------

@@ -82,7 +82,7 @@ def test_any_scores(labels, scores, others, data, number):
     threshold = result_of(conformal_threshold, scores, number)
     assert threshold is None or threshold in np.asarray(scores, dtype=np.float64)
     assert result_of(verdict, number, float(others.sum()), 0.0) in (
-        *("holds", "does not hold", "inconclusive"),
+        *("holds", "reversed", "does not hold", "inconclusive"),
         None,
     )
 
