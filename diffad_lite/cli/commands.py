@@ -241,6 +241,36 @@ def score(arguments: argparse.Namespace) -> int:
 
 
 @command(
+    "diffad export --checkpoint runs/can --images mvtec_ad_2/can --out runs/submission",
+    option("--checkpoint", required=True, help="its folder, or that of a run, of this object"),
+    option("--images", help="folder of one object of MVTec AD 2, as unpacked", **FOLDER),
+    option("--out", help="folder of the submission; each object adds its files", **FOLDER),
+)
+def export(arguments: argparse.Namespace) -> int:
+    """Write the maps of MVTec AD 2's private sets for its benchmark server.
+
+    Of test_private and test_private_mixed, at the size of the images: float16 TIFF files in
+    anomaly_images, and PNG files of 0 and 255, thresholded by the calibration images, in
+    anomaly_images_thresholded. The server wants all eight objects: train each on its own
+    converted folder ('diffad convert'), and call this command for each.
+    """
+    from diffad_lite.experiments.evaluate import find_checkpoint
+    from diffad_lite.experiments.submission import export_submission
+    from diffad_lite.methods.base import load_pretrained
+    from diffad_lite.methods.checkpoints import read_record
+
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    method = load_pretrained(checkpoint)
+    record = read_record(checkpoint)
+    reading = {"resize": record.get("resize", "squash"), "bits": record.get("bits")}
+    fractions = export_submission(method, arguments.images, arguments.out, **reading)
+    for name, fraction in fractions.items():
+        print(f"{name}: {fraction:.2%} of the pixels lie above the threshold")
+    print(f"submission: {arguments.out}")
+    return 0
+
+
+@command(
     "diffad train --method anoddpm --max-minutes 8 --out runs/anoddpm",
     option("--method", required=True, help="name in the list of 'diffad methods'"),
     *RUN,
@@ -338,6 +368,41 @@ def datasets(arguments: argparse.Namespace) -> int:
         fig, _ = show_kinds(data)
         suffix = arguments.sheet.suffix[1:] or "png"
         write_atomically(arguments.sheet, lambda path: fig.savefig(path, format=suffix))
+    return 0
+
+
+@command(
+    "diffad convert real_iad --root Real-IAD/realiad_1024 --category toy --out data/real_iad",
+    option("name", help="mvtec_ad_2 or real_iad"),
+    option("--root", help="folder with one folder for each category, as unpacked", **FOLDER),
+    option("--category", help="one of them"),
+    option("--out", help="folder for the converted category, a sub-folder of it", **FOLDER),
+    option(
+        "--splits",
+        type=Path,
+        metavar="DIR",
+        help="of real_iad, the folder of the JSON files; without it realiad_jsons beside --root, "
+        "the split over all views",
+    ),
+)
+def convert(arguments: argparse.Namespace) -> int:
+    """Convert a published data set to the layout of --dataset folder.
+
+    Hard links take the place of copies, except on another disk. The published split is kept; masks
+    lie in ground_truth, and subjects.csv names the object of each image of real_iad. The private
+    sets of mvtec_ad_2 have no labels and are left out; 'diffad export' scores them.
+    """
+    from diffad_lite.data.converters import convert_dataset
+
+    folder = convert_dataset(
+        arguments.name,
+        arguments.root,
+        arguments.category,
+        arguments.out,
+        splits=arguments.splits,
+    )
+    print(f"converted: {folder}")
+    print(f"to use it: --dataset folder --root {arguments.out} --category {folder.name}")
     return 0
 
 
