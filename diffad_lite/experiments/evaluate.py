@@ -181,7 +181,8 @@ def load_checkpoint(folder: str | Path, run: Run, data: AnomalyData) -> Method:
     available = stored.get("n_calibration_available", n_scored)
     as_stored = available == len(data.calibration)
     side = data.calibration.shape[-1]
-    if method.threshold_ is None or not as_stored or side != method.config.image_size:
+    calibrated = None not in (method.threshold_, method.pixel_threshold_)
+    if not calibrated or not as_stored or side != method.config.image_size:
         limited = isinstance(available, int) and 0 < n_scored < available
         _calibrate_again(method, data, n_scored if limited else len(data.calibration))
     return method

@@ -13,7 +13,8 @@ from PIL import Image
 from diffad_lite.core.config import unknown_name
 from diffad_lite.core.files import staged, write_atomically
 from diffad_lite.data.images import Resize, list_images, read_image
-from diffad_lite.experiments.evaluate import at_original_size, check_replaceable
+from diffad_lite.experiments.evaluate import check_replaceable
+from diffad_lite.experiments.quality import at_original_size
 from diffad_lite.experiments.unlabelled import read_images
 from diffad_lite.methods.base import Method
 
@@ -64,7 +65,7 @@ def export_submission(
             is empty; a file is misnamed or unreadable; ``out`` holds other files.
     """
     folder, out = Path(folder), Path(out)
-    threshold: float | None = getattr(method, "pixel_threshold_", None)
+    threshold = method.pixel_threshold_
     if threshold is None:
         raise ValueError(
             "the model has no pixel threshold; call calibrate() with normal images, or train again"

@@ -40,9 +40,11 @@ from diffad_lite.data.images import check_values, image_keys, standardise, undo_
 from diffad_lite.data.synthetic_anomalies import Synthesis
 from diffad_lite.diffusion.gaussian import noise_generators
 from diffad_lite.methods.calibration import (
+    FOLDS,
     MapCalibration,
     conformal_threshold,
     fold_numbers,
+    pixel_threshold,
     top_k_mean,
 )
 from diffad_lite.methods.checkpoints import Checkpointed, claimed, read_record
@@ -252,8 +254,9 @@ METHODS: dict[str, type["Method"]] = {}
 class Method(Checkpointed, ABC):
     """Base class of all methods; ``Method(config).fit(...).predict(...)``.
 
-    After ``fit``: ``threshold_`` (scores above it are called anomalous), ``calibration_scores_``
-    (cross-fitted), ``reports_`` (stage -> steps, seconds of training).
+    After ``fit``: ``threshold_`` (scores above it are called anomalous), ``pixel_threshold_`` (the
+    same for pixels, see :func:`~diffad_lite.methods.calibration.pixel_threshold`),
+    ``calibration_scores_`` (cross-fitted), ``reports_`` (stage -> steps, seconds of training).
     """
 
     name: ClassVar[str]
@@ -295,6 +298,18 @@ class Method(Checkpointed, ABC):
             generators: one for each image.
             trace: where to put intermediates for figures; the class documents them.
         """
+
+    # -------------------------- what a method implements whose maps need statistics of images
+
+    def _measure(self, images: Tensor) -> dict[str, Tensor]:
+        """Return what :meth:`_set_statistics` needs to know of a batch (B, C, H, W).
+
+        Each tensor has first axis B; {} for a method without such statistics.
+        """
+        return {}
+
+    def _set_statistics(self, measured: dict[str, Tensor]) -> None:
+        """Set the statistics that raw maps depend on, from what was measured on normal images."""
 
     # ----------------------------------------------------------------- what users call
 
@@ -406,10 +421,13 @@ class Method(Checkpointed, ABC):
         return self
 
     def calibrate(self, calibration: Tensor) -> Self:
-        """Set map statistics and threshold from normal images that training did not see.
+        """Set statistics and thresholds from normal images that training did not see.
 
-        The scores behind the threshold are cross-fitted: each image is standardised with the
-        statistics of the others, as a new image will be.
+        The scores behind the threshold are cross-fitted in 5 folds: each image is compared with
+        statistics of the other folds, as a new image will be compared with those of all images. An
+        indirect influence remains: where raw maps themselves need statistics, as in GLAD and MDPS,
+        the other folds' maps, which give an image's map statistics, used statistics that include
+        this image.
 
         Args:
             calibration: normal images (N, C, H, W) that training did not see, float32 in [-1, 1].
@@ -424,12 +442,44 @@ class Method(Checkpointed, ABC):
         self._check_calibration(calibration)
         self._warn_if_equal(self.prepare(calibration), "calibration", "its score is the threshold")
         self.map_calibration_ = None
-        maps = self.predict(calibration).anomaly_map.numpy()
+        measured = self._measure_all(calibration)
+        maps = self._cross_fitted_maps(calibration, measured)
         if self.config.calibrate:
-            maps, self.map_calibration_ = MapCalibration.cross_fit(maps), MapCalibration.fit(maps)
+            final = self.predict(calibration).anomaly_map.numpy() if measured else maps
+            maps, self.map_calibration_ = MapCalibration.cross_fit(maps), MapCalibration.fit(final)
+        self.pixel_threshold_ = pixel_threshold(maps)
         self.calibration_scores_ = self._score(calibration, torch.from_numpy(maps)).numpy()
         self.threshold_ = conformal_threshold(self.calibration_scores_, self.config.quantile)
         return self
+
+    @exact()
+    def _measure_all(self, images: Tensor) -> dict[str, Tensor]:
+        """Return what :meth:`_measure` returns, for any number of images."""
+        parts = [self._measure(batch) for batch in images.split(BATCH_SIZE)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _cross_fitted_maps(self, images: Tensor, measured: dict[str, Tensor]) -> np.ndarray:
+        """Return raw maps (N, H, W), cross-fitted; then set the statistics of all images.
+
+        The maps of a fold use statistics of the other folds. Without such statistics, or with a
+        single image, nothing is separated.
+        """
+        n = len(images)
+        folds = min(FOLDS, n) if measured else 1
+        if folds == 1:
+            self._set_statistics(measured)
+            return self.predict(images).anomaly_map.numpy()
+        fold, maps = torch.from_numpy(fold_numbers(n, folds)), torch.empty(n, *images.shape[-2:])
+        for f in range(folds):
+            others = {
+                name: values[fold.to(values.device) != f] for name, values in measured.items()
+            }
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the statistics of all images warn, once
+                self._set_statistics(others)
+            maps[fold == f] = self.predict(images[fold == f]).anomaly_map
+        self._set_statistics(measured)
+        return maps.numpy()
 
     def predict(
         self, images: Tensor, *, seed: int = 0, keys: Sequence[str] | None = None

@@ -96,6 +96,18 @@ def conformal_threshold(calibration_scores: ArrayLike, q: float = 0.95) -> float
     return float(np.sort(scores)[min(k, n) - 1])
 
 
+def pixel_threshold(maps: ArrayLike) -> float:
+    """Return the mean plus 3 standard deviations, in float64, of all pixels of `maps` (N, H, W).
+
+    `maps` are of normal images. This common rule gives outlines of anomalies and a segmentation's
+    F1 score where no anomalous image is known. No guarantee comes with it: the fraction of normal
+    pixels above it depends on their distribution. Raises ValueError for another shape, NaN or
+    infinity.
+    """
+    maps = _checked_maps(maps)
+    return float(maps.mean(dtype=np.float64) + 3 * maps.std(dtype=np.float64))
+
+
 def top_k_mean(maps: ArrayLike, fraction: float) -> NDArray[np.float64]:
     """Return image scores (N,): mean of the largest ceil(fraction H W) values of `maps` (N, H, W).
 

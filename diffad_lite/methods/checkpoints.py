@@ -38,11 +38,13 @@ class Checkpointed:
     map_calibration_: MapCalibration | None
     calibration_scores_: np.ndarray | None
     threshold_: float | None
+    pixel_threshold_: float | None
     reports_: dict[str, dict[str, float]]
 
     def __init__(self, config: Any) -> None:
         self.config = config
-        self.map_calibration_ = self.calibration_scores_ = self.threshold_ = None
+        self.map_calibration_ = self.calibration_scores_ = None
+        self.threshold_ = self.pixel_threshold_ = None
         self.reports_ = {}
 
     @property
@@ -100,6 +102,8 @@ class Checkpointed:
             tensors["map_std"] = torch.from_numpy(self.map_calibration_.std)
         if self.calibration_scores_ is not None:
             tensors["calibration_scores"] = torch.from_numpy(self.calibration_scores_)
+        if self.pixel_threshold_ is not None:
+            tensors["pixel_threshold"] = torch.tensor([self.pixel_threshold_], dtype=torch.float64)
         return tensors
 
     @classmethod
@@ -147,7 +151,7 @@ class Checkpointed:
             raise ValueError(f"{folder / 'config.json'}: {reason}; {_fix(folder)}") from None
 
     def _load_calibration(self, tensors: dict[str, Tensor], folder: Path) -> None:
-        """Set map statistics, calibration scores and threshold, where the file has them."""
+        """Set map statistics, calibration scores and thresholds, where the file has them."""
         if ("map_mean" in tensors) != ("map_std" in tensors):
             raise ValueError(f"{folder} has only one of map_mean and map_std; {_fix(folder)}")
         if "map_mean" in tensors:
@@ -160,6 +164,12 @@ class Checkpointed:
             if scores.ndim != 1 or not len(scores):
                 raise ValueError(f"{folder} has calibration scores {scores.shape}; {_fix(folder)}")
             self.threshold_ = conformal_threshold(scores, self.config.quantile)
+        if "pixel_threshold" in tensors:  # files of older versions have none
+            value = tensors["pixel_threshold"].double()
+            if value.shape != (1,):
+                shape = tuple(value.shape)
+                raise ValueError(f"{folder} has pixel thresholds {shape}, not (1,); {_fix(folder)}")
+            self.pixel_threshold_ = float(value)
 
 
 def check_changeable(cls: type[Checkpointed], names: Collection[str]) -> None:

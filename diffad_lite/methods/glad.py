@@ -37,7 +37,6 @@ from diffad_lite.core.numbers import top_count
 from diffad_lite.data.synthetic_anomalies import Synthesis, SynthesisConfig, object_mask
 from diffad_lite.diffusion.gaussian import randn
 from diffad_lite.methods.base import (
-    BATCH_SIZE,
     Buffers,
     Inferred,
     InputSize,
@@ -48,7 +47,6 @@ from diffad_lite.methods.base import (
     Trace,
     blur,
     category_settings,
-    exact,
     inference,
 )
 from diffad_lite.methods.calibration import conformal_threshold
@@ -423,39 +421,42 @@ class GLAD(Method):
             return maps
         return maps * soft_object_mask(images, self.config.smooth_sigma)
 
-    @exact()
-    def calibrate(self, calibration: Tensor) -> Self:
-        """Set delta, spread and pixel scale, then map statistics and threshold."""
-        self._check_calibration(calibration)
-        s = self.network["statistics"]
-        drifts, parts = [], []
-        for batch in calibration.split(BATCH_SIZE):
-            images, generators = self.network_inputs(batch, 0)
-            noise = randn(images, generators)
-            path = self.reconstruct(images, noise, delta=math.inf)  # no image is accepted
-            drifts.append(torch.stack(path.drifts).cpu())
-            parts.append(self.differences(images, path.x, noise))
-        if self.config.adaptive:
-            self._estimate_delta(path.timesteps, torch.cat(drifts, dim=1))
-        features, pixels = (torch.cat(part) for part in zip(*parts, strict=True))
-        s.pixel_scale.fill_(peak_ratio(features, pixels))
-        return super().calibrate(calibration)
+    # Calibration: delta, spread and pixel scale, from reconstructions that nothing has accepted.
 
-    def _estimate_delta(self, timesteps: list[int], drifts: Tensor) -> None:
-        """Set delta and spread from the drifts of normal images (timesteps, N, H, W)."""
-        c, s = self.config, self.network["statistics"]
+    def _measure(self, images: Tensor) -> dict[str, Tensor]:
+        images, generators = self.network_inputs(images, 0)
+        noise = randn(images, generators)
+        path = self.reconstruct(images, noise, delta=math.inf)  # no image is accepted
+        features, pixels = self.differences(images, path.x, noise)
+        drifts = self._watched_drifts(path) if self.config.adaptive else {}
+        return {"features": features, "pixels": pixels} | drifts
+
+    def _watched_drifts(self, path: Reconstruction) -> dict[str, Tensor]:
+        """Return the largest drift score (B,) and the last drift (B, H, W) before a reset."""
+        c = self.config
         watched = range(c.min_noise_level, c.noise_level)
-        above = [i for i, t in enumerate(timesteps) if t in watched]
-        if not above:
+        drifts = [
+            drift.cpu()
+            for t, drift in zip(path.timesteps, path.drifts, strict=True)
+            if t in watched
+        ]
+        if not drifts:
             raise ValueError(
-                f"{len(timesteps)} steps from noise_level={c.noise_level} visit no timestep at or "
-                f"above min_noise_level={c.min_noise_level} where drift could be measured; use "
-                "more steps, a lower min_noise_level, or adaptive=False"
+                f"{len(path.timesteps)} steps from noise_level={c.noise_level} visit no timestep "
+                f"at or above min_noise_level={c.min_noise_level} where drift could be measured; "
+                "use more steps, a lower min_noise_level, or adaptive=False"
             )
-        scores = torch.stack([drift_score(drifts[i], c.drift_fraction) for i in above]).amax(0)
-        s.delta.fill_(conformal_threshold(scores.numpy(), c.delta_quantile))
-        low, high = np.quantile(drifts[above[-1]].numpy(), [0.25, 0.75])
-        s.spread.fill_(max(float(high - low), 1e-6))
+        scores = torch.stack([drift_score(drift, c.drift_fraction) for drift in drifts])
+        return {"largest_drift": scores.amax(0), "last_drift": drifts[-1]}
+
+    def _set_statistics(self, measured: dict[str, Tensor]) -> None:
+        c, s = self.config, self.network["statistics"]
+        if c.adaptive:
+            largest = measured["largest_drift"].numpy()
+            s.delta.fill_(conformal_threshold(largest, c.delta_quantile))
+            low, high = np.quantile(measured["last_drift"].numpy(), [0.25, 0.75])
+            s.spread.fill_(max(float(high - low), 1e-6))
+        s.pixel_scale.fill_(peak_ratio(measured["features"], measured["pixels"]))
 
 
 def drift_score(drift: Tensor, fraction: float = 0.01) -> Tensor:

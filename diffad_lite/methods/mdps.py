@@ -37,7 +37,6 @@ from diffad_lite.core.numbers import top_count
 from diffad_lite.diffusion.gaussian import randn
 from diffad_lite.methods.anoddpm import AnoDDPM
 from diffad_lite.methods.base import (
-    BATCH_SIZE,
     Buffers,
     Inferred,
     InputSize,
@@ -47,7 +46,6 @@ from diffad_lite.methods.base import (
     Trace,
     blur,
     category_settings,
-    exact,
     inference,
 )
 from diffad_lite.methods.denoiser import Denoiser, DenoisingConfig
@@ -321,16 +319,16 @@ class MDPS(Method):
         k = top_count(c.top_fraction, H * W)
         return (maps / 2).flatten(1).softmax(1).topk(k).values.sum(1)
 
-    @exact()
-    def calibrate(self, calibration: Tensor) -> Self:
-        """Set the pixel scale and the mask's threshold, then map statistics and threshold."""
-        self._check_calibration(calibration)
-        c, s, parts = self.config, self.network["statistics"], []
-        for batch in calibration.split(BATCH_SIZE):
-            y, generators = self.network_inputs(batch, 0)
-            parts.append(self.distances(y, self.first_sample(y, generators)))
-        features, pixels = (torch.cat(part) for part in zip(*parts, strict=True))
+    # Calibration: pixel scale and the mask's threshold, from the first pass.
+
+    def _measure(self, images: Tensor) -> dict[str, Tensor]:
+        y, generators = self.network_inputs(images, 0)
+        features, pixels = self.distances(y, self.first_sample(y, generators))
+        return {"features": features, "pixels": pixels}
+
+    def _set_statistics(self, measured: dict[str, Tensor]) -> None:
+        c, s = self.config, self.network["statistics"]
+        features, pixels = measured["features"], measured["pixels"]
         s.pixel_scale.fill_(peak_ratio(features, pixels))
         maps = blur(self.combined(features, pixels), c.mask_sigma)
         s.mask_threshold.fill_(float(np.quantile(maps.cpu().numpy(), c.mask_quantile)))
-        return super().calibrate(calibration)

@@ -56,7 +56,7 @@ def trained(tmp_path_factory) -> Method:
 
 @pytest.fixture
 def method(trained, monkeypatch) -> Method:
-    monkeypatch.setattr(trained, "pixel_threshold_", 0.05, raising=False)
+    monkeypatch.setattr(trained, "pixel_threshold_", 0.05)
     return trained
 
 
@@ -144,11 +144,9 @@ def test_objects_add_to_a_submission_and_a_second_call_replaces(method, can, tmp
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
 
 
-def test_the_command_reads_as_in_training(trained, can, tmp_path, capsys, monkeypatch):
+def test_the_command_reads_as_in_training(trained, can, tmp_path, capsys):
     trained.save_pretrained(tmp_path / "checkpoint", resize="pad", bits=None)
     command = ["export", "--checkpoint", tmp_path / "checkpoint", "--images", can, "--out"]
-    monkeypatch.setattr(trained, "pixel_threshold_", 0.05, raising=False)
-    monkeypatch.setattr("diffad_lite.methods.base.load_pretrained", lambda folder: trained)
     assert main([*map(str, command), str(tmp_path / "out")]) == 0
     assert "test_private_mixed: " in capsys.readouterr().out
     export_submission(trained, can, tmp_path / "expected", resize="pad")

@@ -84,6 +84,7 @@ def use_checkpoint(folder: Path) -> None:
         prediction = method.predict(random_images(2, seed=1))
         assert prediction.image_score.isfinite().all()
         assert math.isfinite(method.threshold_)
+    assert method.pixel_threshold_ is None or math.isfinite(method.pixel_threshold_)
 
 
 # -------------------------------------------------------------------------------- weights
@@ -116,7 +117,7 @@ def corrupt_header(rng: np.random.Generator, header: dict) -> None:
             offsets = ([0, 0], [4, 0], [0, 2**63], [-4, 4], [1, 5], [], [0], "x", [0, 1e300])
             entry["data_offsets"] = choose(rng, offsets)
         case "name":
-            names = ("../../x", "network.", "", "a" * 9999, "map_mean")
+            names = ("../../x", "network.", "", "a" * 9999, "map_mean", "pixel_threshold")
             header[choose(rng, names)] = header.pop(name)
         case "gone":
             header.pop(name)
@@ -156,7 +157,7 @@ def corrupt_tensors(rng: np.random.Generator, tensors: dict[str, Tensor]) -> Non
     if (replacement := replacements[choose(rng, replacements)]) is not None:
         tensors[name] = replacement
     if rng.random() < 0.2:
-        names = ("network.more", "../up", "calibration_scores", "map_std")
+        names = ("network.more", "../up", "calibration_scores", "map_std", "pixel_threshold")
         tensors[choose(rng, names)] = value.clone()
 
 

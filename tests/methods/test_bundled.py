@@ -29,3 +29,15 @@ def test_bundled_weights_reproduce_their_scores(name):
     batch = [cells()[key] for key in stored]
     scores = load_pretrained(FOLDER / name).predict(torch.stack(batch)).image_score
     assert scores.tolist() == pytest.approx(list(stored.values()), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow  # minutes: each of 118 images is scored twice
+@pytest.mark.parametrize("name", ["elpv-mono-glad", "elpv-mono-mdps"])
+def test_calibrating_bundled_weights_again_leaves_their_scores(name):
+    """Statistics behind maps are those of all images; only the threshold's are of other folds."""
+    method, stored = load_pretrained(FOLDER / name), INDEX[name]["scores"]
+    images = torch.stack([cells()[key] for key in list(stored)[:4]])
+    before = method.predict(images).image_score
+    method.network["statistics"].pixel_scale.fill_(1.0)
+    method.calibrate(load_dataset("elpv", "mono").calibration)
+    torch.testing.assert_close(method.predict(images).image_score, before, rtol=1e-3, atol=1e-4)

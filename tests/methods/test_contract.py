@@ -12,7 +12,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from speed import TensorsAlive
 from torch import Tensor
 
@@ -33,13 +33,19 @@ from diffad_lite.methods.base import (
     get_method,
     load_pretrained,
 )
-from diffad_lite.methods.calibration import MapCalibration, conformal_threshold, top_k_mean
+from diffad_lite.methods.calibration import (
+    MapCalibration,
+    conformal_threshold,
+    pixel_threshold,
+    top_k_mean,
+)
 from diffad_lite.methods.denoiser import Denoiser, DenoiserConfig
 from diffad_lite.spaces import features
 from diffad_lite.spaces.features import LITE0_LAYERS, ImageNetFeatures
 
 NAMES = sorted(METHODS)
 BASELINES = ("brightness", "mean_image", "pca")
+WITH_STATISTICS = ("glad", "mdps")  # of calibration images, which raw maps depend on
 SIZE = 16
 each_method = pytest.mark.parametrize("name", NAMES)
 
@@ -389,12 +395,24 @@ def test_threshold_is_the_conformal_quantile_of_the_calibration_scores(name):
     assert (method.calibration_scores_ > method.threshold_).mean() <= 0.05
 
 
+def maps_by_other_folds(raw: Method, images: Tensor) -> np.ndarray:
+    """Raw maps (N, H, W), those of each fifth by a method calibrated on the other four fifths."""
+    fold, maps = np.arange(len(images)) % 5, np.empty((len(images), SIZE, SIZE), np.float32)
+    for f in range(5):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few images
+            raw.calibrate(images[fold != f])
+        maps[fold == f] = raw.predict(images[fold == f]).anomaly_map.numpy()
+    return maps
+
+
 @each_method
 def test_maps_and_scores_are_those_of_the_calibration(name):
     """Raw maps, standardised by the statistics of the calibration; cross-fitted for scores."""
     x, calibration = pictures(4, seed=2), pictures(20, seed=1)
     raw = fit(name, config=replace(tiny_config(name), calibrate=False))
     method = fitted(name)
+    raw_scores = raw.calibration_scores_
     maps = raw.predict(calibration).anomaly_map.numpy()
     expected = MapCalibration.fit(maps).apply(raw.predict(x).anomaly_map.numpy())
     prediction = method.predict(x)
@@ -405,9 +423,90 @@ def test_maps_and_scores_are_those_of_the_calibration(name):
     np.testing.assert_allclose(
         prediction.image_score.numpy(), top_k_mean(expected, fraction), atol=1e-4
     )
-    crossed = top_k_mean(MapCalibration.cross_fit(maps), fraction)
+    by_others = maps
+    if name in WITH_STATISTICS:  # whose maps depend on whether an image is in its statistics
+        by_others = maps_by_other_folds(raw, calibration)
+        assert np.abs(by_others - maps).max() > 1e-3
+    crossed = top_k_mean(MapCalibration.cross_fit(by_others), fraction)
     np.testing.assert_allclose(method.calibration_scores_, crossed, atol=1e-4)
     assert np.abs(crossed - method.predict(calibration).image_score.numpy()).max() > 1e-2
+    np.testing.assert_allclose(raw_scores, top_k_mean(by_others, fraction), atol=1e-4)
+
+
+@pytest.mark.parametrize("calibrate", [True, False])
+@each_method
+def test_only_statistics_behind_raw_maps_cost_a_second_prediction(name, calibrate, monkeypatch):
+    method = fitted(name).with_settings(calibrate=calibrate)
+    infer, predicted = METHODS[name]._infer, []
+
+    def count(self, images, *rest):
+        predicted.append(len(images))
+        return infer(self, images, *rest)
+
+    monkeypatch.setattr(METHODS[name], "_infer", count)
+    method.calibrate(pictures(20, seed=1))
+    assert sum(predicted) == (40 if name in WITH_STATISTICS and calibrate else 20)
+    assert (len(predicted) == 1) == (name not in WITH_STATISTICS)  # one batch, not one per fold
+
+
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_an_extreme_image_does_not_change_how_it_is_measured(name):
+    """Image 7 turns dark, with a white bar: images of its fold are measured by the other folds."""
+    images = pictures(20, seed=1)
+    method = fitted(name).with_settings(calibrate=False)
+    before = method.calibrate(images).calibration_scores_
+    images[7] = (pictures(1, seed=5)[0] - 2).clamp(-1, 1)
+    images[7, :, :4] = 1.0
+    after = method.calibrate(images).calibration_scores_
+    fold = np.arange(20) % 5
+    same = (fold == 2) & (np.arange(20) != 7)
+    np.testing.assert_array_equal(after[same], before[same])
+    assert not np.isclose(after[fold != 2], before[fold != 2], atol=1e-6).all()
+    method.calibrate(images[fold != 2])
+    expected = method.predict(images[fold == 2]).image_score.numpy()
+    np.testing.assert_allclose(after[fold == 2], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_few_images_are_as_many_folds(name, n):
+    """Where maps are not calibrated; a single image has only itself."""
+    images = pictures(n, seed=1)
+    method = fitted(name).with_settings(calibrate=False)
+    scores = method.calibrate(images).calibration_scores_
+    for i in range(n):
+        others = [k for k in range(n) if k != i] or [0]
+        method.calibrate(images[others])
+        expected = method.predict(images[i : i + 1]).image_score.item()
+        assert scores[i] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", WITH_STATISTICS)
+def test_the_statistics_are_finally_those_of_all_images(name):
+    """Not those of the images outside of the last fold."""
+    images = pictures(20, seed=1)
+    method = fitted(name).with_settings().calibrate(images)
+    found = {k: float(v) for k, v in method.network["statistics"].named_buffers()}
+    method._set_statistics(method._measure(images))
+    assert found == {k: float(v) for k, v in method.network["statistics"].named_buffers()}
+    method._set_statistics(method._measure(images[np.arange(20) % 5 != 4]))
+    assert found != {k: float(v) for k, v in method.network["statistics"].named_buffers()}
+
+
+@each_kind
+def test_the_pixel_threshold_is_three_standard_deviations_above_the_mean(name):
+    raw = fitted(name).with_settings(calibrate=False).calibrate(pictures(20, seed=1))
+    maps = raw.predict(pictures(20, seed=1)).anomaly_map.numpy()
+    for method, pixels in ((raw, maps), (fitted(name), MapCalibration.cross_fit(maps))):
+        values = pixels.astype(np.float64).ravel()
+        mean = values.sum() / values.size
+        expected = mean + 3 * np.sqrt(((values - mean) ** 2).sum() / values.size)
+        assert method.pixel_threshold_ == pytest.approx(expected, rel=1e-9)
+    assert pixel_threshold(np.array([[[0.0, 0.0], [0.0, 4.0]]])) == pytest.approx(1 + 3 * 3**0.5)
+    large = np.full((2, 50, 50), 3e30, np.float32)  # whose squares exceed float32
+    assert pixel_threshold(large) == pytest.approx(3e30)
+    with pytest.raises(ValueError, match="maps"):
+        pixel_threshold(np.array([[[np.nan]]]))
 
 
 @each_method
@@ -454,6 +553,27 @@ def test_a_budget_holds_for_the_calibration(monkeypatch, calibrate, budget, n):
         again.calibrate(choose_images(images, n))
     np.testing.assert_array_equal(method.calibration_scores_, again.calibration_scores_)
     assert (len(method.calibration_scores_), method.threshold_) == (n, again.threshold_)
+
+
+@pytest.mark.parametrize(
+    ("calibrate", "budget", "n"), [(True, 41.5, 15), (True, 0.5, 5), (False, 20.5, 19)]
+)
+def test_a_budget_counts_the_second_prediction(monkeypatch, calibrate, budget, n):
+    """Two seconds an image where maps need statistics and are calibrated, else one."""
+
+    def measure(self, images):
+        return {"level": images.flatten(1).mean(1)}
+
+    def set_statistics(self, measured):
+        self.network.mean.fill_(measured["level"].mean())
+
+    monkeypatch.setattr(Stub, "_measure", measure)
+    monkeypatch.setattr(Stub, "_set_statistics", set_statistics)
+    method, images = slow_stub(monkeypatch, calibrate), pictures(40, seed=1)
+    with pytest.warns(UserWarning, match=f"allowed {n} of 40 calibration images"):
+        method.fit(pictures(4), images, seed=0, budget=budget, progress=False)
+    assert len(method.calibration_scores_) == n
+    assert method.now[0] <= max(budget, 10)
 
 
 def test_the_chosen_calibration_images_are_fixed_and_from_everywhere():
@@ -849,6 +969,7 @@ def test_saved_model_predicts_exactly_the_same(name, saved):
     assert_same(loaded.predict(x), method.predict(x))
     assert loaded.config == method.config
     assert loaded.threshold_ == method.threshold_
+    assert loaded.pixel_threshold_ == method.pixel_threshold_
     np.testing.assert_array_equal(loaded.calibration_scores_, method.calibration_scores_)
     assert loaded.reports_ == method.reports_
     assert not loaded.network.training
@@ -862,6 +983,7 @@ def test_half_precision_changes_predictions_little(name, saved):
     folder, x = saved(name, dtype=torch.float16), pictures(4, seed=2)
     loaded, method = METHODS[name].from_pretrained(folder), fitted(name)
     assert loaded.threshold_ == method.threshold_
+    assert loaded.pixel_threshold_ == method.pixel_threshold_
     # A Mahalanobis distance multiplies rounding by the inverse of small variances.
     tolerance = 5e-2 if name in ("padim", "bank") else 1e-2
     if name == "bernoulli":  # rounding may turn a bit at one half, in one of the four images
@@ -909,6 +1031,34 @@ def test_untrained_model_can_be_saved_and_has_no_threshold(name, tmp_path):
     loaded = KINDS[name].from_pretrained(tmp_path / "m")
     assert loaded.threshold_ is None
     assert loaded.map_calibration_ is None
+
+
+@each_kind
+def test_an_older_checkpoint_has_no_pixel_threshold(name, saved):
+    path = saved(name) / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["pixel_threshold"]
+    save_file(tensors, path)
+    loaded = KINDS[name].from_pretrained(path.parent)
+    assert loaded.pixel_threshold_ is None
+    assert loaded.threshold_ == fitted(name).threshold_
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        (torch.tensor([torch.nan]), "values in 'pixel_threshold' that are not finite"),
+        (torch.zeros(2), r"pixel thresholds \(2,\), not \(1,\); delete"),
+        (torch.zeros(()), r"pixel thresholds \(\), not \(1,\); delete"),
+    ],
+    ids=str,
+)
+@each_kind
+def test_an_impossible_pixel_threshold_is_refused(name, saved, value, fault):
+    path = saved(name) / "model.safetensors"
+    save_file(load_file(path) | {"pixel_threshold": value}, path)
+    with pytest.raises(ValueError, match=fault):
+        KINDS[name].from_pretrained(path.parent)
 
 
 @each_kind
@@ -963,6 +1113,7 @@ def test_checkpoint_of_a_method_that_does_not_exist_is_refused(saved):
 def test_changed_inference_fields_drop_the_threshold_until_calibration(name, saved, changes):
     method = KINDS[name].from_pretrained(saved(name)).with_settings(**changes)
     assert method.threshold_ is None
+    assert method.pixel_threshold_ is None
     assert method.calibration_scores_ is None
     assert method.map_calibration_ is None
     assert replace(fitted(name).config, **changes) == method.config

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from diffad_lite.core.config import override
-from diffad_lite.data.images import undo_standardise
+from diffad_lite.data.images import image_keys, undo_standardise
 from diffad_lite.data.synthetic_anomalies import SynthesisConfig
 from diffad_lite.diffusion.gaussian import noise_generators, randn
 from diffad_lite.methods.anoddpm import AnoDDPMConfig
@@ -368,6 +369,39 @@ def test_a_delta_needs_a_level_to_be_seen_at():
     with pytest.raises(ValueError, match="2 steps from noise_level=100 visit no timestep"):
         made.calibrate(pictures(20, 1))
     method(noise_level=100, steps=2, min_noise_level=80, adaptive=False).calibrate(pictures(20, 1))
+
+
+def test_few_images_warn_once_for_delta_and_once_for_the_threshold():
+    """Not for the statistics of each fold; 20 images suffice, of which a fold has 16."""
+    made = method()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.calibrate(pictures(20, 1))
+    with pytest.warns(UserWarning) as said:
+        made.calibrate(pictures(10, 1))
+    assert ["10 scores, q = 0.95" in str(warning.message) for warning in said] == [True, True]
+
+
+def test_delta_spread_and_pixel_scale_are_those_of_all_images():
+    made, images = method(standardise=False).calibrate(pictures(20, 1)), pictures(20, 1)
+    noise = randn(images, noise_generators(image_keys(images), 0))
+    path = made.reconstruct(images, noise, delta=math.inf)
+    watched = [i for i, t in enumerate(path.timesteps) if 30 <= t < made.config.noise_level]
+    largest = torch.stack([drift_score(path.drifts[i]) for i in watched]).amax(0)
+    s = made.network["statistics"]
+    assert float(s.delta) == pytest.approx(float(largest.max()), rel=1e-5)  # k = ceil(21 * .95)
+    low, high = path.drifts[watched[-1]].quantile(torch.tensor([0.25, 0.75]))
+    assert float(s.spread) == pytest.approx(float(high - low), rel=1e-4)
+    features, pixels = (part.flatten(1).amax(1) for part in made.differences(images, path.x, noise))
+    assert float(s.pixel_scale) == pytest.approx(float(features.mean() / pixels.mean()), rel=1e-5)
+
+
+def test_an_extreme_image_does_not_hide_itself_in_delta_or_pixel_scale():
+    """Statistics that include it make its score smaller than those of the other images do."""
+    images = pictures(20, 1)
+    images[3] = images[3].sign()
+    made = method(standardise=False, calibrate=False, pixel_weight=10.0).calibrate(images)
+    assert made.calibration_scores_[3] > 1.01 * made.predict(images[3:4]).image_score.item()
 
 
 def test_explain_shows_the_path():

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffad_lite.data.images import undo_standardise
+from diffad_lite.data.images import image_keys, undo_standardise
 from diffad_lite.diffusion.gaussian import noise_generators, randn
 from diffad_lite.methods.anoddpm import AnoDDPM, AnoDDPMConfig
+from diffad_lite.methods.base import blur
 from diffad_lite.methods.mdps import MDPS, MDPSConfig
 from diffad_lite.spaces.features import LITE0
 from diffad_lite.training.state import TrainConfig
@@ -266,6 +267,26 @@ def test_a_higher_quantile_leaves_a_smaller_mask():
     assert areas == sorted(areas, reverse=True)
     assert areas[0] > 0.3
     assert areas[-1] < 0.05
+
+
+def test_pixel_scale_and_mask_threshold_are_those_of_all_images():
+    made, images = method(standardise=False).calibrate(pictures(20, 1)), pictures(20, 1)
+    first = made.first_sample(images, noise_generators(image_keys(images), 0))
+    features, pixels = made.distances(images, first)
+    scale = features.flatten(1).amax(1).mean() / pixels.flatten(1).amax(1).mean()
+    s = made.network["statistics"]
+    assert float(s.pixel_scale) == pytest.approx(float(scale), rel=1e-5)
+    maps = blur(features + made.config.pixel_weight * scale * pixels, made.config.mask_sigma)
+    threshold = maps.flatten().quantile(made.config.mask_quantile)
+    assert float(s.mask_threshold) == pytest.approx(float(threshold), rel=1e-5)
+
+
+def test_an_extreme_image_does_not_hide_itself_in_the_pixel_scale():
+    """Statistics that include it make its score smaller than those of the other images do."""
+    images = pictures(20, 1)
+    images[3] = images[3].sign()
+    made = method(standardise=False, calibrate=False, mask="none").calibrate(images)
+    assert made.calibration_scores_[3] > 1.01 * made.predict(images[3:4]).image_score.item()
 
 
 def test_without_a_first_pass_every_pixel_is_suspect():
