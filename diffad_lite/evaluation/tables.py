@@ -20,11 +20,13 @@ from diffad_lite.evaluation.records import (
     label_of,
     markdown_table,
     mean,
+    method_names,
     read_results,
     read_speeds,
     select,
 )
 
+TEST_PLANTS = ("cells", "lesions")  # defects planted in test images
 TABLE_START = "<!-- table "
 TABLE_NAMED = ": rendered by 'make tables' -->"
 TABLE_END = "<!-- end -->"
@@ -163,6 +165,38 @@ def ablation_table(results: Iterable[Result]) -> str:
     return markdown_table([*head, "verdict"], rows)
 
 
+def planted_ablation_table(results: Iterable[Result]) -> str:
+    """Return runs on planted defects as Markdown, of each method with changed settings.
+
+    Quantities of maps and reconstructions, each beside the default's.
+    """
+    results = list(results)
+    methods = {r["method"] for r in results if is_ablation(r)}
+    compared = [
+        r
+        for r in results
+        if r["method"] in methods and (is_ablation(r) or r["variant"] == "default")
+    ]
+    columns = {"pixel_ap": "pixel AP", "aupro": "AUPRO", "dice_oracle": "Dice, oracle threshold"}
+    head = ["method", "what is changed", "seeds", "image AUROC", *columns.values()]
+    head += ["PSNR on normal images", "remaining contrast"]
+    rows = []
+    for (method, variant, _, training), group in grouped(compared).items():
+        changed = [name for name in (training, variant) if name not in ("", "default")]
+        rows.append(
+            [
+                method_names().get(method, method),
+                ", ".join(changed) or "-",
+                _seeds(group),
+                _mean_cell(group, "image_auroc"),
+                *(_mean_cell(group, key) for key in columns),
+                _mean_cell(group, "psnr_normal", "{:.1f} dB"),
+                _mean_cell(group, "remaining_contrast", "{:.2f}"),
+            ]
+        )
+    return markdown_table(head, rows)
+
+
 def overview_table(results: Iterable[Result]) -> str:
     """Return image AUROC with intervals on every data set as Markdown, default settings only."""
     default = [result for result in results if is_default(result)]
@@ -211,6 +245,11 @@ def tables(results: Sequence[Result]) -> dict[str, str]:
             rendered[f"{key}-{method}-ablation"] = ablation_table(
                 r for r in compared if r["seed"] in seeds
             )
+        for plant in TEST_PLANTS:
+            planted = select(runs, plant=plant)
+            if any(map(is_ablation, planted)):
+                rendered[f"{key}-{plant}-ablation"] = planted_ablation_table(planted)
+        runs = [r for r in runs if r["plant"] not in TEST_PLANTS or not is_ablation(r)]
         runs = select(runs, training="")
         if unchanged := [r for r in select(runs, plant=None) if not is_ablation(r)]:
             rendered[key] = image_table(unchanged)

@@ -1,6 +1,14 @@
 """Tables of results: from records to Markdown."""
 
-from diffad_lite.evaluation.tables import pixel_table
+import pytest
+
+from diffad_lite.evaluation.tables import image_table, pixel_table, reconstruction_table, tables
+
+BASE = {"method": "pca", "variant": "default", "image_size": 64, "training": "", "seed": 0}
+BASE |= {"profile": "ci", "resize": "squash", "config": {"calibrate": True}, "per_defect": {}}
+BASE |= {"dataset": "elpv", "category": "mono", "plant": "cells", "image_auroc": 0.5}
+NEWER = ("aupro_05", "aupimo", "pixel_f1_at_normal_threshold", "psnr_normal", "remaining_contrast")
+PIXELS = dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro", "dice_oracle"), 0.5)
 
 
 def test_a_kind_of_defect_without_masks_has_a_dash():
@@ -10,3 +18,53 @@ def test_a_kind_of_defect_without_masks_has_a_dash():
     kinds = {"crack": {"aupro": 0.25}, "spot": {"aupro": None}}
     table = pixel_table([words | numbers | {"per_defect": kinds}])
     assert table.endswith("| 0.500 | 0.250 | - |")
+
+
+def test_a_metric_that_no_record_has_gets_no_column():
+    older = BASE | PIXELS | dict.fromkeys(NEWER)
+    assert "AUPIMO" not in pixel_table([older])
+    newer = older | {"seed": 1, "aupimo": 0.75}
+    head, _, row = pixel_table([newer]).splitlines()
+    assert head.endswith("| AUPRO | AUPIMO |")
+    assert row.endswith("| 0.500 | 0.750 |")
+    assert pixel_table([older, newer]).endswith("| 0.500 | - |"), "a mean over all seeds, or none"
+
+
+def test_reconstructions_are_shown_where_something_was_planted():
+    record = BASE | {"psnr_normal": 31.26, "remaining_contrast": 0.254}
+    record["per_defect"] = {"crack": {"remaining_contrast": 0.1}, "spot": {}}
+    head, _, row = reconstruction_table([record]).splitlines()
+    assert head.endswith("| PSNR on normal images | remaining contrast | crack | spot |")
+    assert row.endswith("| 31.3 dB | 0.25 | 0.10 | - |")
+    assert reconstruction_table([record | {"remaining_contrast": None}]) == ""
+
+
+def test_false_alarms_have_their_interval_where_every_record_has_one():
+    numbers = ("image_ap", "f1_at_normal_threshold", "false_alarms_at_normal_threshold")
+    numbers += ("train_seconds", "ms_per_image", "network_evaluations_per_image")
+    record = BASE | dict.fromkeys(numbers, 0.04)
+
+    def cell(*intervals):
+        runs = [record | {"seed": i, "false_alarms_ci": ci} for i, ci in enumerate(intervals)]
+        return image_table(runs).splitlines()[-1].split(" | ")[5]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffad_lite.evaluation.tables.auroc_over_seeds", lambda g: (0.5, 0.4, 0.6))
+        assert cell([0.01, 0.1]) == "4 % [1, 10]"
+        assert cell([0.01, 0.1], [0.0, 0.08]) == "4 % [0, 10]"
+        assert cell([0.01, 0.1], None) == "4 %"
+
+
+def test_ablations_on_planted_defects_have_a_table_of_their_own():
+    default = BASE | PIXELS | dict.fromkeys(NEWER, 0.25)
+    ablated = default | {"variant": "few", "remaining_contrast": 0.75}
+    trained = default | {"training": "short", "psnr_normal": None}
+    rendered = tables([default, ablated, trained, default | {"method": "bank"}])
+    assert len(rendered["elpv-mono-cells"].splitlines()) == 4, "PCA and the bank"
+    rows = rendered["elpv-mono-cells-ablation"].splitlines()[2:]
+    end = "| 0 | 0.500 | 0.500 | 0.500 | 0.500 |"
+    assert rows == [
+        f"| PCA residual | - {end} 0.2 dB | 0.25 |",
+        f"| PCA residual | short {end} - | 0.25 |",
+        f"| PCA residual | few {end} 0.2 dB | 0.75 |",
+    ]
