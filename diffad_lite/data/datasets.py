@@ -136,9 +136,8 @@ def load_dataset(
     check_inside(category or "", "category")
     if root is not None and name in PACKAGED:
         fix = "leave root out, or read that folder with --dataset folder"
-        raise ValueError(
-            f"data set {name!r} is part of a package and has no root, got {root}; {fix}"
-        )
+        fault = f"data set {name!r} is part of a package and has no root, got {root}"
+        raise ValueError(f"{fault}; {fix}")
     source = READERS[name](category, Path(root) if root is not None else None)
     bits = choose_bits(_files(source.normals | source.calibration).values())
     source.bits = bits or 16
@@ -147,9 +146,6 @@ def load_dataset(
     calibration, test = _select_test(source, calibration, test, plant, severity, split_seed)
     parts = [train, calibration, source.uncertain, {n: item.image for n, item in test.items()}]
     tensors, sizes, notices = _read_parts(parts, source.bits, image_size, resize)
-    clean_images = None
-    if plant in KINDS:  # _plant() returns the clean images, then as many planted ones
-        clean_images = tensors[3][: len(test) // 2].repeat(2, 1, 1, 1)
     test_masks, mask_notices = read_masks(test, sizes)
     masked = {n for n, item in test.items() if item.mask is not None}
     files = {n: path for part in parts for n, path in _files(part).items()}
@@ -182,7 +178,7 @@ def load_dataset(
         original_sizes=[sizes[n] for n in test],
         uncertain=tensors[2],
         info=info,
-        clean_images=clean_images,
+        clean_images=_clean_images(tensors[3]) if plant in KINDS else None,
     )
 
 
@@ -285,6 +281,11 @@ def _plant(
         f"{kind}/{Path(n).name}": Labelled(image, kind, mask)
         for n, image, mask, kind in zip(clean, *planted, strict=True)
     }
+
+
+def _clean_images(images: Tensor) -> Tensor:
+    """Return each test image before planting; `_plant` returns the clean ones first."""
+    return images[: len(images) // 2].repeat(2, 1, 1, 1)
 
 
 def _read_pixels(value: Path | np.ndarray, bits: int) -> np.ndarray:

@@ -315,15 +315,13 @@ def evaluate(
     if checkpoint is None:
         method = train(run, data, out, budget=budget, progress=progress)
     else:
-        checkpoint = find_checkpoint(checkpoint)
-        method = load_checkpoint(checkpoint, run, data)
+        checkpoint, method = find_checkpoint(checkpoint), load_checkpoint(checkpoint, run, data)
     assert method.threshold_ is not None  # trained or loaded, hence calibrated
     started = time.perf_counter()
     with method.count_evaluations() as evaluations:
         prediction = method.predict(data.test_images)
     seconds = time.perf_counter() - started
-    n = len(data.test_labels)
-    thresholds = (method.threshold_, method.pixel_threshold_)
+    n, thresholds = len(data.test_labels), (method.threshold_, method.pixel_threshold_)
     quality, measures = measure_quality(data, prediction, *thresholds)
     result = {
         **_identity(run, data, method, checkpoint),

@@ -13,7 +13,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from diffad_lite.cli.main import main
 from diffad_lite.data.images import list_images
-from diffad_lite.experiments.evaluate import at_original_size, train
+from diffad_lite.experiments.evaluate import train
+from diffad_lite.experiments.quality import at_original_size
 from diffad_lite.experiments.run import Run
 from diffad_lite.experiments.submission import ENDINGS, N_IMAGES, export_submission
 from diffad_lite.experiments.unlabelled import read_images
