@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffad_lite.cli.main import main
 from diffad_lite.evaluation import records
@@ -580,6 +581,18 @@ def test_images_of_another_size_are_calibrated_anew(tmp_path):
     method = load_checkpoint(tmp_path / "out" / "checkpoint", larger, data)
     found = method.predict(data.calibration).image_score.numpy()
     np.testing.assert_allclose(found, method.calibration_scores_, rtol=1e-4)
+
+
+def test_a_checkpoint_without_a_pixel_threshold_is_calibrated_again(tmp_path):
+    """As older versions wrote it."""
+    run = Run("pca", "shapes", profile="ci", image_size=32)
+    evaluate(run, tmp_path / "out", progress=False)
+    path, data = tmp_path / "out" / "checkpoint" / "model.safetensors", run.load_data()
+    tensors = load_file(path)
+    expected = tensors.pop("pixel_threshold").item()
+    save_file(tensors, path)
+    method = load_checkpoint(path.parent, run, data)
+    assert method.pixel_threshold_ == pytest.approx(expected, rel=1e-6)
 
 
 def test_no_workers_are_refused(tmp_path, capsys):

@@ -32,6 +32,7 @@ def test_bundled_weights_reproduce_their_scores(name):
 
 
 @pytest.mark.slow  # minutes: each of 118 images is scored twice
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["elpv-mono-glad", "elpv-mono-mdps"])
 def test_calibrating_bundled_weights_again_leaves_their_scores(name):
     """Statistics behind maps are those of all images; only the threshold's are of other folds."""
