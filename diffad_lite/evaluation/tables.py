@@ -76,26 +76,12 @@ def _false_alarms(group: Sequence[Result]) -> str:
     return f"{rate} % [{100 * low:.0f}, {100 * high:.0f}]"
 
 
-PIXEL_COLUMNS = {
-    "image_auroc": "image AUROC",
-    "pixel_auroc": "pixel AUROC",
-    "pixel_ap": "pixel AP",
-    "aupro": "AUPRO",
-    "aupro_05": "AUPRO .05",
-    "aupimo": "AUPIMO",
-    "pixel_f1_at_normal_threshold": "pixel F1 at threshold",
-}
-
-
 def pixel_table(results: Iterable[Result], dice: bool = False) -> str:
-    """Return pixel metrics as Markdown: over all defects, and AUPRO of each kind of them.
-
-    A metric that no record has gets no column; ``dice`` adds the best Dice.
-    """
+    """Return pixel metrics as Markdown: overall, with or without Dice, and AUPRO per defect."""
     results = list(results)
-    columns = PIXEL_COLUMNS | ({"dice_oracle": "Dice, oracle threshold"} if dice else {})
-    columns = {k: v for k, v in columns.items() if any(r.get(k) is not None for r in results)}
     kinds = _kinds(results)
+    columns = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP"}
+    columns |= {"aupro": "AUPRO"} | ({"dice_oracle": "Dice, oracle threshold"} if dice else {})
     head = ["method", "seeds", *columns.values(), *(f"AUPRO {kind}" for kind in kinds)]
     rows = [
         [
@@ -109,21 +95,25 @@ def pixel_table(results: Iterable[Result], dice: bool = False) -> str:
     return markdown_table(head, rows)
 
 
-def reconstruction_table(results: Iterable[Result]) -> str:
-    """Return what reconstructions keep, as Markdown; empty if no record tells it.
+def detail_table(results: Iterable[Result]) -> str:
+    """Return AUPRO at 0.05, AUPIMO, pixel F1, and what reconstructions keep, as Markdown.
 
-    PSNR on normal images in dB, and the fraction of planted defects that remains, of all and of
-    each kind.
+    PSNR is that on normal images. The remaining contrast is that of planted defects, of all and of
+    each kind. Only runs whose records have these metrics are in the table; empty without any.
     """
-    results = [r for r in results if r["remaining_contrast"] is not None]
+    results = [r for r in results if r["aupro_05"] is not None]
     if not results:
         return ""
-    kinds = _kinds(results)
-    head = ["method", "seeds", "PSNR on normal images", "remaining contrast", *kinds]
+    kinds = _kinds(results) if any(r["remaining_contrast"] is not None for r in results) else []
+    head = ["method", "seeds", "AUPRO .05", "AUPIMO", "pixel F1 at threshold"]
+    head += ["PSNR, normal images", "remaining contrast", *(f"of {kind}" for kind in kinds)]
     rows = [
         [
             label_of(group),
             _seeds(group),
+            _mean_cell(group, "aupro_05"),
+            _mean_cell(group, "aupimo"),
+            _mean_cell(group, "pixel_f1_at_normal_threshold"),
             _mean_cell(group, "psnr_normal", "{:.1f} dB"),
             _mean_cell(group, "remaining_contrast", "{:.2f}"),
             *(_kind_cell(group, kind, "remaining_contrast", "{:.2f}") for kind in kinds),
@@ -255,6 +245,8 @@ def tables(results: Sequence[Result]) -> dict[str, str]:
             rendered[key] = image_table(unchanged)
             if _have_masks(unchanged):
                 rendered[f"{key}-pixels"] = pixel_table(unchanged, dice=True)
+                if details := detail_table(unchanged):
+                    rendered[f"{key}-pixels-details"] = details
         for plant in sorted({r["plant"] for r in runs} - {None}):
             planted = select(runs, plant=plant)
             with_masks = _have_masks(planted)
@@ -263,8 +255,8 @@ def tables(results: Sequence[Result]) -> dict[str, str]:
                 if with_masks
                 else image_table(planted)
             )
-            if reconstructions := reconstruction_table(planted):
-                rendered[f"{key}-{plant}-reconstructions"] = reconstructions
+            if details := detail_table(planted):
+                rendered[f"{key}-{plant}-details"] = details
     return rendered
 
 

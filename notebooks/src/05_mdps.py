@@ -1006,7 +1006,7 @@ Markdown(rendered.get("elpv-mono-mdps-ablation", waiting))
 # that of the row, with a paired 95 % interval over images, and the verdict on "`full` ranks better".
 # `no-mask`: every pixel suspect, one pass; `one-sample`: $n = 1$; `unguided`: $w = 0$ in both passes;
 # `pixels-alone`: the pixel part of the map only.* Where the verdict is *inconclusive*, these cells cannot show that the
-# part is worth anything; where it is *does not hold*, the method ranks at least as well without it.
+# part is worth anything; where it is *reversed*, the method ranks better without it.
 #
 # ### Against the others
 #

@@ -1067,8 +1067,8 @@ Markdown("\n".join(told))
 
 # %% [markdown]
 # *Table: real mono cells, rendered from `data/results`; "lost by it" is the image AUROC of `full` minus that of the
-# row, with a paired 95 % interval over images, and the verdict on "`full` ranks better" (*does not hold*: it ranks at
-# least as well without; *inconclusive*: these cells cannot tell). List: the same in words; "cannot be told from" means
+# row, with a paired 95 % interval over images, and the verdict on "`full` ranks better" (*reversed*: it ranks better
+# without; *inconclusive*: these cells cannot tell). List: the same in words; "cannot be told from" means
 # that the interval holds zero.* Only if `full` beats `autoencoder`, the diffusion is worth its price for ranking; only
 # if it beats `unmasked`, the mask is.
 #

@@ -457,7 +457,7 @@ for a, b in (("calibrated mean image", "raw"), ("PCA", "raw"), ("AnoDDPM", "PCA"
 
 # %% [markdown]
 # *List: difference of image AUROC with its 95 % interval ("raw" is the mean image with raw maps), and whether the
-# claim "the first is better" holds, does not hold, or is inconclusive.* A toy with trainings of seconds says nothing
+# claim "the first is better" holds, is reversed, or is inconclusive.* A toy with trainings of seconds says nothing
 # about the methods; that the *procedure* is the one behind the claims of this course is the point. The interval
 # covers the choice of test images. How much trainings differ among themselves only more seeds show.
 #

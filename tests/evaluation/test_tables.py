@@ -2,7 +2,7 @@
 
 import pytest
 
-from diffad_lite.evaluation.tables import image_table, pixel_table, reconstruction_table, tables
+from diffad_lite.evaluation.tables import detail_table, image_table, pixel_table, tables
 
 BASE = {"method": "pca", "variant": "default", "image_size": 64, "training": "", "seed": 0}
 BASE |= {"profile": "ci", "resize": "squash", "config": {"calibrate": True}, "per_defect": {}}
@@ -20,23 +20,18 @@ def test_a_kind_of_defect_without_masks_has_a_dash():
     assert table.endswith("| 0.500 | 0.250 | - |")
 
 
-def test_a_metric_that_no_record_has_gets_no_column():
+def test_details_are_those_of_the_runs_that_have_them():
     older = BASE | PIXELS | dict.fromkeys(NEWER)
-    assert "AUPIMO" not in pixel_table([older])
-    newer = older | {"seed": 1, "aupimo": 0.75}
-    head, _, row = pixel_table([newer]).splitlines()
-    assert head.endswith("| AUPRO | AUPIMO |")
-    assert row.endswith("| 0.500 | 0.750 |")
-    assert pixel_table([older, newer]).endswith("| 0.500 | - |"), "a mean over all seeds, or none"
-
-
-def test_reconstructions_are_shown_where_something_was_planted():
-    record = BASE | {"psnr_normal": 31.26, "remaining_contrast": 0.254}
-    record["per_defect"] = {"crack": {"remaining_contrast": 0.1}, "spot": {}}
-    head, _, row = reconstruction_table([record]).splitlines()
-    assert head.endswith("| PSNR on normal images | remaining contrast | crack | spot |")
-    assert row.endswith("| 31.3 dB | 0.25 | 0.10 | - |")
-    assert reconstruction_table([record | {"remaining_contrast": None}]) == ""
+    assert detail_table([older]) == ""
+    newer = older | {"seed": 1, "aupro_05": 0.625, "psnr_normal": 31.26}
+    head, _, row = detail_table([older, newer]).splitlines()
+    assert head.endswith("| PSNR, normal images | remaining contrast |")
+    assert row == "| PCA residual, calibrated | 1 | 0.625 | - | - | 31.3 dB | - |"
+    planted = newer | {"aupimo": 0.5, "remaining_contrast": 0.254}
+    planted["per_defect"] = {"crack": {"remaining_contrast": 0.1}, "spot": {}}
+    head, _, row = detail_table([planted]).splitlines()
+    assert head.endswith("| remaining contrast | of crack | of spot |")
+    assert row.endswith("| 0.500 | - | 31.3 dB | 0.25 | 0.10 | - |")
 
 
 def test_false_alarms_have_their_interval_where_every_record_has_one():
@@ -61,6 +56,7 @@ def test_ablations_on_planted_defects_have_a_table_of_their_own():
     trained = default | {"training": "short", "psnr_normal": None}
     rendered = tables([default, ablated, trained, default | {"method": "bank"}])
     assert len(rendered["elpv-mono-cells"].splitlines()) == 4, "PCA and the bank"
+    assert len(rendered["elpv-mono-cells-details"].splitlines()) == 4
     rows = rendered["elpv-mono-cells-ablation"].splitlines()[2:]
     end = "| 0 | 0.500 | 0.500 | 0.500 | 0.500 |"
     assert rows == [
