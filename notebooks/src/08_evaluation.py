@@ -74,7 +74,8 @@ print("profile:", profile)
 #
 # (This notebook's own letters: $n_1$ anomalous and $n_0$ normal test images with scores $s$; $W_{ij}$, 1 where
 # anomalous image $i$ has a higher score than normal image $j$, 1/2 for equal ones; $\pi$, the share of anomalous
-# images; $N$, the number of calibration images; $q$, a quantile, and $k$, its rank; $\delta$, a difference of AUROC.)
+# images; $N$, the number of calibration images, and $m$, of normal test images; $q$, a quantile, and $k$, its rank;
+# $x$, a false-alarm rate, between the bounds $L$ and $U$; $\delta$, a difference of AUROC.)
 
 # %% tags=["context"]
 folder = Path(results_dir) if results_dir else data_dir() / "results"
@@ -249,8 +250,7 @@ assert rare["image_ap"] < exact["image_ap"]
 #
 # ### Scores must not be squashed
 #
-# Ranks are all that counts, so a strictly increasing function of the scores changes nothing. Unless the computer
-# rounds. Some libraries put scores outside of [0, 1] through a sigmoid.
+# Ranks are all that counts, so a strictly increasing function of the scores changes nothing. Some libraries put scores outside of [0, 1] through a sigmoid.
 #
 # **Predict** the AUROC of the same ten images after `sigmoid(60 + 20 s)`, in single precision. And what do the real
 # scores of this course lose?
@@ -392,7 +392,7 @@ print(f"exact AUPRO {reference:.4f}")
 # - **A rescaled axis**: points with $x \le 0.3$ are kept, and $x$ is divided by the largest one *that was reached*,
 #   in the place of 0.3.
 #
-# **Predict** for each: which does something to `exp(4 s)`, which to rings, and can any exceed 1?
+# **Predict**: which of the three can exceed 1?
 
 
 # %%
@@ -517,16 +517,19 @@ for name, a in same.items():
 #
 # ### Two limits
 #
-# The limit of 0.3 is a convention. Newer tables give AUPRO at 0.05, too. Take two more maps of the synthetic scene. `careful` misses one region of seven
-# completely. `hasty` sees all regions, but also gives a very high score to 3 % of all pixels, drawn at random.
+# The limit of 0.3 is a convention. Newer tables give AUPRO at 0.05, too. Take two more maps of the synthetic scene.
+# `careful` misses one region of seven completely. `hasty` sees all regions, but also gives a very high score to 3 % of
+# all pixels, drawn at random.
 #
 # **Predict**: which map has the higher AUPRO at 0.3, and which at 0.05?
 
 # %%
-background = 0.5 * noise / noise.std()
+calm = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=defects.shape), 2)
+background = 0.5 * calm / calm.std()
 first_region = ndimage.label(defects, structure=np.ones((3, 3)))[0] == 1
 careful = background + 4 * (defects & ~first_region)
-hasty = background + 4 * defects + 10 * (rng.random(defects.shape) < 0.03)
+hasty = background + 4 * defects
+hasty += 10 * (np.random.default_rng(0).random(defects.shape) < 0.03)
 area_of = {}
 for title, a in {"careful": careful, "hasty": hasty}.items():
     area_of[title] = [metrics.aupro([defects], [a], limit) for limit in (0.3, 0.05)]
@@ -547,23 +550,23 @@ ax.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# *Figure: both curves; dotted: the two limits.* A limit of 0.3 hides the beginning of the curve, where a usable map
-# has to be good. A limit of 0.05 hides everything behind it, and still allows 205 false pixels in a map of 64 x 64.
-# At both limits an overlap of 0.86 can mean that all regions are found in part, or that one of seven is never found.
+# *Figure: both curves; dotted: the two limits.* A limit of 0.3 gives the beginning of the curve little weight, although
+# a usable map must be good there. A limit of 0.05 ignores everything behind it, and still allows 205 false pixels per
+# normal map of 64 x 64, on average. At both limits an overlap of 0.86 can mean that all regions are found in part, or that one of seven is never found.
 #
 # ### One number per image: AUPIMO
 #
-# AUPIMO (Bertoldo et al. 2024) keeps images apart. The false-positive rate $x$ is that of the *normal images only*,
+# AUPIMO (Bertoldo et al. 2024) keeps images apart. The false-alarm rate $x$ is that of the *normal images only*,
 # and the recall $y_i(x)$ is the fraction of the anomalous pixels of *one* image $i$ that are found. The area is taken
 # over $\log x$, between two very low rates:
 #
 # $$\mathrm{AUPIMO}_i = \frac{1}{\log (U / L)} \int_{\log L}^{\log U} y_i(x)\; \mathrm{d} \log x , \qquad
 # L = 10^{-5} ,\quad U = 10^{-4} .$$
 #
-# At these rates a normal map of 64 x 64 pixels has 0.04 to 0.4 false pixels: nearly all normal maps are empty. By hand
-# we take 100 normal pixels, which cannot resolve such rates, and therefore $L = 0.01$ and $U = 0.1$. All values
-# differ. So between the rates $k / 100$ and $(k + 1) / 100$ the recall is the fraction of anomalous pixels above the
-# normal pixel of rank $k + 1$ (the highest has rank 1).
+# At these rates a normal map of 64 x 64 pixels has 0.04 to 0.4 false pixels on average: most normal maps have none. By
+# hand we take 100 normal pixels, which cannot resolve such rates, and therefore $L = 0.01$ and $U = 0.1$. All values
+# differ, so the rate only takes the values $k / 100$. From $k / 100$ to $(k + 1) / 100$ the threshold is the normal
+# pixel of rank $k + 1$ (the highest has rank 1), and the recall is the fraction of anomalous pixels above it.
 
 # %%
 two_normal = np.random.default_rng(seed).standard_normal((2, 5, 10))
@@ -612,16 +615,16 @@ assert np.allclose(per_image["part"], 0.9) and (per_image["whole"] == 0).sum() =
 # distribution shows them. AUPIMO in turn hides:
 #
 # - **Resolution.** With $n$ normal pixels the smallest rate is $1 / n$, so $10^{-5}$ takes 100,000 of them: 25 images
-#   of 64 x 64 pixels. That is nominal. Neighbours in an enlarged map rise together, and then far fewer values are
-#   independent.
+#   of 64 x 64 pixels. In practice more are needed: neighbouring pixels of an enlarged map are not independent.
 # - **Everything beyond $10^{-4}$.** A map that finds all defects at a rate of $10^{-3}$ can have AUPIMO 0.
-# - **One odd normal image.** Its few bright pixels set the thresholds for all others.
+# - **One odd normal image.** Its few high scores set the thresholds for all images.
 #
 # ## Two numbers for a reconstruction
 #
-# A method that rebuilds the image should keep a normal image and remove a defect. On normal test images, with the
-# mean squared error over all of them and values from -1 to 1 (a range of 2), and on a planted defect, with the clean
-# image $x$, the planted one $x'$, the reconstruction $\hat x$ of $x'$, and the pixels $p$ of the mask:
+# A method that rebuilds the image should keep a normal image and remove a defect. PSNR uses normal test images: the
+# mean squared error is taken over all of them, and values lie between -1 and 1, a range of 2. Remaining contrast uses
+# planted defects: $x$ is the clean image, $x'$ the planted one, $\hat x$ the reconstruction of $x'$, and the index $p$
+# runs over the pixels of the mask.
 #
 # $$\mathrm{PSNR} = 10 \log_{10} \frac{2^2}{\text{mean squared error}}\ \text{dB} , \qquad
 # \text{remaining contrast} = \frac{\sum_p (\hat x_p - x_p)(x'_p - x_p)}{\sum_p (x'_p - x_p)^2} .$$
@@ -643,7 +646,8 @@ for title, weight in {"copy": 1, "half of each": 0.5, "mean normal image": 0}.it
 assert abs(rest) < 0.05
 
 # %% [markdown]
-# A copy has infinite PSNR and leaves 100 % of the defect. The mean image removes everything, and has the worst PSNR.
+# A copy has infinite PSNR and leaves 100 % of the defect. The mean image removes nearly everything, and has the lowest
+# PSNR of the three.
 # **Each number alone is worthless.** The methods of the course, where their records hold both:
 
 # %%
@@ -655,7 +659,8 @@ for name, group in runs.items():
         without.append(NAMES[name])
     else:
         pictures_of[name] = quality, rest
-print("no reconstruction, or a record without these fields:", ", ".join(without))
+if without:
+    print("no reconstruction, or an older record:", ", ".join(without))
 
 # %%
 if pictures_of:
@@ -670,12 +675,14 @@ if pictures_of:
     ax.text(0.99, 0.02, "good", transform=ax.transAxes, ha="right", weight="bold")
     fig.legend(loc="outside right upper", fontsize=9)
     plt.show()
+else:
+    print("figure left out: no record here has both numbers")
 
 # %% [markdown]
 # *Figure: one point per method, first seed: PSNR on the normal test images, and the mean remaining contrast of the
-# planted defects (1: unchanged, 0: removed). The good corner is at the lower right. PaDiM, the patch bank and GRAD
-# rebuild no image.* Two limits of these numbers: PSNR sees a slight blur everywhere and one wrong streak alike, and
-# the defects are planted, not real.
+# planted defects (1: unchanged, 0: removed). The good corner: far right, and near 0. PaDiM, the patch bank, GRAD and
+# the brightness control rebuild no image.* Two limits: a slight blur and one wrong streak can have the same PSNR, and
+# the defects are planted.
 #
 # ## Thresholds without leakage
 #
@@ -683,7 +690,7 @@ if pictures_of:
 #
 # A ranking raises no alarm; a threshold does. The course takes it from $N$ calibration images, normal ones that
 # training has not seen. If a new normal image is *exchangeable* with them (any order of the $N + 1$ is equally
-# probable), its score is equally probably at each of $N + 1$ places. With the $k$-th smallest calibration score as
+# probable), all $N + 1$ ranks of its score are equally likely. With the $k$-th smallest calibration score as
 # the threshold it lies above with probability
 #
 # $$\frac{N + 1 - k}{N + 1} \le 1 - q \qquad \text{for} \qquad k = \big\lceil (N + 1)\, q \big\rceil .$$
@@ -726,12 +733,10 @@ def alarms_by_luck(N, m, q=0.95):
 
 
 # %% [markdown]
-# Is it so for real scores? Pool the calibration scores of one method with its scores of the normal test images, and
-# split the pool at random 100 times into a calibration and a test part, as large as the real ones. Pooling is
-# legitimate if the scores are exchangeable. They nearly are: where maps are calibrated, calibration scores are
-# cross-fitted and test scores are not. (DiffusionAD, which we take, has raw maps.)
+# To see this distribution, pool the calibration scores of DiffusionAD with its scores of the normal test images. Split
+# the pool at random 100 times, into parts as large as the real ones. A random split makes the scores exchangeable.
 #
-# **Predict**: the 100 rates have a mean near 5 %. How large is the largest?
+# **Predict**: what is the mean of the 100 rates, and what is the largest?
 
 # %%
 bundle = data_dir() / "checkpoints" / f"{dataset}-{category}-diffusionad"
@@ -783,12 +788,12 @@ if pool is not None:
     plt.show()
 
 # %% [markdown]
-# *Figure: how many of 100 splits have which rate of false alarms; line: the beta-binomial formula; dashed: the beta
-# distribution of the true rate, without the luck of the test part.* The promise is kept on average, not by each split.
-# And since we split at random, the formula is right for **any** pool without equal scores: only the place of the real
-# split can contradict exchangeability.
+# *Figure: false-alarm rates of 100 random splits (bars), the beta-binomial formula (black line with dots), the true
+# rate of a threshold without the luck of the test part (dashed), the real split (solid vertical line), 5 % (dotted).*
+# The promise is kept on average, not by each split. The formula holds for **any** pool without equal scores. Only the
+# position of the real split can contradict exchangeability.
 #
-# **Predict**: with ten calibration images, up to which rate do false alarms come?
+# **Predict**: with ten calibration images, which rate is exceeded in 2.5 % of the splits?
 
 # %%
 sizes = (5, 10, 19, 40, 80, 118)
@@ -818,15 +823,16 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# *Figure: false alarms among the images of the pool that were not drawn for calibration; the bars are the formula's.*
-# With ten images the rate may be several times what was meant, and nobody sees it without more normal images. **Few
+# *Figure: false alarms among the images of the pool that were not drawn for calibration. Bars: the middle 95 % by the
+# formula; black: the middle 95 % of random splits; dots: their mean; dotted: 5 %.* With ten images the rate may be several times what was meant, and nobody sees it without more normal images. **Few
 # calibration images do not make a threshold wrong on average. They make it a lottery.**
 #
 # ### Zero of 118 is not zero
 #
 # The rate of *one given* threshold is estimated from $m$ normal test images. The interval of Clopper and Pearson
-# (1934) holds all rates for which the count is not too improbable: at most 2.5 % on either side. A rate $p$ gives no
-# alarm in $m$ images with probability $(1 - p)^m$, so after zero alarms the interval ends at $1 - 0.025^{1 / m}$.
+# (1934) contains every rate $p$ that explains the count: "this many alarms or fewer" and "this many or more" must each
+# have a probability of at least 2.5 %. At a rate $p$, $m$ images give no alarm with probability $(1 - p)^m$. So after
+# zero alarms the upper end is $1 - 0.025^{1 / m}$.
 
 # %%
 for m, false in ((20, 0), (118, 0), (118, 6), (1000, 0)):
@@ -839,7 +845,7 @@ for m, false in ((20, 0), (118, 0), (118, 6), (1000, 0)):
 # ### What the records say
 #
 # The standard grid: `mono` and `poly` solar cells, `bottle` (MVTec AD), `tile` (magnetic tiles), `breast`
-# (ultrasound), and healthy brains with planted lesions. (The made scenes of [07](07_grad.ipynb) stay there.)
+# (ultrasound), and normal brains with planted lesions. (The synthetic scenes of [07](07_grad.ipynb) stay there.)
 
 # %% tags=["context"]
 ORDER = ("mono", "poly", "bottle", "tile", "breast", "brain, planted")
@@ -896,8 +902,8 @@ Markdown("\n".join(told))
 # calibration and test images are exchangeable; dotted: 5 %. List: who is outside.* The methods of one set share its
 # images: these are not independent draws. Where most are inside, luck explains the rest. On `tile` it does not. One
 # tile was photographed several times, and the split keeps a tile on one side. So calibration images are alike among
-# themselves, and test images are strangers, which "exchangeable" excludes. (Perhaps that is all of it; we did not test
-# it.) **The honest count of $N$ is then that of the tiles, patients or wafers.**
+# themselves, and test images are strangers, which "exchangeable" excludes. (We did not test whether this explains
+# everything.) **The honest count of $N$ is then that of the tiles, patients or wafers.**
 
 # %%
 if ("tile", "glad") in outside and checked:
@@ -998,9 +1004,9 @@ assert not checked or result["image_auroc"] < 0.5  # worse than chance
 #
 # ### A threshold on pixels
 #
-# A mask needs a threshold, too. Without labels it is the mean plus three standard deviations of all pixels of the
-# calibration maps. Its F1 over the pooled pixels is the SegF1 of the benchmark MVTec AD 2 (Heckler-Kram et al. 2025).
-# The Dice oracle is its upper bound: F1 at the best threshold for these very masks.
+# A mask needs a threshold, too. A common rule without labels is the mean plus three standard deviations of all pixels
+# of the calibration maps. F1 over the pooled pixels is called SegF1 by the benchmark MVTec AD 2 (Heckler-Kram et al.
+# 2025). The Dice oracle is the upper bound: F1 at the best threshold for these very masks.
 #
 # **Predict**: which of the two does `exp(4 s)` change, on the synthetic map?
 
@@ -1013,15 +1019,15 @@ for title, change in {"s": np.asarray, "exp(4 s)": lambda a: np.exp(4 * a)}.item
     threshold = pixels.mean() + 3 * pixels.std()
     f1 = metrics.pixel_f1_at_threshold([defects], [a], threshold)
     best = metrics.pixel_metrics([defects], [a])["dice_oracle"]
-    words = f"false normal pixels {(pixels > threshold).mean():.2%}"
+    words = f"false alarms on normal pixels {(a[~defects] > threshold).mean():.2%}"
     print(f"{title:9} F1 {f1:.3f}, Dice (oracle) {best:.3f}, {words}")
     assert f1 <= best
 
 # %% [markdown]
-# The ranks are the same, and so is the oracle. The threshold from normal pixels moves: three standard deviations mean
-# something else on another scale. The conformal threshold on images has no such weakness, since it is a rank.
+# The ranks are the same, and so is the oracle. But the threshold now selects other pixels: on another scale, three
+# standard deviations mean something else. The conformal threshold is a rank and has no such weakness.
 #
-# The price of not knowing the threshold, image by image and pixel by pixel:
+# How much F1 is lost without the labels, for images and for pixels:
 
 # %%
 head = ["method", "image F1, from normals", "F1max (oracle)", "pixel F1, from normals"]
@@ -1042,7 +1048,7 @@ Markdown(table(head, lines))
 # | metric | its question | it hides | masks? | threshold |
 # | --- | --- | --- | --- | --- |
 # | image AUROC | does a random anomalous image score above a random normal one? | how rare anomalies are | no | all |
-# | image AP | how pure are the alarms, from the top down? | it depends on the share of anomalies | no | all |
+# | image AP | how pure are the alarms, from the top down? | the share of anomalies decides its value | no | all |
 # | F1max (oracle) | how good is the best threshold? | the labels chose it; "alarm for all" is its floor | no | from test labels |
 # | image F1 | what does a user get? | one calibration set; the share of anomalies | no | from normal images |
 # | false alarms, with interval | how often does a normal image raise an alarm? | all misses; images that come in groups | no | from normal images |
@@ -1050,11 +1056,11 @@ Markdown(table(head, lines))
 # | pixel AP | how pure are the marked pixels? | small defects: large ones hold the pixels | yes | all |
 # | AUPRO at 0.3 | how much of each region is covered? | the first false pixels; regions never found | yes | up to 30 % false pixels |
 # | AUPRO at 0.05 | the same, with fewer false pixels | what lies behind; regions never found | yes | up to 5 % |
-# | AUPIMO | how much of *this* defect stands above nearly all normal pixels? | rates beyond $10^{-4}$; coarse maps; its mean hides images | yes, and many normal pixels | $10^{-5}$ to $10^{-4}$ |
+# | AUPIMO | how much of *this* defect stands above nearly all normal pixels? | rates beyond $10^{-4}$; coarse maps; its mean hides images | yes; many normal pixels | $10^{-5}$ to $10^{-4}$ |
 # | pixel F1 (SegF1) | what mask does a user get? | small defects; the scale of the maps decides | yes | from normal images |
 # | Dice (oracle) | how good is the best mask? | the masks chose its threshold | yes | from test masks |
 # | PSNR on normal images | is what is normal kept? | a copy is perfect | no | none |
-# | remaining contrast | is a planted defect removed? | an empty answer is perfect; real defects | yes, planted | none |
+# | remaining contrast | is a planted defect removed? | the mean normal image for every input is nearly perfect; real defects | yes, planted | none |
 #
 # ## Intervals and seeds
 #
@@ -1148,16 +1154,15 @@ for a, b in combinations(wins, 2):
 pairs = sum(kinds.values())
 for kind, count in kinds.items():
     print(f"{kind:20} {count:3d} of {pairs} pairs")
-print(f"by luck alone about {0.05 * pairs:.0f} would differ, if all were equal")
 assert not checked or kinds["overlap, yet differ"] > 3
 
 # %% [markdown]
 # ### Many comparisons
 #
-# Whoever makes many comparisons finds some differences by luck. To see how many, swap the ranks of two methods at
-# random, image by image: after that they are equal but for luck. Compare them, 20 times, as in a table of 20 claims.
+# Many comparisons find some differences by luck. To count them, swap the ranks of two methods at random, image by
+# image. Then neither is better. Repeat this 20 times, as in a table of 20 claims, and make ten such tables.
 #
-# **Predict**: in how many such tables does at least one interval exclude zero?
+# **Predict**: in how many of the ten tables does at least one interval exclude zero?
 
 
 # %%
@@ -1177,17 +1182,19 @@ shape = (2 if quick else 10, 20)  # tables, comparisons in each
 excluded = [differs_by_luck(rows, rng) for _ in range(math.prod(shape))]
 by_table = np.reshape(excluded, shape).sum(axis=1)
 print("intervals without zero in each table of 20:", *by_table)
-print(f"expected {0.05 * 20:.0f}; at least one in {1 - 0.95**20:.0%} of tables")
+print(f"{(by_table > 0).sum()} of {len(by_table)} tables have one", end="; ")
+print(f"{1 - 0.95**20:.0%} are expected if the comparisons are independent")
 assert np.mean(excluded) < 0.15
 
 # %% [markdown]
-# Two remedies, with $m$ comparisons and their $p$ values:
+# Two remedies, with $C$ comparisons and their $p$ values:
 #
-# - **Bonferroni**: test each at $0.05 / m$ instead of 0.05.
-# - **Holm**: sort the $p$ values; test the smallest at $0.05 / m$, the next at $0.05 / (m - 1)$, and stop at the first
-#   failure. It never accepts fewer than Bonferroni.
+# - **Bonferroni**: test each at $0.05 / C$ instead of 0.05.
+# - **Holm**: sort the $p$ values; test the smallest at $0.05 / C$, the next at $0.05 / (C - 1)$, and stop at the first
+#   failure. It never finds fewer differences than Bonferroni.
 #
-# Both keep the chance of *any* false finding below 5 %. For all pairs of methods, with the normal approximation:
+# Both keep the chance of *any* false finding at 5 % or below, if the $p$ values are right. For all pairs of methods
+# (over images only, by the normal approximation):
 
 # %%
 z = []
@@ -1256,8 +1263,7 @@ plt.show()
 # %% [markdown]
 # *Lists: standard deviations of AUROC, and the verdicts on "the first ranks better". Figure: thick, the paired
 # interval over images; thin, over images and seeds; dots, the pairs of equal seed number (their number means nothing,
-# any pairing would do).* PaDiM and brightness hardly depend on the seed. For most
-# trained methods the seeds' spread of a single AUROC is smaller than that of the images. But in a *difference* most of
+# any pairing would do).* PaDiM and brightness hardly depend on the seed. For most trained methods the seeds' spread of a single AUROC is smaller than that of the images. But in a *difference* most of
 # the images' luck is gone, and that of training is not: a verdict that was close may change. Resampling three seeds
 # makes their variance a third too small, so that the thin line is still too short. The tables of this course show
 # intervals over images and list the seeds; read them so.
@@ -1383,11 +1389,11 @@ Markdown(table(["AUPRO", *values], lines) + "\n\n" + note)
 
 # %% [markdown]
 # *Table: exact AUPRO up to 0.3, at the size of the masks (poly cells have none).* The order is not that of the image
-# scores. A method may rank images well and outline badly, and the other way round. The planted cells by four numbers:
+# scores. A method may rank images well and outline badly, and the other way round. The planted cells by three more numbers:
 
 # %%
-by_key = {"aupro": "AUPRO at 0.3", "aupro_05": "AUPRO at 0.05"}
-by_key |= {"aupimo": "AUPIMO, mean", "pixel_ap": "pixel AP"}
+by_key = {"aupro_05": "AUPRO at 0.05", "aupimo": "AUPIMO, mean"}
+by_key |= {"pixel_ap": "pixel AP"}
 lines = []
 for name, group in planted.items():
     lines.append([NAMES[name], *(number(group[0].get(key)) for key in by_key)])
@@ -1404,9 +1410,9 @@ note = note if signs else "*No record here has AUPRO at 0.05 yet.*"
 Markdown(table(["method", *by_key.values()], lines) + "\n\n" + note)
 
 # %% [markdown]
-# *Table: first seed; "-": the record lacks the field; list: how often the limit decides.* The maps are not stored. But
-# a record holds for each image how much the metric changes without it (the jackknife), so that differences over
-# pixels have paired intervals, too:
+# *Table: first seed; "-": the record lacks the field; below: how often the limit decides.* The maps are not stored. But
+# a record stores how much the metric changes without each image (the jackknife). So differences of pixel metrics have
+# paired intervals, too:
 
 # %%
 waiting = "records without values per image: skipped"
@@ -1509,14 +1515,13 @@ plt.show()
 
 # %% [markdown]
 # *Table: AUROC and three prices, minutes of training, what a frozen network in it was trained on before, and the
-# fronts. Figure: the same, AUROC with its interval over images (grey); black rims mark the front (the controls are left out
-# of the figure).* Grey lines are far longer than most steps along the front: the front is itself drawn by luck. The
-# price is not luck: between the cheapest and the dearest lie factors of hundreds, and the time did not buy
-# a better ranking.
+# fronts. Figure: the same, AUROC with its interval over images (grey); black rims mark the front (the controls are left
+# out of the figure).* Most steps along the front are shorter than the grey lines, so the front depends on luck. The
+# price does not: the dearest method takes about 1000 times the time of the cheapest, and does not rank better.
 #
 # **PaDiM's 0.1 minutes are only the last step.** Its network was trained before on about 1.28 million ImageNet images
-# of 1,000 classes. The patch bank and the feature maps of GLAD and MDPS use the same network. That is a prior about
-# pictures, which GRAD, DiffusionAD, AnoDDPM and masked Bernoulli do not have.
+# of 1,000 classes. The patch bank and the feature maps of GLAD and MDPS use the same network. This prior about
+# natural images is missing in PCA, GRAD, DiffusionAD, AnoDDPM and masked Bernoulli.
 
 # %%
 if checked:
@@ -1657,8 +1662,8 @@ plt.show()
 assert all(gap[i] > 0 > gap[j] for i, j in pairs) or not checked
 
 # %% [markdown]
-# *Figure: three pairs of anomalous images, one pair per row. In each, the method named first places the left image higher than the
-# other method does, and the right one lower.* What kind of defect is it, where does it lie, how large is it? (Three
+# *Figure: three pairs of anomalous images, one pair per row. In each, the method named first places the left image
+# higher than the other method does, and the right one lower.* What kind of defect is it, where does it lie, how large is it? (Three
 # pairs are a look, no statistics.)
 #
 # If methods err on other images, a committee may be better than its members. Take the mean of their ranks:
@@ -1679,31 +1684,32 @@ print("the committee ranks better:", metrics.verdict(*gain[1:]))
 #
 # ### A rule first
 #
-# Each claim of the five papers that we can test is written down in `data/claims.yaml`: two settings, *with* and
-# *without* what is praised, and what the effect $e$ must exceed, $e_{\min}$ (0 unless another is named; those are
-# ours). A claim names the *quantity* that it is about: image AUROC, pixel AP, PSNR on normal images, remaining
-# contrast, seconds, memory. Claims about a reconstruction are judged by reconstructions. The effect is a difference
-# on `mono` (planted defects where masks are needed), or how many times less time or memory is taken. Above 0, or above
-# 1 for ratios, the praised part helps. From the interval $[l, h]$ follows the verdict: the first line that applies.
+# The claims are in `data/claims.yaml`. Each that we can test has two settings, *with* and *without* the praised part,
+# and one *quantity*: image AUROC, pixel AP, Dice (oracle), PSNR on normal images, remaining contrast, time or memory.
+# The effect $e$ is "with" minus "without" on `mono` (planted defects where masks are needed). For remaining contrast it
+# is the reduction; for time and memory, how many times less. It must exceed $e_{\min}$: 0, or 1 for ratios, unless we
+# name another. From the interval $[l, h]$ follows the verdict: the first line that applies.
 #
 # | verdict | if | in words |
 # | --- | --- | --- |
 # | *holds* | $l > e_{\min}$ | every value in the interval agrees |
-# | *reversed* | $h < 0$ (ratios: $h < 1$) | the effect is on the wrong side: the part harms |
+# | *reversed* | $h < 0$ (ratios: $h < 1$), and $h < e_{\min}$ | the opposite effect: the part makes this quantity worse |
 # | *does not hold* | $h \le e_{\min}$ | no value agrees |
 # | *inconclusive* | else | these images cannot tell |
 # | *not testable at this scale* | | nothing of ours can stand for it |
-# | *not measured yet* | | there is no record |
+#
+# *Not measured yet* is no verdict: no record holds this quantity.
 
 # %%
 judged = claims.judge_all(results, folder)
 examples = [(0.01, 0.03, 0), (-0.01, 0.03, 0), (-0.03, -0.01, 0), (-0.02, 0, 0)]
 examples += [(0.01, 0.03, 0.05), (-0.01, 0.03, -0.02)]
+examples += [(-0.03, -0.01, -0.02), (-0.05, -0.03, -0.02)]
 for low, high, minimum in examples:
     by_hand = "inconclusive"
     if low > minimum:
         by_hand = "holds"
-    elif high < 0:
+    elif high < min(0, minimum):
         by_hand = "reversed"
     elif high <= minimum:
         by_hand = "does not hold"
@@ -1756,8 +1762,9 @@ waiting = "*There is no `claims.yaml` beside this folder of records.*"
 Markdown(claims.claims_table(judged) if judged else waiting)
 
 # %%
-count = Counter(one.verdict for one in judged)
-told = [f"- *{word}*: {n} of {len(judged)}" for word, n in count.most_common()]
+count = Counter(one.verdict for one in measured)
+told = [f"- *{word}*: {n} of {len(measured)}" for word, n in count.most_common()]
+told.append(f"- without a verdict: {len(judged) - len(measured)}")
 tested = sum(bool(one.seeds) for one in measured)  # times and memory have none
 luck = f"- By luck: if none of the {tested} parts had any effect, about "
 luck += f"{0.05 * tested:.1f} of their intervals would exclude 0, half on each side."
@@ -1804,9 +1811,8 @@ plt.show()
 
 # %% [markdown]
 # *Figure: the claims about ranking, with intervals over images, paired.* (Those about other quantities have other
-# units; they are in the table only.) With training seeds drawn as well, as above
-# (each claim's two sides share their seeds' numbers, and sometimes the training itself, so that seeds are drawn in
-# pairs):
+# units; they are in the table only.) With training seeds drawn as well, as above (each claim's two sides share their
+# seeds' numbers, and sometimes the training itself, so that seeds are drawn in pairs):
 
 # %%
 changed = []
@@ -1826,8 +1832,8 @@ Markdown("\n".join([note, "", *changed]))
 # %% [markdown]
 # Read these verdicts for what they are.
 #
-# - They are about **our re-implementations**, small and short, on `mono` at 64 pixels. A claim that does not hold
-#   here may hold at the scale of its paper. It is no refutation, and a claim that holds is no confirmation there.
+# - They are about **our re-implementations**, small and short, on `mono` at 64 pixels. If a claim does not hold here, it
+#   is not refuted; if it holds here, it is not confirmed at the scale of the paper.
 # - A verdict is about *one quantity*. A part that keeps normal detail may still rank images no better.
 # - *Inconclusive* with a narrow interval says a lot: whatever the part does here, it is small.
 #
@@ -1891,11 +1897,9 @@ Markdown(table(head, lines) if lines else waiting)
 # - **The promise of a threshold on grouped images.** On `tile` the false alarms of several methods are far from 5 %,
 #   and beyond luck. A split that keeps groups together is right, and breaks the formula.
 # - **F1max as a ranking.** With far more anomalous than normal images it mostly measures their share.
-# - **A winner.** No method wins on all sets, and choosing the best after looking is an oracle.
-# - **Three seeds.** They show that seeds matter, and do not say how much.
 # - **One number for a reconstruction.** PSNR and remaining contrast are each best for a useless answer. We know no
 #   honest sum of the two.
-# - **AUPIMO with few normal images.** `breast` and `bottle` have about 20 to 35 of them. Whether $10^{-5}$ is resolved
+# - **AUPIMO with few normal images.** `bottle` has 20 of them, `breast` 33. Whether $10^{-5}$ is resolved
 #   there depends on how far the maps are enlarged, which adds no information.
 # - **Perfect scores.** At AUROC 1 a bootstrap gives the interval [1, 1]: it cannot invent harder images. Read
 #   `bottle` so.
@@ -1973,7 +1977,8 @@ for N, rate, risk in asked:
     print(f"above {rate:.0%} in {over:.1%} of draws")
 
 # %% [markdown] tags=["explain"]
-# The rank of the lesson is right on average: about half of the time the rate is above 5 %. Safety costs rank, so
+# The rank of the lesson is right on average: the rate is above 5 % in 29 % of the draws for $N = 118$, and in nearly
+# half of them for large $N$. Safety costs rank, so
 # defects: the threshold moves up. With fewer than 45 images there is none at this rate and risk. (All of it is for
 # images that are drawn one by one.)
 
@@ -2083,7 +2088,8 @@ def aupimo_of(scores, normal, lower, upper):
 # %% tags=["check"]
 rng = np.random.default_rng(0)
 flat_normal, some = rng.standard_normal(1000), rng.standard_normal(30) + 2.5
-assert aupimo_of(flat_normal.max() + some**2 + 1, flat_normal, 0.001, 0.01) == 1
+above = flat_normal.max() + some**2 + 1
+assert math.isclose(aupimo_of(above, flat_normal, 0.001, 0.01), 1)
 for lower, upper in ((0.001, 0.01), (0.0013, 0.0097), (0.0021, 0.0028), (0.01, 1)):
     pixels = [flat_normal[None], some[None]]
     both = [np.zeros((1, 1000)), np.ones((1, 30))]
@@ -2093,7 +2099,7 @@ for lower, upper in ((0.001, 0.01), (0.0013, 0.0097), (0.0021, 0.0028), (0.01, 1
     print(f"from {lower} to {upper}: {value:.3f}")
 
 # %% [markdown] tags=["explain"]
-# Only the normal pixels whose rank lies between the bounds matter, about `n * upper` of them: for the usual bounds one
+# Only the normal pixels whose rank, divided by $n$, lies between the bounds matter, about `n * upper` of them: for the usual bounds one
 # in 10,000. Everything below them may look as it likes. And if several anomalous pixels lie between two such normal
 # pixels, their order does not count.
 
@@ -2107,7 +2113,7 @@ for lower, upper in ((0.001, 0.01), (0.0013, 0.0097), (0.0021, 0.0028), (0.01, 1
 # - Averages hide images. Look at AUPIMO image by image, and at its lowest values.
 # - PSNR on normal images and remaining contrast only count together.
 # - A conformal threshold keeps its promise on average, for images that are exchangeable. With few of them it is a
-#   lottery; with grouped ones it may fail. Zero false alarms in 118 images allow 3.1 %.
+#   lottery; with grouped ones it may fail. After zero false alarms in 118 images, the true rate may still be 3.1 %.
 # - Compare by paired intervals. Overlapping intervals say nothing. Seeds are a second source of luck, and many
 #   comparisons a third.
 # - Hundreds of images are needed to see .01.
