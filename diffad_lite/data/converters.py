@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from diffad_lite.core.config import convert, short_repr, unknown_name
 from diffad_lite.core.files import read_json, staged, write_rows
 from diffad_lite.data.folder_reader import GOOD
-from diffad_lite.data.images import list_images
+from diffad_lite.data.images import IMAGE_SUFFIXES, list_images
 from diffad_lite.data.masks import MASK_FOLDERS
 from diffad_lite.data.source import (
     Source,
@@ -23,7 +24,7 @@ from diffad_lite.data.source import (
 )
 
 DATASETS = ("mvtec_ad_2", "real_iad")
-KIND = re.compile(r"\w[\w -]*")  # of a defect; it becomes the name of a folder
+KIND = re.compile(r"\w([\w -]*\w)?")  # of a defect; it becomes the name of a folder
 
 
 def convert_dataset(
@@ -123,6 +124,9 @@ def _read_real_iad(root: Path, category: str | None, splits: Path | None) -> Sou
         entries = convert(values.get(part), list[dict[str, str | None]], f"{path}.{part}")
         for i, entry in enumerate(entries):
             _add_entry(source, root / prefix, part, entry, normal_class, f"{path}.{part}[{i}]")
+    files = Counter(source.images.values())
+    if repeated := [file for file, times in files.items() if times > 1]:
+        raise ValueError(f"{path} has {repeated[0]} twice; an image must be in one part, once")
     _separate_subjects(source)
     return source
 
@@ -158,6 +162,8 @@ def _add_entry(
     for name in (image, mask or ""):
         check_inside(name, where)
     path = folder / image
+    if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+        raise ValueError(f"{where}.image_path must name an image file, got {image!r}")
     is_normal = kind == normal_class
     reserved = (*GOOD, *MASK_FOLDERS)
     if not is_normal and (not KIND.fullmatch(kind) or kind.lower() in reserved):
@@ -182,13 +188,13 @@ def _separate_subjects(source: Source) -> None:
     """Keep a published split that has views of one object on both sides; say so in a notice."""
     subjects = source.subjects
     train, test = ({subjects[name] for name in part} for part in (source.normals, source.test))
-    if both := sorted(train & test):
+    if shared := sorted(train & test):
         source.notices.append(
-            f"{count_of(both, 'object')} with views in train and in test, e.g. {both[0]}; the "
+            f"{count_of(shared, 'object')} with views in train and in test, e.g. {shared[0]}; the "
             "published split is kept, and these views count as different objects"
         )
         for name in source.normals:
-            if subjects[name] in both:
+            if subjects[name] in shared:
                 subjects[name] += " (train)"
 
 
@@ -201,6 +207,7 @@ def _write(source: Source, out: Path) -> None:
     masks = {name: item.mask for name, item in source.test.items() if item.mask is not None}
     targets |= {f"ground_truth/{name}_mask{path.suffix}": path for name, path in masks.items()}
     _check_files(targets.values(), source.category)
+    _check_names(targets)
     rows = [
         (f"{images[name]}{source.images[name].suffix}", subject)
         for name, subject in source.subjects.items()
@@ -222,9 +229,19 @@ def _check_files(paths: Collection[Path], category: str) -> None:
         )
 
 
+def _check_names(targets: Collection[str]) -> None:
+    """Raise ValueError for targets that are one file where capitals do not count."""
+    names: dict[str, str] = {}
+    for target in targets:
+        if (known := names.setdefault(target.casefold(), target)) != target:
+            raise ValueError(f"{known} and {target} differ in capitals only; rename one of them")
+
+
 def _link(path: Path, place: Path) -> None:
     """Make a hard link; a copy where the file system has none."""
     try:
         os.link(path.resolve(), place)
+    except FileExistsError:  # never write through a link into the original
+        raise
     except OSError:
         shutil.copyfile(path, place)

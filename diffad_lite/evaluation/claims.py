@@ -168,11 +168,12 @@ def _check_settings(claim: Claim) -> None:
 def _check_test_sets(claim: Claim, quantity: str) -> None:
     """Raise ValueError for test sets that differ, or on which the quantity cannot be measured."""
     better, than = (DEFAULT_ROW | dict(setting) for setting in (claim.better, claim.than))
-    if better["plant"] != than["plant"]:
-        pair = f"{better['plant']!r} and {than['plant']!r}"
-        raise ValueError(f"'better' and 'than' need the same plant, got {pair}")
+    for key in ("dataset", "category", "plant"):
+        if better[key] != than[key]:
+            pair = f"{better[key]!r} and {than[key]!r}"
+            raise ValueError(f"'better' and 'than' need the same {key}, got {pair}")
     needs, dataset = QUANTITIES[quantity].needs, better["dataset"]
-    if better["plant"] is not None or not needs:
+    if better["plant"] not in (None, "uncertain") or not needs:
         return
     fix = "add 'plant: cells' to 'better' and 'than'"
     if needs == "planting":
@@ -216,7 +217,7 @@ def _difference(claim: Claim, results: Sequence[Result], quantity: str) -> Effec
 
 
 def _ratio(claim: Claim, speeds: Mapping[str, Any], field_name: str) -> Effect | None:
-    """Return how many times less the praised setting takes: median, least and most of rounds."""
+    """Return the ratio of both settings, above 1 if the praised one takes less: median, ends."""
     names = [setting["name"] for setting in (claim.better, claim.than)]
     if not set(names) <= speeds.keys():
         return None

@@ -162,10 +162,16 @@ def aupimo(
     return np.clip(areas, 0, 1)  # the last bit may round below 0
 
 
+def resolves_aupimo(masks: Images, lower: float = 1e-5) -> bool:
+    """Tell whether the normal images of `masks` have enough pixels for a false-positive rate."""
+    sizes = [np.size(mask) for mask in masks if not np.any(mask)]
+    return bool(sizes) and 1 / (len(sizes) * min(sizes)) <= lower
+
+
 def _shared_thresholds(
     normal: list[NDArray], lower: float, upper: float
 ) -> tuple[NDArray, NDArray[np.float64]]:
-    """Return the thresholds of AUPIMO (K,) and how much two recalls weigh at each (2, K).
+    """Return the thresholds of AUPIMO (K,) and the weight of each of the two recalls (2, K).
 
     The recalls are those above, and at or above, a threshold; all weights add up to 1. Only the
     highest scores of an image are sorted: those that a false-positive rate up to `upper` reaches.
@@ -202,7 +208,7 @@ def pixel_f1_at_threshold(masks: Images, maps: Images, threshold: float) -> floa
     ValueError for no anomalous pixel, NaN or infinity, unequal numbers or shapes, or a NaN
     threshold. Source: SegF1 of Heckler-Kram et al., "The MVTec AD 2 Dataset", arXiv:2503.21622.
     """
-    _check_threshold(threshold)
+    _check_threshold(threshold, "pixel_threshold(calibration_maps)")
     true = predicted = anomalous = 0
     for mask, scores in _checked_pixels(masks, maps):
         above = scores.astype(np.float64) > threshold  # not rounded to float32
@@ -242,12 +248,13 @@ def pixel_pseudo_values(masks: Images, maps: Images) -> dict[str, NDArray[np.flo
     """Compute how much each image contributes to ``pixel_ap``, ``aupro`` and ``dice_oracle`` (N,).
 
     `masks` and `maps` as in `pixel_metrics`. The pseudo-value of image i is N m - (N - 1) m_i, with
-    the metric m of all images and m_i without image i. These values are not in [0, 1]; their mean
-    is near m, and the spread of this mean over resampled images is near that of m
-    (`resampled_means`). So a record keeps N numbers and not the maps. The metrics are
-    computed at 1000 thresholds, quantiles of the anomalous pixels. All are NaN where one image has
-    all anomalous or all normal pixels. Raises ValueError as `pixel_metrics`. Source: jackknife,
-    Tukey 1958; Efron and Tibshirani, "An Introduction to the Bootstrap", 1993.
+    the metric m of all images and m_i without image i. These values are not in [0, 1]. With tens of
+    anomalous images of similar size, their mean is near m, and the spread of this mean over
+    resampled images (`resampled_means`) is near that of m. So a record keeps N numbers and not the
+    maps. The metrics are computed at 1000 thresholds, quantiles of the anomalous pixels. All are
+    NaN where one image has all anomalous or all normal pixels. Raises ValueError as
+    `pixel_metrics`. Source: jackknife, Tukey 1958; Efron and Tibshirani, "An Introduction to the
+    Bootstrap", 1993.
     """
     images = list(_checked_pixels(masks, maps))
     per_image = np.array([[mask.sum(), (~mask).sum()] for mask, _ in images]).reshape(-1, 2)
@@ -335,8 +342,9 @@ def remaining_contrast(
     (N, C, H, W) or (N, H, W); `masks` (N, H, W) are 0 outside the defects. Inside a mask,
     reconstruction - clean is projected on planted - clean: 1 = the defect is unchanged, 0 = it is
     removed, below 0 = inverted, above 1 = amplified. Errors orthogonal to the defect do not count;
-    `psnr` measures those. Raises ValueError for other or unequal shapes, NaN or infinity, or a
-    defect that changes no pixel inside its mask.
+    `psnr` measures those. Other errors have either sign, so average over images, then compare
+    absolute values. Raises ValueError for other or unequal shapes, NaN or infinity, or a defect
+    that changes no pixel inside its mask.
     """
     inside = np.asarray(masks) != 0
     shape = np.shape(clean)
@@ -459,9 +467,11 @@ def verdict(low: float, high: float, minimum: float = 0.0, *, no_effect: float =
     return "does not hold" if high <= minimum else "inconclusive"
 
 
-def _check_threshold(threshold: float) -> None:
+def _check_threshold(
+    threshold: float, source: str = "conformal_threshold(calibration_scores)"
+) -> None:
     if math.isnan(threshold):
-        raise ValueError("threshold is nan: take one from conformal_threshold(calibration_scores)")
+        raise ValueError(f"threshold is nan: take one from {source}")
 
 
 def _check_kinds(masks: Images, n_anomalous: int, n_normal: int) -> None:

@@ -43,8 +43,8 @@ FIELD_TYPES |= NEWER_TYPES
 MEASURES = ("squared_error", "remaining_contrast", "aupimo", "pixel_ap", "aupro", "dice_oracle")
 Measures = dict[str, np.ndarray]
 # Quantities whose differences have intervals besides image AUROC -> the values behind them.
-QUANTITIES = {"psnr_normal": "squared_error", "remaining_contrast": "remaining_contrast"}
-QUANTITIES |= {name: name for name in ("pixel_ap", "aupro", "dice_oracle", "aupimo")}
+MEASURE_OF = {"psnr_normal": "squared_error", "remaining_contrast": "remaining_contrast"}
+MEASURE_OF |= {name: name for name in ("pixel_ap", "aupro", "dice_oracle", "aupimo")}
 # Column of a table of scores -> the field of a record that names its array in the archive.
 ARRAY_FIELDS = dict.fromkeys(("id", "label", "defect_type"), "test_set") | {"image_score": "scores"}
 SPEED_TYPES = {"ms": tuple[float, ...], "mb": float, "evaluations": float, "parameters": int}
@@ -187,9 +187,10 @@ def read_measures(record: Result) -> Measures:
     arrays = _read_archive(path)
     stored = {name: arrays.get(f"{name}/{record['measures']}") for name in MEASURES}
     measures = {name: values for name, values in stored.items() if values is not None}
-    if not measures:
-        fix = "collect that run again by 'diffad report --runs'"
-        raise ValueError(f"{_archive_path(path)} lacks the measures of {record['name']}; {fix}")
+    n = len(read_score_table(record).id)
+    if not measures or any(v.shape != (n,) or np.isinf(v).any() for v in measures.values()):
+        fault = f"{_archive_path(path)} lacks the measures of {record['name']}, or has broken ones"
+        raise ValueError(f"{fault}; collect that run again by 'diffad report --runs'")
     return measures
 
 
@@ -328,8 +329,8 @@ def _write_grid(
     Scores are looked up by content, so an interruption between the two files never gives a record
     the scores of another. Arrays that no record needs are dropped.
     """
-    fields = ARRAY_FIELDS | dict.fromkeys(MEASURES, "measures")
-    needed = {f"{c}/{r.get(field)}" for r in records.values() for c, field in fields.items()}
+    named_by = ARRAY_FIELDS | dict.fromkeys(MEASURES, "measures")
+    needed = {f"{c}/{r.get(field)}" for r in records.values() for c, field in named_by.items()}
     kept: dict[str, Any] = {key: arrays[key] for key in sorted(arrays) if key in needed}
     lines = []
     for name in sorted(records, key=lambda name: name.split("/")):
@@ -390,10 +391,11 @@ def auroc_over_seeds(group: Sequence[Result]) -> tuple[float, float, float]:
 
 def _scores_over_seeds(group: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
     """Return labels (n,) and scores (seeds, n); ValueError if runs scored different images."""
-    labels, scores = zip(*map(read_scores, group), strict=True)
-    if not all(np.array_equal(labels[0], row) for row in labels):
-        raise ValueError(f"these runs did not score the same test images: {_names_of(group)}")
-    return labels[0], np.stack(scores)
+    first, *others = scored = [read_score_table(record) for record in group]
+    for table in others:
+        if not (np.array_equal(table.id, first.id) and np.array_equal(table.label, first.label)):
+            raise ValueError(f"these runs did not score the same test images: {_names_of(group)}")
+    return first.label, np.stack([table.image_score for table in scored])
 
 
 def select(results: Iterable[Result], **wanted: Any) -> list[Result]:
@@ -433,8 +435,9 @@ def difference_of(
     Args:
         a: runs that differ only in their seed.
         b: runs to compare with, on the same test images.
-        quantity: ``image_auroc``, or one of ``QUANTITIES``: ``psnr_normal`` in dB; differences of
-            the other ones are differences of fractions.
+        quantity: ``image_auroc``, or one of ``MEASURE_OF``: ``psnr_normal`` in dB; differences of
+            the other ones are differences of fractions, for ``remaining_contrast`` of the absolute
+            values of its means.
 
     Raises:
         ValueError: the runs scored different images, or some lack the values of each image.
@@ -451,14 +454,19 @@ def difference_of(
         used &= labels == 0
     means = values[:, used].mean(axis=1)  # (runs,)
     draws = resampled_means(values[:, used], labels[used])  # (n_boot, runs)
+    effect = mean(a, quantity) - mean(b, quantity)
     if quantity == "psnr_normal":  # the peak is the same for both
         means, draws = (-10 * np.log10(np.maximum(errors, 1e-20)) for errors in (means, draws))
-    effect = mean(a, quantity) - mean(b, quantity)
-    spread = _minus(draws, len(a)) - _minus(means, len(a))  # means of pseudo-values are not exact
+    elif quantity == "remaining_contrast":  # an inverted defect is none that was removed
+        means, draws = np.abs(means), np.abs(draws)
+        effect = float(_difference_of_means(means, len(a)))
+    spread = _difference_of_means(draws, len(a)) - _difference_of_means(
+        means, len(a)
+    )  # means of pseudo-values are not exact
     return effect, *percentile_interval(effect + spread)
 
 
-def _minus(values: np.ndarray, n: int) -> np.ndarray:
+def _difference_of_means(values: np.ndarray, n: int) -> np.ndarray:
     """Return the mean of the first ``n`` runs minus that of the others, along the last axis."""
     return values[..., :n].mean(axis=-1) - values[..., n:].mean(axis=-1)
 
@@ -467,7 +475,7 @@ def has_values(record: Result, quantity: str) -> bool:
     """Tell whether a record has the values of each image that :func:`difference_of` needs."""
     if quantity == "image_auroc":
         return True
-    return record[quantity] is not None and QUANTITIES[quantity] in read_measures(record)
+    return record[quantity] is not None and MEASURE_OF[quantity] in read_measures(record)
 
 
 def _values_of(record: Result, quantity: str) -> np.ndarray:
@@ -475,7 +483,7 @@ def _values_of(record: Result, quantity: str) -> np.ndarray:
     if not has_values(record, quantity):
         fix = "run 'diffad evaluate' again"
         raise ValueError(f"{record['name']} has no values per image of {quantity}; {fix}")
-    return read_measures(record)[QUANTITIES[quantity]]
+    return read_measures(record)[MEASURE_OF[quantity]]
 
 
 def mean(group: Sequence[Mapping[str, Any]], key: str) -> float:

@@ -158,21 +158,22 @@ def ablation_table(results: Iterable[Result]) -> str:
 def planted_ablation_table(results: Iterable[Result]) -> str:
     """Return runs on planted defects as Markdown, of each method with changed settings.
 
-    Quantities of maps and reconstructions, each beside the default's.
+    Quantities of maps and reconstructions, with the default of the same seeds in the table.
     """
     results = list(results)
-    methods = {r["method"] for r in results if is_ablation(r)}
+    ablated = {(r["method"], r["seed"]) for r in results if is_ablation(r)}
     compared = [
         r
         for r in results
-        if r["method"] in methods and (is_ablation(r) or r["variant"] == "default")
+        if (r["method"], r["seed"]) in ablated and (is_ablation(r) or r["variant"] == "default")
     ]
     columns = {"pixel_ap": "pixel AP", "aupro": "AUPRO", "dice_oracle": "Dice, oracle threshold"}
     head = ["method", "what is changed", "seeds", "image AUROC", *columns.values()]
     head += ["PSNR on normal images", "remaining contrast"]
     rows = []
-    for (method, variant, _, training), group in grouped(compared).items():
-        changed = [name for name in (training, variant) if name not in ("", "default")]
+    for (method, variant, size, training), group in grouped(compared).items():
+        sizes = [] if size == 64 else [f"{size} px"]
+        changed = [*sizes, *(name for name in (training, variant) if name not in ("", "default"))]
         rows.append(
             [
                 method_names().get(method, method),

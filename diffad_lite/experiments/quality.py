@@ -1,7 +1,6 @@
 """From predictions to numbers: the metrics of one run, and what each test image adds to them."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -85,15 +84,16 @@ def measure_images(data: AnomalyData, prediction: Prediction, pairs: Pairs) -> M
             clean = data.clean_images.numpy()
             changed = (images != clean).any(axis=1)  # a small defect may vanish by resizing
             i = changed.any(axis=(1, 2))
-            measures["remaining_contrast"][i] = metrics.remaining_contrast(
-                images[i], clean[i], reconstructions[i], changed[i]
-            )
+            if i.any():
+                measures["remaining_contrast"][i] = metrics.remaining_contrast(
+                    images[i], clean[i], reconstructions[i], changed[i]
+                )
     masks, maps = [mask for mask, _ in pairs.values()], [values for _, values in pairs.values()]
     anomalous = [i for i, (mask, _) in pairs.items() if mask.any()]
     if anomalous:
         for name, values in metrics.pixel_pseudo_values(masks, maps).items():
             measures[name][list(pairs)] = values
-        with suppress(ValueError):  # too few normal pixels for its false-positive rates
+        if metrics.resolves_aupimo(masks):
             measures["aupimo"][anomalous] = metrics.aupimo(masks, maps)
     return {name: values for name, values in measures.items() if not np.isnan(values).all()}
 

@@ -46,8 +46,9 @@ def export_submission(
     ``<out>/anomaly_images/<object>/<set>/<stem>.tiff`` is the map, float16 (H, W), and
     ``<out>/anomaly_images_thresholded/<object>/<set>/<stem>.png`` is 255 where it is above
     ``method.pixel_threshold_``, else 0. Both have the size of the image. They replace those of an
-    earlier call for this object. If a value does not fit into float16, all maps of the object are
-    divided by one constant, which changes no ranking.
+    earlier call for this object. If the largest value is below 1, or does not fit into
+    float16, all maps of the object are divided by one constant. Near values may become equal, as
+    float16 keeps 11 bits.
 
     Args:
         method: fitted to this object and calibrated.
@@ -85,7 +86,7 @@ def export_submission(
         for part, paths in sets.items()
     }
     largest = max(float(values.abs().max()) for values in maps.values())
-    divisor = max(1.0, largest / float(np.finfo(np.float16).max))
+    divisor = max(min(1.0, largest), largest / float(np.finfo(np.float16).max)) or 1.0
     fractions = {}
     with staged(targets[0]) as continuous, staged(targets[1]) as thresholded:
         for part, paths in sets.items():
@@ -110,10 +111,10 @@ def _list_set(folder: Path, ending: str, name: str) -> list[Path]:
         )
     paths = list_images(folder)
     pattern = re.compile(rf"\d{{3}}_{ending}\.png")
-    if odd := [path for path in paths if not pattern.fullmatch(path.name)]:
+    if misnamed := [path for path in paths if not pattern.fullmatch(path.name)]:
         raise ValueError(
-            f"{odd[0]} is not named like 000_{ending}.png, and the server would refuse its map; "
-            "unpack the whole archive again"
+            f"{misnamed[0]} is not named like 000_{ending}.png, and the server would refuse its "
+            "map; unpack the whole archive again"
         )
     if not paths:
         raise ValueError(f"{folder} holds no images; unpack the whole archive again")

@@ -99,10 +99,10 @@ def conformal_threshold(calibration_scores: ArrayLike, q: float = 0.95) -> float
 def pixel_threshold(maps: ArrayLike) -> float:
     """Return the mean plus 3 standard deviations, in float64, of all pixels of `maps` (N, H, W).
 
-    `maps` are of normal images. This common rule gives outlines of anomalies and a segmentation's
-    F1 score where no anomalous image is known. No guarantee comes with it: the fraction of normal
-    pixels above it depends on their distribution. Raises ValueError for another shape, NaN or
-    infinity.
+    `maps` are of normal images, at the size of the network's images, padding included. This common
+    rule gives outlines of anomalies and a segmentation's F1 score where no anomalous image is
+    known. No guarantee comes with it: the fraction of normal pixels above it depends on their
+    distribution. Raises ValueError for another shape, NaN or infinity.
     """
     maps = _checked_maps(maps)
     return float(maps.mean(dtype=np.float64) + 3 * maps.std(dtype=np.float64))

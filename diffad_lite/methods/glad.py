@@ -432,7 +432,7 @@ class GLAD(Method):
         return {"features": features, "pixels": pixels} | drifts
 
     def _watched_drifts(self, path: Reconstruction) -> dict[str, Tensor]:
-        """Return the largest drift score (B,) and the last drift (B, H, W) before a reset."""
+        """Return the largest drift score (B,) and the final drift (B, H, W) before a reset."""
         c = self.config
         watched = range(c.min_noise_level, c.noise_level)
         drifts = [
@@ -447,14 +447,14 @@ class GLAD(Method):
                 "use more steps, a lower min_noise_level, or adaptive=False"
             )
         scores = torch.stack([drift_score(drift, c.drift_fraction) for drift in drifts])
-        return {"largest_drift": scores.amax(0), "last_drift": drifts[-1]}
+        return {"largest_drift": scores.amax(0), "final_drift": drifts[-1]}
 
     def _set_statistics(self, measured: dict[str, Tensor]) -> None:
         c, s = self.config, self.network["statistics"]
         if c.adaptive:
             largest = measured["largest_drift"].numpy()
             s.delta.fill_(conformal_threshold(largest, c.delta_quantile))
-            low, high = np.quantile(measured["last_drift"].numpy(), [0.25, 0.75])
+            low, high = np.quantile(measured["final_drift"].numpy(), [0.25, 0.75])
             s.spread.fill_(max(float(high - low), 1e-6))
         s.pixel_scale.fill_(peak_ratio(measured["features"], measured["pixels"]))
 

@@ -680,7 +680,7 @@ else:
 
 # %% [markdown]
 # *Figure: one point per method, first seed: PSNR on the normal test images, and the mean remaining contrast of the
-# planted defects (1: unchanged, 0: removed). The good corner: far right, and near 0. PaDiM, the patch bank, GRAD and
+# planted defects (1: unchanged, 0: removed, below 0: inverted). The good corner: far right, and near 0. PaDiM, the patch bank, GRAD and
 # the brightness control rebuild no image.* Two limits: a slight blur and one wrong streak can have the same PSNR, and
 # the defects are planted.
 #
@@ -1687,7 +1687,7 @@ print("the committee ranks better:", metrics.verdict(*gain[1:]))
 # The claims are in `data/claims.yaml`. Each that we can test has two settings, *with* and *without* the praised part,
 # and one *quantity*: image AUROC, pixel AP, Dice (oracle), PSNR on normal images, remaining contrast, time or memory.
 # The effect $e$ is "with" minus "without" on `mono` (planted defects where masks are needed). For remaining contrast it
-# is the reduction; for time and memory, how many times less. It must exceed $e_{\min}$: 0, or 1 for ratios, unless we
+# is the reduction of the absolute mean; for time and memory, how many times less. It must exceed $e_{\min}$: 0, or 1 for ratios, unless we
 # name another. From the interval $[l, h]$ follows the verdict: the first line that applies.
 #
 # | verdict | if | in words |

@@ -232,6 +232,9 @@ def edit_split(root: Path, *keys: str | int, value: object) -> None:
         (("meta", "prefix"), "../other/", "prefix in .* must lie inside its folder"),
         (("test", 10, "anomaly_class"), "../up", r"cannot name a folder of defects, got '\.\./up'"),
         (("test", 10, "anomaly_class"), "good", "cannot name a folder of defects, got 'good'"),
+        (("test", 10, "anomaly_class"), "AK ", "cannot name a folder of defects, got 'AK '"),
+        (("test", 0, "image_path"), "OK/S0020/.hidden.jpg", "must name an image file"),
+        (("test", 0, "image_path"), "OK/S0020/toy.gif", "must name an image file"),
         (("test", 10, "anomaly_class"), None, "must have anomaly_class and image_path"),
         (("test", 10), 7, r"test\.10 must be"),
         (("meta",), None, "meta must be"),
@@ -247,6 +250,37 @@ def test_a_broken_split_is_named_and_leaves_nothing(real_iad, tmp_path, keys, va
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         convert_toy(real_iad, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_in_both_parts_is_refused(real_iad, tmp_path):
+    split = json.loads((real_iad / "realiad_jsons" / "realiad_jsons" / "toy.json").read_text())
+    edit_split(real_iad, "test", 0, "image_path", value=split["train"][0]["image_path"])
+    with pytest.raises(ValueError, match="twice; an image must be in one part, once"):
+        convert_toy(real_iad, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_differ_in_capitals_only_are_refused(real_iad, tmp_path):
+    edit_split(real_iad, "test", 10, "anomaly_class", value="ak")
+    path = real_iad / "realiad_jsons" / "realiad_jsons" / "toy.json"
+    entries = [e for e in json.loads(path.read_text())["test"] if e["anomaly_class"] == "AK"]
+    twin = Path(entries[0]["image_path"])
+    other = twin.parent / "other" / twin.name
+    save(real_iad / "realiad_1024" / "toy" / other, seed=99)
+    edit_split(real_iad, "test", 10, "image_path", value=other.as_posix())
+    with pytest.raises(ValueError, match="differ in capitals only; rename one of them"):
+        convert_toy(real_iad, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_is_never_written_through(tmp_path):
+    for name in ("a.png", "b.png"):
+        save(tmp_path / name, seed=ord(name[0]))
+    before = (tmp_path / "a.png").read_bytes()
+    converters._link(tmp_path / "a.png", tmp_path / "place.png")
+    with pytest.raises(FileExistsError):
+        converters._link(tmp_path / "b.png", tmp_path / "place.png")
+    assert (tmp_path / "a.png").read_bytes() == before
 
 
 def test_views_of_an_object_on_both_sides_are_said_and_the_split_is_kept(real_iad, tmp_path):

@@ -22,7 +22,7 @@ from diffad_lite.evaluation.claims import (
     read_claims,
 )
 from diffad_lite.evaluation.metrics import paired_bootstrap_auroc, remaining_contrast
-from diffad_lite.evaluation.records import read_results
+from diffad_lite.evaluation.records import ScoreTable, read_results
 from diffad_lite.evaluation.tables import render
 from diffad_lite.experiments.grid import named_scorings, read_grid, sweep
 
@@ -202,25 +202,30 @@ def test_each_quantity_gives_each_verdict(known_half_width, quantity, gain, mini
     assert judged.seeds == [0, 1]
 
 
-def test_less_remaining_contrast_is_a_positive_effect():
-    """With the metric itself: the reconstruction that removes more of a defect is better."""
+@pytest.mark.parametrize(("remains", "expected"), [(0.2, 0.5), (-0.2, 0.5), (-1.0, -0.3)])
+def test_less_remaining_contrast_is_a_positive_effect(remains, expected):
+    """With the metric itself: less of a defect is better, and an inverted defect is no less."""
     rng = np.random.default_rng(0)
     clean = rng.uniform(-1, 1, (6, 1, 4, 4))
     masks = np.zeros((6, 4, 4), bool)
     masks[:, 1:3, 1:3] = True
     planted = clean + 0.5 * masks[:, None]
-    remains = {}
-    for name, fraction in (("better", 0.2), ("than", 0.7)):
+    values = {}
+    for variant, fraction in (("default", remains), ("one", 0.7)):
         reconstructions = clean + fraction * (planted - clean)
-        values = remaining_contrast(planted, clean, reconstructions, masks)
-        remains[name] = float(values.mean())
-    assert remains == pytest.approx({"better": 0.2, "than": 0.7})
-    records = records_with("remaining_contrast", remains["better"], remains["than"])
+        values[variant] = remaining_contrast(planted, clean, reconstructions, masks)
+    records = records_with("remaining_contrast", values["default"].mean(), values["one"].mean())
+    table = ScoreTable(np.arange(6).astype(str), np.arange(6) % 2, np.full(6, "spot"), np.ones(6))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claims_module, "difference_of", lambda a, b, quantity: (-0.5, -0.6, -0.3))
-        patch.setattr(claims_module, "has_values", lambda record, quantity: True)
+        patch.setattr(records_module, "read_score_table", lambda record: table)
+        patch.setattr(
+            records_module,
+            "read_measures",
+            lambda record: {"remaining_contrast": values[record["variant"]]},
+        )
         judged = judge(claim(quantity="remaining_contrast", **PLANTED), records, {})
-    assert (judged.effect, judged.low, judged.high, judged.verdict) == (0.5, 0.3, 0.6, "holds")
+    assert (judged.effect, judged.low, judged.high) == pytest.approx((expected,) * 3)
+    assert judged.verdict == ("holds" if expected > 0 else "reversed")
 
 
 @pytest.mark.parametrize("quantity", DIFFERENCES)
@@ -321,10 +326,22 @@ def test_quantities_on_defects_need_masks_or_planting(tmp_path, quantity, change
             read_claims(path)
 
 
-def test_both_settings_need_the_same_planted_defects(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value", "other"),
+    [("plant", "cells", None), ("category", "poly", "mono"), ("dataset", "shapes", "elpv")],
+)
+def test_both_settings_need_the_same_test_set(tmp_path, key, value, other):
     path = tmp_path / "claims.yaml"
     entry = {"method": "PCA", "claim": "c", "source": "s", "quantity": "psnr_normal"}
-    entry |= {"better": {"method": "pca", "plant": "cells"}, "than": {"method": "pca"}}
+    entry |= {"better": {"method": "pca", key: value}, "than": {"method": "pca"}}
     path.write_text(yaml.safe_dump([entry]))
-    with pytest.raises(ValueError, match=r"need the same plant, got 'cells' and None"):
+    with pytest.raises(ValueError, match=f"need the same {key}, got {value!r} and {other!r}"):
         read_claims(path)
+
+
+def test_uncertain_labels_have_no_planted_defects(tmp_path):
+    entry = {"method": "PCA", "claim": "c", "source": "s", "quantity": "remaining_contrast"}
+    setting = {"method": "pca", "plant": "uncertain"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump([entry | {"better": setting, "than": setting}]))
+    with pytest.raises(ValueError, match="remaining_contrast needs planted defects"):
+        read_claims(tmp_path / "c.yaml")

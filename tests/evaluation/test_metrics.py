@@ -557,7 +557,8 @@ def test_remaining_contrast_equals_a_loop(shape):
     for i, value in enumerate(got):
         pixels = [p for p in np.ndindex(clean[i].shape) if masks[i][p[-2:]]]
         dot = sum((reconstructions[i] - clean[i])[p] * (planted[i] - clean[i])[p] for p in pixels)
-        assert value == pytest.approx(dot / sum((planted[i] - clean[i])[p] ** 2 for p in pixels))
+        squares = sum((planted[i] - clean[i])[p] ** 2 for p in pixels)
+        assert value == pytest.approx(dot / squares)
 
 
 @image_shapes

@@ -110,6 +110,22 @@ def test_the_clean_image_of_a_planted_one_is_among_the_normal_ones(data):
     assert load_dataset("shapes", image_size=16).clean_images is None
 
 
+def loop_over_resampled_images(a, b, quantity, label):
+    """The interval of a difference over the images of one class, with the draws of the package."""
+    name = records.MEASURE_OF[quantity]
+    labels = records.read_scores(a)[0]
+    values = [records.read_measures(r)[name][labels == label].astype(float) for r in (a, b)]
+    n, rng, differences = len(values[0]), np.random.default_rng(0), []
+    for counts in rng.multinomial(n, np.full(n, 1 / n), size=1000):
+        means = [np.repeat(v, counts).mean() for v in values]
+        if quantity == "psnr_normal":
+            means = [10 * np.log10(4 / mean) for mean in means]
+        else:
+            means = [abs(mean) for mean in means]
+        differences.append(means[0] - means[1])
+    return np.quantile(differences, [0.025, 0.975])
+
+
 def test_differences_of_every_quantity_are_paired(tmp_path):
     """The values per image give the recorded difference, and an interval around it."""
     groups = {}
@@ -121,7 +137,7 @@ def test_differences_of_every_quantity_are_paired(tmp_path):
             assert records.collect(tmp_path / "runs", folder, "grid") == 2
         for result in records.read_results(folder):
             groups[result["variant"]] = [result]
-        for quantity in ("image_auroc", *records.QUANTITIES):
+        for quantity in ("image_auroc", *records.MEASURE_OF):
             few, many = groups["few"], groups["many"]
             effect, low, high = records.difference_of(many, few, quantity)
             assert effect == pytest.approx(many[0][quantity] - few[0][quantity])
@@ -130,8 +146,21 @@ def test_differences_of_every_quantity_are_paired(tmp_path):
             assert records.difference_of(few, few, quantity) == (0, 0, 0)
             back = records.difference_of(few, many, quantity)
             np.testing.assert_allclose(back, (-effect, -high, -low), atol=1e-9)
+        for quantity, label in (("psnr_normal", 0), ("remaining_contrast", 1)):
+            ends = records.difference_of(many, few, quantity)[1:]
+            expected = loop_over_resampled_images(many[0], few[0], quantity, label)
+            np.testing.assert_allclose(ends, expected, atol=1e-6)
         effect, low, high = records.difference_of(few, many, "remaining_contrast")
         assert high < 0, "four components rebuild less of a defect than sixty"
+
+
+def test_differences_need_the_same_images(tmp_path):
+    for plant in ("cells", "lesions"):
+        evaluate(Run("pca", "shapes", image_size=16, plant=plant), tmp_path / plant, progress=False)
+    a, b = ([r] for r in records.read_results(tmp_path))
+    for quantity in ("image_auroc", "psnr_normal"):
+        with pytest.raises(ValueError, match="did not score the same test images"):
+            records.difference_of(a, b, quantity)
 
 
 def test_a_record_of_an_older_run_has_no_values_per_image(tmp_path):
