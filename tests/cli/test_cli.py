@@ -529,8 +529,9 @@ def test_report_renders_marked_tables_and_then_changes_nothing(swept, tmp_path):
     assert "| PCA residual, 16 px, raw maps | 0, 1 |" in text
     assert render(results, [page]) == []
     rendered = tables(read_results(results))
-    names = {"overview", "shapes-disc", "shapes-disc-pixels", "shapes-disc-cells"}
-    assert set(rendered) == names
+    pixels = {"shapes-disc-pixels", "shapes-disc-cells"}
+    details = {f"{name}-details" for name in pixels}
+    assert set(rendered) == {"overview", "shapes-disc", *pixels, *details}
     assert rendered["overview"].splitlines()[0] == "| method | disc |"
     assert len(rendered["overview"].splitlines()) == 4  # two methods, default settings
     page.write_text(head.replace("shapes-disc", "shapes-cube") + "<!-- end -->\n")
