@@ -34,7 +34,7 @@ PARAMETER = re.compile(r"\w+: \w[\w\[\], |]* = (.+?)  # \S.*")
 PROMPT = re.compile(r"### Exercise (\d\d)\.(\d+)\b.*[★⭐]")
 ABSOLUTE = re.compile(r"(?<![\w.)\]}])/(?:home|Users|root|tmp|work)\b|\bC:\\|\.\./shared")
 SEEDS = {"torch.manual_seed", "np.random.seed", "numpy.random.seed"}
-MAX_BYTES = 1_500_000
+MAX_BYTES = 3_000_000
 Problems = Iterator[tuple[str, str]]  # rule id, message
 
 
@@ -227,7 +227,7 @@ def outputs(nb: Notebook) -> Problems:
         if (count := sum(len(part.splitlines()) for part in printed)) > 100:
             yield "N14", f"cell {i}: {count} lines of output; print at most 100"
     if (size := nb.path.stat().st_size) > MAX_BYTES:
-        yield "N13", f"{size / 1e6:.1f} MB; keep it under 1.5 MB: fewer or smaller figures"
+        yield "N13", f"{size / 1e6:.1f} MB; keep it under 3 MB: fewer or smaller figures"
 
 
 EVERYWHERE = [code_style, portable, exercises]

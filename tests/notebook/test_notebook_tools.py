@@ -506,7 +506,7 @@ def without_words(nb):
 
 
 def heavy(nb):
-    nb.cells[5].outputs[0].data["image/png"] = "A" * 1_500_000
+    nb.cells[5].outputs[0].data["image/png"] = "A" * 3_000_000
 
 
 PROMPT = "### Exercise 00.2 ★ Add 2"
@@ -546,7 +546,7 @@ BAD = [
     ("N11", printed("x.py:1: UserWarning: w", "stderr"), "cell 6: 'x.py:1: UserWarning: w'; make"),
     ("N11", bad(outputs=[new_output("error", ename="Oh", traceback=[])]), "cell 6: 'Oh'; make the"),
     ("N12", without_words, "cell 6: a figure without words; add a markdown cell before or after"),
-    ("N13", heavy, "1.5 MB; keep it under 1.5 MB: fewer or smaller figures"),
+    ("N13", heavy, "3.0 MB; keep it under 3 MB: fewer or smaller figures"),
     ("N14", printed("x\n" * 101), "cell 6: 101 lines of output; print at most 100"),
     (
         "N15",
