@@ -15,7 +15,6 @@ from diffad_lite.core.numbers import check_finite
 
 Images = Sequence[ArrayLike]  # one (H_i, W_i) array per image, or one (N, H, W) array
 CONFIDENCE = 0.95  # of all intervals
-PSEUDO_VALUES = ("pixel_ap", "aupro", "dice_oracle")  # metrics with a value per image
 
 
 def image_metrics(labels: ArrayLike, scores: ArrayLike) -> dict[str, float]:
@@ -146,7 +145,7 @@ def aupimo(
         expected = "give false-positive rates 0 < lower < upper <= 1, usually (1e-5, 1e-4)"
         raise ValueError(f"bounds are {bounds}: {expected}")
     normal, anomalous = [], []
-    for mask, scores in _checked_pixels(masks, maps):
+    for mask, scores in checked_pixels(masks, maps):
         if mask.any():
             anomalous.append(np.sort(scores[mask]))
         else:
@@ -210,7 +209,7 @@ def pixel_f1_at_threshold(masks: Images, maps: Images, threshold: float) -> floa
     """
     _check_threshold(threshold, "pixel_threshold(calibration_maps)")
     true = predicted = anomalous = 0
-    for mask, scores in _checked_pixels(masks, maps):
+    for mask, scores in checked_pixels(masks, maps):
         above = scores.astype(np.float64) > threshold  # not rounded to float32
         true += int(np.count_nonzero(above & mask))
         predicted += int(np.count_nonzero(above))
@@ -229,80 +228,19 @@ def _rank_pixels(masks: Images, maps: Images) -> tuple[NDArray, NDArray, NDArray
     the exact curves without an argsort of all pixels.
     """
     normal, anomalous, weights = [], [], []
-    for mask, scores in _checked_pixels(masks, maps):
+    for mask, scores in checked_pixels(masks, maps):
         region = ndimage.label(mask, structure=np.ones((3, 3)))[0][mask]
         weights.append(1.0 / np.bincount(region)[region])  # a region's weights add up to 1
         normal.append(scores[~mask])
         anomalous.append(scores[mask])
     n_normal, n_anomalous = sum(map(len, normal)), sum(map(len, anomalous))
-    _check_kinds(masks, n_anomalous, n_normal)
+    check_kinds(masks, n_anomalous, n_normal)
     ranked = np.sort(np.concatenate(normal))
     thresholds, index = np.unique(np.concatenate(anomalous), return_inverse=True)
     below = np.stack([np.searchsorted(ranked, thresholds, s) for s in ("right", "left")], axis=1)
     overlap = np.bincount(index, np.concatenate(weights))[::-1].cumsum()
     true = np.bincount(index)[::-1].cumsum()
     return n_normal - below[::-1], true, overlap / overlap[-1], n_normal
-
-
-def pixel_pseudo_values(masks: Images, maps: Images) -> dict[str, NDArray[np.float64]]:
-    """Compute how much each image contributes to ``pixel_ap``, ``aupro`` and ``dice_oracle`` (N,).
-
-    `masks` and `maps` as in `pixel_metrics`. The pseudo-value of image i is N m - (N - 1) m_i, with
-    the metric m of all images and m_i without image i. These values are not in [0, 1]. With tens of
-    anomalous images of similar size, their mean is near m, and the spread of this mean over
-    resampled images (`resampled_means`) is near that of m. So a record keeps N numbers and not the
-    maps. The metrics are computed at 1000 thresholds, quantiles of the anomalous pixels. All are
-    NaN where one image has all anomalous or all normal pixels. Raises ValueError as
-    `pixel_metrics`. Source: jackknife, Tukey 1958; Efron and Tibshirani, "An Introduction to the
-    Bootstrap", 1993.
-    """
-    images = list(_checked_pixels(masks, maps))
-    per_image = np.array([[mask.sum(), (~mask).sum()] for mask, _ in images]).reshape(-1, 2)
-    _check_kinds(masks, *per_image.sum(axis=0))
-    if 1 in np.count_nonzero(per_image, axis=0):
-        return {name: np.full(len(images), np.nan) for name in PSEUDO_VALUES}
-    anomalous = np.concatenate([scores[mask] for mask, scores in images])
-    levels = np.quantile(anomalous, np.linspace(0, 1, 1001)[:-1], method="lower")
-    thresholds = np.unique(levels)[::-1]
-
-    def count(values: NDArray) -> NDArray:  # at or above each threshold
-        return len(values) - np.searchsorted(np.sort(values), thresholds, "left")
-
-    def overlap(mask: NDArray, scores: NDArray) -> NDArray:  # summed over the regions
-        regions, n = ndimage.label(mask, structure=np.ones((3, 3)))
-        parts = (scores[regions == k] for k in range(1, n + 1))
-        return sum((count(part) / part.size for part in parts), np.zeros(len(thresholds)))
-
-    true = np.array([count(scores[mask]) for mask, scores in images], dtype=np.float64)
-    false = np.array([count(scores[~mask]) for mask, scores in images], dtype=np.float64)
-    regions = np.array([overlap(mask, scores) for mask, scores in images])
-    counts, n = (true, false, regions, per_image[:, 1:]), len(images)
-    complete = _coarse_metrics(*(c.sum(axis=0, keepdims=True) for c in counts))
-    without = _coarse_metrics(*(c.sum(axis=0) - c for c in counts))
-    return {key: n * complete[key] - (n - 1) * without[key] for key in complete}
-
-
-def _coarse_metrics(
-    true: NDArray, false: NDArray, regions: NDArray, normal: NDArray, limit: float = 0.3
-) -> dict[str, NDArray]:
-    """Compute three metrics (K,) of K sets of images, from counts at L thresholds.
-
-    Anomalous (K, L) and normal (K, L) pixels at or above each threshold, highest first, the summed
-    overlap of the regions (K, L), and the number of normal pixels (K, 1). The lowest threshold
-    covers all anomalous pixels.
-    """
-    recall, alarms = true / true[:, -1:], true + false
-    precision = np.divide(true, alarms, out=np.zeros_like(true), where=alarms > 0)
-    x, y = false / normal, regions / regions[:, -1:]
-    x, y = (np.concatenate([np.zeros((len(v), 1)), v, np.ones((len(v), 1))], 1) for v in (x, y))
-    width = np.diff(np.minimum(x, limit))
-    steps = np.diff(x)
-    slope = np.divide(np.diff(y), steps, out=np.zeros_like(steps), where=steps > 0)
-    return {
-        "pixel_ap": (np.diff(recall, prepend=0) * precision).sum(axis=1),
-        "aupro": (width * (y[:, :-1] + slope * width / 2)).sum(axis=1) / limit,
-        "dice_oracle": (2 * true / (alarms + true[:, -1:])).max(axis=1),
-    }
 
 
 def squared_errors(images: ArrayLike, reconstructions: ArrayLike) -> NDArray[np.float64]:
@@ -393,29 +331,6 @@ def paired_bootstrap_auroc(
     return float(wins.mean()), *_interval(wins, n_boot, seed)
 
 
-def resampled_means(
-    values: ArrayLike, groups: ArrayLike, *, n_boot: int = 1000, seed: int = 0
-) -> NDArray[np.float64]:
-    """Compute the mean of `values` over resampled images, for each seed (n_boot, n_seeds).
-
-    `values` (n_seeds, n) or (n,), finite; `groups` (n,) tells which images are resampled among
-    each other, usually their labels. Two calls with equal `groups` and `seed` resample the same
-    images, so the difference of their results is paired. Raises ValueError for other shapes, NaN
-    or infinity, or `n_boot` < 1.
-    """
-    values, groups = np.atleast_2d(np.asarray(values, dtype=np.float64)), np.asarray(groups)
-    if values.ndim != 2 or not values.size or groups.shape != values.shape[1:]:
-        raise ValueError(f"values {values.shape}, groups {groups.shape}: give both for each image")
-    check_finite(values, "values")
-    weights = np.zeros((_checked_draws(n_boot), values.shape[1]))
-    rng = np.random.default_rng(seed)
-    for group in np.unique(groups):
-        of_group = groups == group
-        n = np.count_nonzero(of_group)
-        weights[:, of_group] = rng.multinomial(n, np.full(n, 1 / n), size=n_boot)
-    return weights @ values.T / values.shape[1]
-
-
 def percentile_interval(draws: NDArray) -> tuple[float, float]:
     """Return the 95 % percentile interval (low, high) of bootstrap draws (n_boot,)."""
     low, high = np.quantile(draws, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
@@ -431,12 +346,13 @@ def _wins(labels: ArrayLike, scores: ArrayLike) -> NDArray[np.float64]:
 
 def _interval(wins: NDArray, n_boot: int, seed: int) -> tuple[float, float]:
     rng = np.random.default_rng(seed)  # how often each image is drawn: defects, then normal ones
-    n_boot = _checked_draws(n_boot)
+    n_boot = check_draws(n_boot)
     defects, normal = (rng.multinomial(n, np.full(n, 1 / n), size=n_boot) for n in wins.shape)
     return percentile_interval(((defects @ wins) * normal).sum(axis=1) / wins.size)
 
 
-def _checked_draws(n_boot: int) -> int:
+def check_draws(n_boot: int) -> int:
+    """Return the number of resamplings; raise ValueError if it is below 1."""
     if n_boot < 1:
         raise ValueError(f"n_boot is {n_boot}: give at least 1 resampling")
     return n_boot
@@ -474,7 +390,8 @@ def _check_threshold(
         raise ValueError(f"threshold is nan: take one from {source}")
 
 
-def _check_kinds(masks: Images, n_anomalous: int, n_normal: int) -> None:
+def check_kinds(masks: Images, n_anomalous: int, n_normal: int) -> None:
+    """Raise ValueError unless `masks` have anomalous and normal pixels; their numbers are given."""
     if not n_normal or not n_anomalous:
         counts = f"{len(masks)} masks hold {n_anomalous} anomalous and {n_normal} normal pixels"
         raise ValueError(f"{counts}: give both kinds, or leave the pixel metrics out (null)")
@@ -491,7 +408,8 @@ def _checked_images(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray, NDAr
     return labels.astype(bool), scores
 
 
-def _checked_pixels(masks: Images, maps: Images) -> Iterator[tuple[NDArray, NDArray]]:
+def checked_pixels(masks: Images, maps: Images) -> Iterator[tuple[NDArray, NDArray]]:
+    """Yield mask (H, W), bool, and map (H, W) of each image; raise ValueError for broken ones."""
     if len(masks) != len(maps):
         raise ValueError(f"{len(masks)} masks, {len(maps)} maps: give one mask and map per image")
     for i in range(len(masks)):

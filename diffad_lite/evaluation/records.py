@@ -16,8 +16,8 @@ from diffad_lite.evaluation.metrics import (
     bootstrap_auroc,
     paired_bootstrap_auroc,
     percentile_interval,
-    resampled_means,
 )
+from diffad_lite.evaluation.pseudo_values import resampled_means
 
 Result = dict[str, Any]
 Key = tuple[str, str, int, str]  # method, variant, image size, training

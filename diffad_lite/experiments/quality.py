@@ -10,6 +10,7 @@ from torch import Tensor
 from diffad_lite.data.datasets import AnomalyData
 from diffad_lite.data.images import Resize, pad_box
 from diffad_lite.evaluation import metrics
+from diffad_lite.evaluation.pseudo_values import pixel_pseudo_values
 from diffad_lite.evaluation.records import MEASURES, PIXEL_METRICS, Measures
 from diffad_lite.methods.base import Prediction
 
@@ -91,7 +92,7 @@ def measure_images(data: AnomalyData, prediction: Prediction, pairs: Pairs) -> M
     masks, maps = [mask for mask, _ in pairs.values()], [values for _, values in pairs.values()]
     anomalous = [i for i, (mask, _) in pairs.items() if mask.any()]
     if anomalous:
-        for name, values in metrics.pixel_pseudo_values(masks, maps).items():
+        for name, values in pixel_pseudo_values(masks, maps).items():
             measures[name][list(pairs)] = values
         if metrics.resolves_aupimo(masks):
             measures["aupimo"][anomalous] = metrics.aupimo(masks, maps)

@@ -16,12 +16,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from trainings import N_IMAGES, fit_stages, offline_config
 
-from diffad_lite.evaluation.metrics import (
-    aupimo,
-    paired_bootstrap_auroc,
-    pixel_metrics,
-    pixel_pseudo_values,
-)
+from diffad_lite.evaluation.metrics import aupimo, paired_bootstrap_auroc, pixel_metrics
+from diffad_lite.evaluation.pseudo_values import pixel_pseudo_values
 from diffad_lite.experiments.machine import peak_memory_mb
 from diffad_lite.methods.base import METHODS
 from diffad_lite.training.loop import TrainReport, supports_bf16
