@@ -12,7 +12,7 @@ from typing import Any
 from diffad_lite.core.config import convert, short_repr, unknown_name
 from diffad_lite.core.files import read_json, staged, write_rows
 from diffad_lite.data.folder_reader import GOOD
-from diffad_lite.data.images import IMAGE_SUFFIXES, list_images
+from diffad_lite.data.images import list_images, names_image
 from diffad_lite.data.masks import MASK_FOLDERS
 from diffad_lite.data.source import (
     Source,
@@ -162,7 +162,7 @@ def _add_entry(
     for name in (image, mask or ""):
         check_inside(name, where)
     path = folder / image
-    if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
+    if not names_image(path):
         raise ValueError(f"{where}.image_path must name an image file, got {image!r}")
     is_normal = kind == normal_class
     reserved = (*GOOD, *MASK_FOLDERS)

@@ -42,17 +42,18 @@ class _Cache(dict[tuple[str, int], np.ndarray]):
 _cache = _Cache()
 
 
+def names_image(path: Path) -> bool:
+    """Tell whether a path has the name of an image file that is not hidden."""
+    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+
+
 def list_images(folder: Path) -> list[Path]:
     """Return the image files directly inside ``folder``, sorted, without hidden files.
 
     Raises:
         ValueError: a name is not valid UTF-8, so that no table could hold it.
     """
-    paths = sorted(
-        p
-        for p in folder.iterdir()
-        if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")
-    )
+    paths = sorted(filter(names_image, folder.iterdir()))
     for path in paths:
         try:
             str(path).encode()

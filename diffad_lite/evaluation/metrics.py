@@ -164,7 +164,12 @@ def aupimo(
 def resolves_aupimo(masks: Images, lower: float = 1e-5) -> bool:
     """Tell whether the normal images of `masks` have enough pixels for a false-positive rate."""
     sizes = [np.size(mask) for mask in masks if not np.any(mask)]
-    return bool(sizes) and 1 / (len(sizes) * min(sizes)) <= lower
+    return bool(sizes) and _smallest_rate(sizes) <= lower
+
+
+def _smallest_rate(sizes: Sequence[int]) -> float:
+    """Return the lowest false-positive rate above 0 that normal images of these sizes resolve."""
+    return 1 / (len(sizes) * min(sizes))
 
 
 def _shared_thresholds(
@@ -175,11 +180,12 @@ def _shared_thresholds(
     The recalls are those above, and at or above, a threshold; all weights add up to 1. Only the
     highest scores of an image are sorted: those that a false-positive rate up to `upper` reaches.
     """
-    n, size = len(normal), min(scores.size for scores in normal)
-    if 1 / (n * size) > lower:
+    sizes = [scores.size for scores in normal]
+    n, size, smallest = len(sizes), min(sizes), _smallest_rate(sizes)
+    if smallest > lower:
         got = f"{n} normal images, the smallest of {size} pixels, resolve a false-positive rate of"
         fix = f"give at least {math.ceil(1 / (lower * size) - 1e-9)} such images, or other bounds"
-        raise ValueError(f"{got} {1 / (n * size):.1e}, but bounds start at {lower:.1e}: {fix}")
+        raise ValueError(f"{got} {smallest:.1e}, but bounds start at {lower:.1e}: {fix}")
     values, rates = [], []
     for scores in normal:
         k = min(scores.size, int(upper * n * scores.size) + 1)

@@ -454,15 +454,15 @@ def difference_of(
         used &= labels == 0
     means = values[:, used].mean(axis=1)  # (runs,)
     draws = resampled_means(values[:, used], labels[used])  # (n_boot, runs)
-    effect = mean(a, quantity) - mean(b, quantity)
     if quantity == "psnr_normal":  # the peak is the same for both
         means, draws = (-10 * np.log10(np.maximum(errors, 1e-20)) for errors in (means, draws))
     elif quantity == "remaining_contrast":  # an inverted defect is none that was removed
         means, draws = np.abs(means), np.abs(draws)
-        effect = float(_difference_of_means(means, len(a)))
-    spread = _difference_of_means(draws, len(a)) - _difference_of_means(
-        means, len(a)
-    )  # means of pseudo-values are not exact
+    full = float(_difference_of_means(means, len(a)))
+    recorded = mean(a, quantity) - mean(b, quantity)
+    effect = full if quantity == "remaining_contrast" else recorded
+    # The mean of pseudo-values is not exactly the metric: take their spread alone.
+    spread = _difference_of_means(draws, len(a)) - full
     return effect, *percentile_interval(effect + spread)
 
 
@@ -473,17 +473,21 @@ def _difference_of_means(values: np.ndarray, n: int) -> np.ndarray:
 
 def has_values(record: Result, quantity: str) -> bool:
     """Tell whether a record has the values of each image that :func:`difference_of` needs."""
-    if quantity == "image_auroc":
-        return True
-    return record[quantity] is not None and MEASURE_OF[quantity] in read_measures(record)
+    return quantity == "image_auroc" or _find_values(record, quantity) is not None
 
 
 def _values_of(record: Result, quantity: str) -> np.ndarray:
     """Return the values (n,) of each image behind a quantity, NaN for none."""
-    if not has_values(record, quantity):
+    values = _find_values(record, quantity)
+    if values is None:
         fix = "run 'diffad evaluate' again"
         raise ValueError(f"{record['name']} has no values per image of {quantity}; {fix}")
-    return read_measures(record)[MEASURE_OF[quantity]]
+    return values
+
+
+def _find_values(record: Result, quantity: str) -> np.ndarray | None:
+    """Return the values (n,) behind a quantity, None if it was not measured."""
+    return None if record[quantity] is None else read_measures(record).get(MEASURE_OF[quantity])
 
 
 def mean(group: Sequence[Mapping[str, Any]], key: str) -> float:
